@@ -1,0 +1,79 @@
+"""Ask about a video, once (--ask) or in a conversation. Greedy by default, so the same question gets the same answer.
+
+Shows: the whole way from a file to a sentence in twenty lines (Chat). It is no server and keeps nothing.
+Source: official conversation.py and the demo's prompt.
+
+Run:    python chat.py --ckpt runs/toy/stage3 --video data/toy/videos/00000.gif --ask "What happens?"
+"""
+import argparse
+import sys
+
+import data
+import torch
+
+import checkpoint
+from prompt import chat_prompt, pad_batch
+
+INSTRUCTION = "Watch the video and answer the question.\n"
+
+
+class Chat:
+    """A conversation about one video (or image, or folder of frames)."""
+
+    def __init__(self, ckpt, media, llm="", device="cpu", temperature=0.0, max_new_tokens=100):
+        self.model, self.wordpiece, self.tok = checkpoint.load_model(ckpt, llm, device)
+        if self.tok is None:
+            raise ValueError(f"{ckpt} is of stage 1 and cannot speak; chat needs a checkpoint of stage 2 or 3")
+        cfg = self.model.cfg
+        self.sampling, self.max_new_tokens, self.history = {"temperature": temperature}, max_new_tokens, []
+        clip = data.read_benchmark_clip(media, cfg.eval_frames, None)                          # (T, 3, H, W) uint8
+        video = data.Transform(cfg.vit.img_size, crop=cfg.crop, norm=cfg.eval_norm)(clip)      # (T, 3, H, W)
+        qf_ids = torch.tensor([self.wordpiece.encode(INSTRUCTION, sep=True)], device=device)   # (1, S)
+        with torch.no_grad():
+            vision = self.model.encode(video[None].to(device))                                 # (1, N, C)
+            self.tokens = self.model.queries(vision, qf_ids, torch.ones_like(qf_ids))          # (1, Q, D)
+
+    @torch.no_grad()
+    def ask(self, question):
+        """A question -> the answer; both are remembered for the next one."""
+        n_video = self.tokens.shape[1]
+        prompt = chat_prompt(self.tok, self.history, question, n_video, INSTRUCTION, style=self.model.cfg.style)
+        ids, _, mask = (t.to(self.model.device) for t in pad_batch([prompt], self.tok.eos_id, side="left"))
+        rows, _ = self.model.answer(self.model.splice(ids, self.tokens), mask, self.max_new_tokens, self.complete,
+                                    **self.sampling)
+        answer = self.tok.decode([i for i in rows[0] if i != self.tok.eos_id]).split("###")[0].strip()
+        self.history.append((question, answer))
+        return answer
+
+    def complete(self, ids):
+        return ids[-1] == self.tok.eos_id or "###" in self.tok.decode(ids[-4:])
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(prog="chat.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--ckpt", required=True, help="checkpoint folder of stage 3 (or 2)")
+    p.add_argument("--video", required=True, help="a video, GIF, image, or folder of frames")
+    p.add_argument("--ask", default="", help="one question; without it, questions are read until an empty line")
+    p.add_argument("--llm", default="", help="the LLM's folder, if it moved since training")
+    p.add_argument("--temperature", type=float, default=0.0, help="0: always the most probable word (default)")
+    p.add_argument("--max-new-tokens", type=int, default=100, help="longest answer (default %(default)s)")
+    p.add_argument("--device", default="", help="cpu or cuda (default: cuda where there is one)")
+    args = p.parse_args(argv)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chat = Chat(args.ckpt, args.video, args.llm, device, args.temperature, args.max_new_tokens)
+    if args.ask:
+        print(chat.ask(args.ask))
+        return
+    print(f"{args.video}: ask, or an empty line to leave")
+    while question := input("> ").strip():
+        print(chat.ask(question))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (KeyboardInterrupt, EOFError):
+        print()
+    except (ValueError, OSError) as error:
+        print(f"chat.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,558 @@
+"""From annotation files to batches: decode, choose frames, crop and normalise, tokenise, pad.
+
+    corpus.json -> Source -> entry {"video", "caption" or "QA"} -> sample (video, text) -> batch of tensors
+                             drawn by Sampler                      VideoTextData           *Collate
+
+It knows no model, and it forgives nothing silently: a malformed entry is an error that names file and entry; a medium
+that cannot be read has its whole sample replaced and is reported, so that no video ever meets another one's text.
+Formats and frame sampling are the official ones: dataset/__init__.py, pt_dataset.py, it_dataset.py, video_utils.py and,
+for the benchmark, mvbench.ipynb. What a sample is depends on (seed, epoch, index) alone, not on workers or resumes.
+
+    python data.py check corpus.json --decode
+"""
+import argparse
+import json
+import random
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import decord
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from prompt import CAPTION_INSTRUCTIONS, Prompt, caption_prompt, conversation_prompt, pad_batch
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}  # .gif is read as video
+FOLDER_FPS = 3  # of a folder of frames: TVQA's, the only one in MVBench
+NORMS = {       # name: (mean, std) of red, green, blue in 0..1
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+}
+
+
+# ---- which frames ----------------------------------------------------------------------------------------------------
+
+def train_indices(num_frames, n_total, how="rand", rng=None, official=False):
+    """num_frames of n_total frames, one from each of equal intervals: "rand" any of it, "middle" the middle one.
+
+    A shorter video gives all its frames and repeats the last. Source: video_utils.py, get_frame_indices.
+    """
+    edges = np.linspace(0, n_total, min(num_frames, n_total) + 1).astype(int).tolist()
+    spans = [range(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    if how == "middle":
+        indices = [(span.start + span.stop - 1) // 2 for span in spans]
+    elif how != "rand":
+        raise ValueError(f"frames are chosen by 'rand' or 'middle', not by {how!r}")
+    elif not official:
+        indices = [rng.choice(span) for span in spans]
+    # QUIRK video_utils.py:53-62: the last frame of an interval is never drawn; where one interval has a single frame,
+    # all frames are drawn at random from the whole video
+    elif min(len(span) for span in spans) > 1:
+        indices = [rng.choice(span[:-1]) for span in spans]
+    else:
+        indices = sorted(rng.sample(range(n_total), len(spans)))
+    return indices + [indices[-1]] * (num_frames - len(indices))
+
+
+def mvbench_indices(num_frames, max_frame, fps, bound=None, first_idx=0):
+    """The benchmark's frames: the middles of equal parts of (start, end) in seconds, or of the whole video.
+
+    May lie beyond the video, where the bound does. Source: mvbench.ipynb, MVBench_dataset.get_index.
+    """
+    start, end = bound or (-100_000, 100_000)
+    start, end = max(first_idx, round(start * fps)), min(round(end * fps), max_frame)
+    part = (end - start) / num_frames
+    return [int(start + part / 2 + round(part * i)) for i in range(num_frames)]
+
+
+def seconds_message(seconds):
+    """What the conversation says of the frames: "The video contains 2 frames sampled at 0.3, 0.9 seconds."."""
+    times = ", ".join(str(round(s, 1)) for s in seconds)
+    return f"The video contains {len(seconds)} frames sampled at {times} seconds."
+
+
+def train_frames(num_frames, how="rand", rng=None, start=None, end=None):
+    """A `choose` for read_media: train_indices within start and end, in seconds."""
+    def choose(first, last, fps):
+        if start is None:
+            return [first + i for i in train_indices(num_frames, last - first + 1, how, rng)]
+        n_total = max(int((end - start) * fps), 1)
+        return [first + int(start * fps) + i for i in train_indices(num_frames, n_total, how, rng)]
+    return choose
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+class MediaError(ValueError):
+    """A video, image or folder of frames that cannot be read: which one, and why, in one line."""
+
+    def __init__(self, path, reason):
+        super().__init__(path, reason)  # both, so that it survives the way back from a worker process
+        self.path, self.reason = str(path), reason
+
+    def __str__(self):
+        return f"{self.path}: {self.reason}"
+
+
+def read_media(path, choose):
+    """Frames (T, 3, H, W) uint8 and their times in seconds, of a video, an image (T = 1) or a folder of 00001.jpg ...
+
+    `choose(first, last, fps)` names the frames wanted by their numbers from first to last; numbers outside become the
+    nearest inside. Raises MediaError.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return read_folder(path, choose)
+    if not path.is_file():
+        raise MediaError(path, "no such file")
+    if path.stat().st_size == 0:
+        raise MediaError(path, "the file is empty")
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return read_image(path)[None], [0.0]  # (1, 3, H, W)
+    return read_video(path, choose)
+
+
+def read_benchmark_clip(path, num_frames, bound=None):
+    """(T, 3, H, W) uint8: the frames of a medium that MVBench's protocol takes, within bound = (start, end) seconds."""
+    frames, _ = read_media(path, lambda first, last, fps: mvbench_indices(num_frames, last, fps, bound, first))
+    return frames
+
+
+def read_video(path, choose):
+    try:
+        reader = decord.VideoReader(str(path), num_threads=1)  # more threads break on some webm files (decord #246)
+        if len(reader) == 0:
+            raise MediaError(path, "the video has no frames")
+        fps = reader.get_avg_fps()
+        fps = fps if fps > 0 else 1.0  # a GIF of one frame says nan
+        indices = np.clip(choose(0, len(reader) - 1, fps), 0, len(reader) - 1).tolist()
+        if reader.next().shape[2] == 3:
+            frames = reader.get_batch(indices).asnumpy()                                 # (T, H, W, 3)
+        else:
+            frames = np.stack([without_padding(reader[i].asnumpy()) for i in indices])   # (T, H, W, 3)
+    except (RuntimeError, decord.DECORDError) as error:
+        raise MediaError(path, "cannot be decoded as a video") from error
+    return torch.from_numpy(frames).permute(0, 3, 1, 2), [i / fps for i in indices]      # (T, 3, H, W)
+
+
+def without_padding(frame):
+    """(H, W, c) -> (H, W, 3). Rows of narrow videos, as of 48 pixels, are padded, which decord takes for channels."""
+    height, width, _ = frame.shape
+    return frame.reshape(height, -1)[:, :3 * width].reshape(height, width, 3)
+
+
+def read_image(path):
+    """(3, H, W) uint8, whatever the file holds: grey, palette, transparency, CMYK."""
+    try:
+        with Image.open(path) as image:
+            pixels = np.array(image.convert("RGB"))          # (H, W, 3)
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise MediaError(path, "cannot be decoded as an image") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)         # (3, H, W)
+
+
+def read_folder(path, choose):
+    last = len(list(path.glob("*.jpg")))
+    if last == 0:
+        raise MediaError(path, "the folder has no frames (00001.jpg ...)")
+    indices = np.clip(choose(1, last, FOLDER_FPS), 1, last).tolist()
+    missing = [i for i in indices if not (path / f"{i:05d}.jpg").is_file()]
+    if missing:
+        raise MediaError(path, f"the folder of {last} frames lacks {missing[0]:05d}.jpg")
+    frames = [read_image(path / f"{i:05d}.jpg") for i in indices]
+    return torch.stack(frames), [(i - 1) / FOLDER_FPS for i in indices]  # (T, 3, H, W)
+
+
+# ---- pixels ----------------------------------------------------------------------------------------------------------
+
+class Transform:
+    """uint8 (T, 3, H, W) -> normalised float (T, 3, size, size), the same crop for all frames.
+
+    train: a random crop of `scale` of the area, ratio 3/4 to 4/3, resized; flipped by chance if `flip` (off by default,
+    since it turns left into right but not the text). Else short side to `size`, centre crop. crop=False: only resized.
+    """
+
+    def __init__(self, size, train=False, crop=True, norm="imagenet", scale=(0.5, 1.0), flip=False):
+        if norm not in NORMS:
+            raise ValueError(f"norm {norm!r}: expected one of {', '.join(NORMS)}")
+        self.size, self.train, self.crop, self.scale, self.flip = size, train, crop, scale, flip
+        self.mean, self.std = (255 * torch.tensor(values).view(3, 1, 1) for values in NORMS[norm])
+
+    def __call__(self, frames, rng=None):
+        if self.crop and self.train:
+            top, left, height, width = self.random_box(*frames.shape[-2:], rng)
+            frames = frames[..., top:top + height, left:left + width]
+        elif self.crop:
+            frames = self.centre(frames)
+        x = resize(frames, self.size, self.size)          # (T, 3, size, size)
+        if self.train and self.flip and rng.random() < 0.5:
+            x = x.flip(-1)
+        return (x - self.mean) / self.std
+
+    def centre(self, frames):
+        height, width = frames.shape[-2:]
+        short = min(height, width)
+        x = resize(frames, self.size * height // short, self.size * width // short)
+        top, left = (round((side - self.size) / 2) for side in x.shape[-2:])
+        return x[..., top:top + self.size, left:left + self.size]  # (T, 3, size, size)
+
+    def random_box(self, height, width, rng):
+        for _ in range(10):
+            area = height * width * rng.uniform(*self.scale)
+            ratio = (4 / 3) ** rng.uniform(-1, 1)  # width : height, as often wide as tall
+            w, h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+            if 0 < w <= width and 0 < h <= height:
+                return rng.randint(0, height - h), rng.randint(0, width - w), h, w
+        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))  # very long or tall: the middle
+        return (height - h) // 2, (width - w) // 2, h, w
+
+
+def resize(x, height, width):
+    """Bicubic with antialiasing, rounded to whole levels as an image library would. (T, 3, H, W) -> float."""
+    if x.shape[-2:] == (height, width):
+        return x.float()
+    return F.interpolate(x.float(), (height, width), mode="bicubic", antialias=True).round().clamp(0, 255)
+
+
+# ---- annotations -----------------------------------------------------------------------------------------------------
+
+@dataclass
+class Source:
+    """One annotation file of a corpus, and how it is to be read."""
+    anno: str              # JSON list of entries
+    root: str = ""         # folder that the entries' paths start from
+    media: str = "image"   # "video", "image" or "text"
+    weight: float = 1.0    # passes over the file in one epoch
+    media_key: str = ""    # key of the path in an entry; default: the name of the medium
+    suffix: str = ""       # put behind each path, where the file leaves ".mp4" off
+
+
+def load_corpus(corpus):
+    """Sources of a corpus: a JSON file or a list, of [anno, root], [anno, root, "video" | "text"] or dicts of Source.
+
+    In a file, relative paths start from the file's folder. Two items mean images, as in the official configs.
+    """
+    name, folder = "corpus", Path()
+    if not isinstance(corpus, list | tuple):
+        name, folder, corpus = corpus, Path(corpus).parent, read_json_list(corpus)
+    known = {f.name for f in fields(Source)}
+    sources = []
+    for i, item in enumerate(corpus):
+        if isinstance(item, list | tuple) and 2 <= len(item) <= 3:
+            item = dict(zip(("anno", "root", "media"), item, strict=False))
+        if not isinstance(item, dict) or "anno" not in item or set(item) - known:
+            raise ValueError(f"{name}: entry {i}: expected [anno, root], [anno, root, medium] or an object of "
+                             f"{', '.join(sorted(known))}, found {str(item)[:80]}")
+        source = Source(**item)
+        if source.media not in ("video", "image", "text"):
+            raise ValueError(f"{name}: entry {i}: media {source.media!r}: expected video, image or text")
+        source.anno, source.root = str(folder / source.anno), str(folder / source.root)
+        source.media_key = source.media_key or source.media
+        sources.append(source)
+    if not sources:
+        raise ValueError(f"{name}: the corpus has no sources")
+    return sources
+
+
+def read_json_list(path):
+    try:
+        items = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such annotation file") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(items, list):
+        raise ValueError(f"{path}: expected a JSON list, found {type(items).__name__}")
+    return items
+
+
+def load_annotations(source):
+    """Entries of a source, each looked at; the first faulty one is a ValueError that names file and entry."""
+    entries = read_json_list(source.anno)
+    for i, entry in enumerate(entries):
+        fault = fault_of(entry, source)
+        if fault:
+            raise ValueError(f"{source.anno}: entry {i}: {fault}")
+    if not entries:
+        raise ValueError(f"{source.anno}: the list is empty")
+    return entries
+
+
+def fault_of(entry, source):
+    """What is wrong with an entry, or ""."""
+    if not isinstance(entry, dict):
+        return f"expected an object, found {type(entry).__name__}"
+    if source.media != "text" and not is_text(entry.get(source.media_key)):
+        return f'no "{source.media_key}" with the path of its {source.media}; it has {", ".join(entry) or "nothing"}'
+    if "QA" in entry:
+        return fault_of_qa(entry)
+    if "caption" not in entry:
+        return f'neither "caption" nor "QA"; it has {", ".join(entry) or "nothing"}'
+    captions = entry["caption"] if isinstance(entry["caption"], list) else [entry["caption"]]
+    return "" if captions and all(map(is_text, captions)) else 'an empty "caption", or one that is not text'
+
+
+def fault_of_qa(entry):
+    qas = entry["QA"]
+    if not isinstance(qas, list) or not qas or not all(isinstance(qa, dict) for qa in qas):
+        return '"QA" must be a list of {"i", "q", "a"}'
+    for n, qa in enumerate(qas):
+        if not is_text(qa.get("a")):
+            return f'QA {n} has no answer "a"'
+        if not all(isinstance(qa.get(key, ""), str) for key in "iq"):
+            return f'QA {n} has an "i" or "q" that is not text'
+    span = [entry.get("start"), entry.get("end")]
+    if span != [None, None] and not (all(isinstance(s, int | float) for s in span) and 0 <= span[0] < span[1]):
+        return f'"start" and "end" must be seconds, start before end; found {span[0]} and {span[1]}'
+    return ""
+
+
+def is_text(value):
+    return isinstance(value, str) and value.strip() != ""
+
+
+# ---- samples ---------------------------------------------------------------------------------------------------------
+
+class VideoTextData(torch.utils.data.Dataset):
+    """Samples of load_corpus's sources, one after another: captions or instructions, as their entries are.
+
+    A sample: video (T, 3, size, size) float, text (a caption) or qas (in random order), seconds of the frames, medium,
+    path, idx (of the entry: the same clip has the same idx), draw (a random number for the collate), bad (media that
+    could not be read and were replaced, one line each). More than max_bad in a row raise MediaError.
+    """
+
+    def __init__(self, sources, num_frames, transform, how="rand", seed=0, max_bad=10):
+        self.num_frames, self.transform, self.how = num_frames, transform, how
+        self.seed, self.epoch, self.max_bad = seed, 0, max_bad
+        self.sources = sources
+        self.entries = [load_annotations(source) for source in sources]
+        self.starts = np.cumsum([0, *map(len, self.entries)]).tolist()  # source s holds starts[s] .. starts[s + 1]
+        if len({"QA" in entry for entries in self.entries for entry in entries}) > 1:
+            raise ValueError(f"{sources[0].anno} ...: captions and instructions in one corpus; train on one kind")
+
+    def __len__(self):
+        return self.starts[-1]
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def groups(self):
+        """(medium, weight, range of indices) of each source, for the Sampler."""
+        spans = zip(self.starts[:-1], self.starts[1:], strict=True)
+        return [(s.media, s.weight, range(*span)) for s, span in zip(self.sources, spans, strict=True)]
+
+    def __getitem__(self, index):
+        bad = []
+        while True:
+            try:
+                return self.sample(index) | {"bad": bad}
+            except MediaError as error:
+                bad.append(str(error))
+                if len(bad) > self.max_bad:
+                    raise MediaError(error.path, f"{error.reason}; {len(bad)} unreadable media in a row") from None
+                index = self.neighbour(index)
+
+    def neighbour(self, index):
+        """The next index of the same source, and so of the same medium."""
+        _, _, span = next(group for group in self.groups() if index in group[2])
+        return span[(index - span.start + 1) % len(span)]
+
+    def sample(self, index):
+        s = int(np.searchsorted(self.starts, index, side="right")) - 1
+        source, entry = self.sources[s], self.entries[s][index - self.starts[s]]
+        rng = random.Random(f"{self.seed} {self.epoch} {index}")
+        sample = {"idx": index, "medium": source.media, "path": "", "seconds": [], "draw": rng.random()}
+        if source.media != "text":
+            sample["path"] = str(Path(source.root) / (entry[source.media_key] + source.suffix))
+            choose = train_frames(self.num_frames, self.how, rng, entry.get("start"), entry.get("end"))
+            frames, sample["seconds"] = read_media(sample["path"], choose)
+            sample["video"] = self.transform(frames, rng)  # (T, 3, size, size)
+        if "QA" in entry:
+            sample["qas"] = rng.sample(entry["QA"], len(entry["QA"]))
+        else:
+            captions = entry["caption"]
+            sample["text"] = (captions if isinstance(captions, str) else rng.choice(captions)).strip()
+        return sample
+
+
+class Sampler:
+    """Batches of indices, in an order that (seed, epoch) decide. A batch holds one medium; what fills none is left out.
+
+    A source of weight w comes w times in an epoch; of a broken weight's rest, a random part. With several processes all
+    draw the same batches, and each takes its share. Going on at a step: skip_to(step).
+    """
+
+    def __init__(self, dataset, batch_size, seed=0, rank=0, world=1):
+        self.dataset, self.seed, self.rank, self.world = dataset, seed, rank, world
+        self.size = batch_size * world
+        groups = dataset.groups() if hasattr(dataset, "groups") else [("", 1.0, range(len(dataset)))]
+        self.media = {}  # medium -> [(range of indices, how many of them an epoch takes)]
+        for medium, weight, span in groups:
+            self.media.setdefault(medium, []).append((span, round(weight * len(span))))
+        if len(self) == 0:
+            raise ValueError(f"{len(dataset)} samples do not fill a batch of {self.size}")
+        self.skip_to(0)
+
+    def __len__(self):
+        """Batches of one epoch."""
+        return sum(sum(take for _, take in spans) // self.size for spans in self.media.values())
+
+    def skip_to(self, step):
+        """Go on as after `step` batches since the beginning."""
+        epoch, position = divmod(step, len(self))
+        self.set_epoch(epoch, position)
+
+    def next_epoch(self):
+        self.set_epoch(self.epoch + 1)
+
+    def set_epoch(self, epoch, position=0):
+        self.epoch, self.position = epoch, position
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+    def __iter__(self):
+        """The epoch's batches from `position` on."""
+        rng = np.random.default_rng((self.seed, self.epoch))
+        batches = []
+        for spans in self.media.values():
+            drawn = [np.concatenate([rng.permutation(span) for _ in range(-(-take // len(span)))])[:take]
+                     for span, take in spans if take]
+            indices = rng.permutation(np.concatenate(drawn))
+            full = len(indices) // self.size
+            batches += list(indices[:full * self.size].reshape(full, self.size))
+        for b in rng.permutation(len(batches))[self.position:]:
+            yield batches[b][self.rank::self.world].tolist()
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+def collate_media(samples):
+    """What every batch has: video (B, T, 3, H, W) or None for text, idx (B,), medium, paths, bad."""
+    videos = [sample["video"] for sample in samples if "video" in sample]
+    return {"video": torch.stack(videos) if videos else None, "idx": torch.tensor([s["idx"] for s in samples]),
+            "medium": samples[0]["medium"], "paths": [s["path"] for s in samples],
+            "bad": [line for s in samples for line in s["bad"]]}
+
+
+def pad_words(rows, wordpiece):
+    """Lists of ids -> ids (B, S), mask (B, S)."""
+    ids, _, mask = pad_batch([Prompt(row, row) for row in rows], wordpiece.pad_id)
+    return ids, mask
+
+
+@dataclass
+class AlignCollate:
+    """Stage 1: the caption for the Q-Former. Adds ids (B, S), mask (B, S)."""
+    wordpiece: object
+    max_length: int = 32
+
+    def __call__(self, samples):
+        ids, mask = pad_words([self.wordpiece.encode(s["text"], self.max_length) for s in samples], self.wordpiece)
+        return collate_media(samples) | {"ids": ids, "mask": mask}
+
+
+@dataclass
+class CaptionCollate:
+    """Stage 2: the caption as the LLM's answer. Adds ids, labels, mask (B, S), with n_video VIDEO ids in each row."""
+    tok: object
+    n_video: int
+    max_text: int = 512
+
+    def __call__(self, samples):
+        prompts = []
+        for s in samples:
+            instructions = CAPTION_INSTRUCTIONS[s["medium"]]
+            instruction = instructions[int(s["draw"] * len(instructions))]
+            prompts.append(caption_prompt(self.tok, s["text"], self.n_video, instruction, s["medium"], self.max_text))
+        ids, labels, mask = pad_batch(prompts, self.tok.eos_id)
+        return collate_media(samples) | {"ids": ids, "labels": labels, "mask": mask}
+
+
+@dataclass
+class InstructCollate:
+    """Stage 3: conversations for the LLM (ids, labels, mask), the instruction for the Q-Former (qf_ids, qf_mask)."""
+    tok: object
+    wordpiece: object
+    n_video: int
+    max_text: int = 512
+    style: str = "vicuna"
+    question_in_qformer: bool = False  # paper table 11: with the question 50.8, without 51.1
+    tell_seconds: bool = True          # say at which seconds a video's frames were taken
+    train_separators: bool = False     # QUIRK of prompt.vicuna_turns
+    max_instruction: int = 512         # ids of the Q-Former's text; the end of a longer one is kept
+
+    def __call__(self, samples):
+        prompts = [self.conversation(s) for s in samples]
+        ids, labels, mask = pad_batch(prompts, self.tok.eos_id)
+        rows = [self.wordpiece.encode(self.instruction(s["qas"][0]), self.max_instruction, sep=True, truncate="left")
+                for s in samples]
+        qf_ids, qf_mask = pad_words(rows, self.wordpiece)
+        texts = {"ids": ids, "labels": labels, "mask": mask, "qf_ids": qf_ids, "qf_mask": qf_mask}
+        return collate_media(samples) | texts
+
+    def conversation(self, s):
+        message = seconds_message(s["seconds"]) if self.tell_seconds and s["medium"] == "video" else ""
+        return conversation_prompt(self.tok, s["qas"], self.n_video, message, s["medium"], self.style, self.max_text,
+                                   self.train_separators)
+
+    def instruction(self, qa):
+        """The first turn's, as the LLM reads it too; the question is never there alone."""
+        text = qa.get("i") or ""
+        return f"{text} {qa.get('q') or ''}".strip() if text and self.question_in_qformer else text
+
+
+def make_loader(dataset, sampler, collate, workers=0):
+    """Batches of one epoch from where the sampler stands; `workers` processes decode ahead."""
+    # subtle: workers start anew with every epoch, and so learn of dataset.set_epoch
+    return torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers,
+                                       pin_memory=torch.cuda.is_available())
+
+
+# ---- python data.py check --------------------------------------------------------------------------------------------
+
+def check(corpus, decode=False):
+    """Print what each source holds and every fault in it; -> how many faults."""
+    total = 0
+    for source in load_corpus(corpus):
+        entries = read_json_list(source.anno)
+        faults = []
+        for i, entry in enumerate(tqdm(entries, desc=Path(source.anno).name, disable=not sys.stderr.isatty())):
+            fault = fault_of(entry, source) or fault_of_medium(entry, source, decode)
+            faults += [f"  entry {i}: {fault}"] if fault else []
+        print(f"{source.anno}: {len(entries)} entries of {source.media}, {len(faults)} faulty", *faults, sep="\n")
+        total += len(faults)
+    return total
+
+
+def fault_of_medium(entry, source, decode):
+    if source.media == "text":
+        return ""
+    path = Path(source.root) / (entry[source.media_key] + source.suffix)
+    if not decode:
+        return "" if path.exists() else f"{path}: no such file"
+    try:
+        read_media(path, lambda first, last, fps: range(first, last + 1))
+    except MediaError as error:
+        return str(error)
+    return ""
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Look through a corpus before training on it.")
+    parser.add_argument("command", choices=["check"], help="count entries, list malformed ones and missing media")
+    parser.add_argument("corpus", help="JSON list of [annotation file, media root, medium]")
+    parser.add_argument("--decode", action="store_true", help="also open every medium and decode all of it")
+    args = parser.parse_args(argv)
+    return 1 if check(args.corpus, args.decode) else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,72 @@
+"""From nothing to a model that watches videos, in one go: the toy world, stages 0 to 3, and its MVBench.
+
+Runs the same commands that one would type (STEPS), one after another, each in a process of its own, and adds nothing to
+them. A step that is done is not done again: stop with Ctrl-C and start again at will.
+
+Run:    make demo          # or, in a set-up environment: python demo.py
+"""
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+RUN = Path("runs/toy")
+STEPS = [  # what it is, the command, its minutes on 2 CPU cores
+    ("make the toy world: 12,000 clips and a benchmark", "toyworld.py --out data/toy", 2),
+    ("stage 0: stand-ins, a ViT that sees and a LLaMA that speaks", "train.py --stage 0", 6),
+    ("stage 1: align, Q-Former and text", "train.py --stage 1", 4),
+    ("stage 2: connect, captions through the frozen LLaMA", "train.py --stage 2", 5),
+    ("stage 3: tune on instructions, with LoRA", "train.py --stage 3", 7),
+    ("MVBench: 20 tasks", "mvbench.py --ckpt runs/toy/stage3", 1),
+    ("MVBench without the video", "mvbench.py --ckpt runs/toy/stage3 --control blank", 1),
+]
+
+
+def main():
+    if shutil.disk_usage(".").free < 1e9:
+        sys.exit("demo.py: less than 1 GB of disk is free here; the toy world and the checkpoints need it")
+    print(f"VideoChat2 on the toy world: {len(STEPS)} steps, about {sum(minutes for *_, minutes in STEPS)} minutes on 2 CPU "
+          "cores.\nStop with Ctrl-C at any time: make demo goes on where it stopped.\n")
+    for number, (what, command, minutes) in enumerate(STEPS, 1):
+        print(f"  {number}. {what:62} about {minutes} min    python {command}")
+    times = {}
+    for number, (what, command, _) in enumerate(STEPS, 1):
+        print(f"\n=== {number}/{len(STEPS)} {what}\n$ python {command}", flush=True)
+        begun = time.time()
+        code = run([sys.executable, *command.split()])
+        times[command] = round(time.time() - begun, 1)
+        if code:
+            print(f"\ndemo: stopped in step {number} (python {command}); run it again to go on", file=sys.stderr)
+            return code
+    (RUN / "demo.json").write_text(json.dumps(times, indent=2))
+    print("\nMinutes per step: " + ", ".join(f"{seconds / 60:.1f}" for seconds in times.values())
+          + f"; {sum(times.values()) / 60:.1f} in all")
+    clip = sorted(Path("data/toy/videos").rglob("*.gif"))[0]
+    print(f"""
+Where things lie
+  data/toy                           the world: videos, captions, instructions, benchmark
+  runs/toy/stage3                    the model
+  runs/toy/stage3/mvbench            every question with its answer (predictions.jsonl), the accuracies (mvbench.json)
+  runs/toy/metrics.jsonl             losses of every stage
+
+What to try next
+  .venv/bin/python chat.py --ckpt runs/toy/stage3 --video {clip} --ask "What happens in the video?"
+  .venv/bin/python mvbench.py --ckpt runs/toy/stage2
+  .venv/bin/python train.py --help""")
+    return 0
+
+
+def run(command):
+    """Runs one step in the foreground; Ctrl-C reaches it too, and it is given the time to save."""
+    process = subprocess.Popen(command)
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue
+
+
+if __name__ == "__main__":
+    sys.exit(main())

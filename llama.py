@@ -1,0 +1,256 @@
+"""
+The voice: token embeddings (B, S, D) -> next-token logits (B, S, V), and generation with a key/value cache.
+
+LLaMA 1 and 2 (Vicuna), and Mistral, whose key/value heads are shared by groups of query heads. It reads embeddings,
+not ids, because a video's tokens have no ids.
+
+    embeds -> [ x + attention(norm(x)); x + swiglu(norm(x)) ] x depth -> norm -> lm_head -> logits
+
+Not here: tokenisation (tokenizer.py), LoRA (lora.py), reading Hugging Face folders (weights.py), sliding windows.
+
+Source: LLaMA (arXiv 2302.13971), GQA (arXiv 2305.13245), RoPE (arXiv 2104.09864). Attribute names and the half-split
+rotation are Hugging Face's, so weights load without renaming or permuting.
+Run:    python -m pytest tests/test_llama.py
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass
+class LlamaConfig:
+    vocab_size: int = 32000
+    width: int = 4096
+    depth: int = 32
+    heads: int = 32
+    kv_heads: int = 32            # fewer than heads: each key/value head serves heads / kv_heads query heads
+    ffn: int = 11008
+    eps: float = 1e-6
+    rope_theta: float = 1e4
+    max_positions: int = 2048     # the length it was trained for; longer inputs are refused
+    checkpoint_layers: bool = False  # training: recompute each layer in the backward pass instead of storing it
+
+    def __post_init__(self):
+        if self.width % (2 * self.heads):
+            raise ValueError(f"LLM width {self.width} does not give its {self.heads} heads an even size")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"{self.heads} heads cannot share {self.kv_heads} key/value heads evenly")
+
+    @property
+    def head_size(self):
+        return self.width // self.heads
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the parts
+
+class KVCache:
+    """
+    Keys and values of all tokens so far, per layer (B, kv_heads, S, hs), and the padding mask (B, S) that goes with
+    them. One concatenation per layer and step: as simple as it gets, and small beside the matrix products.
+    """
+    def __init__(self, depth):
+        self.layers = [None] * depth
+        self.mask = None          # (B, S) 1 = token
+
+    def append(self, i, k, v):
+        """Layer i's new k, v (B, kv_heads, s, hs) -> all of its k, v."""
+        if self.layers[i] is not None:
+            old_k, old_v = self.layers[i]
+            k, v = torch.cat((old_k, k), dim=2), torch.cat((old_v, v), dim=2)   # (B, kv_heads, S, hs)
+        self.layers[i] = k, v
+        return k, v
+
+    def append_mask(self, mask):
+        """The new tokens' mask (B, s) -> the mask (B, S) of all."""
+        self.mask = mask if self.mask is None else torch.cat((self.mask, mask), dim=1)      # (B, S)
+        return self.mask
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x):
+        y = x.float()             # squares overflow float16 and lose bits in bfloat16
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+def rope_angles(positions, head_size, theta, dtype):
+    """positions (B, S) -> cos, sin (B, 1, S, hs): a head's frequencies, once for each of its halves."""
+    pair = torch.arange(0, head_size, 2, device=positions.device).float()       # (hs/2,)
+    angle = positions[..., None].float() * theta ** (-pair / head_size)         # (B, S, hs/2)
+    angle = torch.cat((angle, angle), dim=-1)[:, None]                          # (B, 1, S, hs)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x, cos, sin):
+    """
+    Turn x (B, nh, S, hs) by its positions' angles.
+    subtle: channel j pairs with j + hs/2 (Hugging Face), not with its neighbour (the paper, Meta's files).
+    """
+    x1, x2 = x.chunk(2, dim=-1)                                                 # 2 x (B, nh, S, hs/2)
+    return x * cos + torch.cat((-x2, x1), dim=-1) * sin                         # (B, nh, S, hs)
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.hs = hs = cfg.head_size
+        self.q_proj = nn.Linear(cfg.width, cfg.heads * hs, bias=False)
+        self.k_proj = nn.Linear(cfg.width, cfg.kv_heads * hs, bias=False)
+        self.v_proj = nn.Linear(cfg.width, cfg.kv_heads * hs, bias=False)
+        self.o_proj = nn.Linear(cfg.heads * hs, cfg.width, bias=False)
+
+    def heads(self, x):
+        return x.unflatten(-1, (-1, self.hs)).transpose(1, 2)                   # (B, nh, S, hs)
+
+    def forward(self, x, rope, mask, cache, i):                                 # x (B, s, D), mask (B, 1, s, S) or None
+        q = rotate(self.heads(self.q_proj(x)), *rope)                           # (B, nh, s, hs)
+        k = rotate(self.heads(self.k_proj(x)), *rope)                           # (B, kv_heads, s, hs)
+        v = self.heads(self.v_proj(x))                                          # (B, kv_heads, s, hs)
+        if cache is not None:
+            k, v = cache.append(i, k, v)                                        # (B, kv_heads, S, hs)
+        groups = q.shape[1] // k.shape[1]
+        k, v = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (k, v))    # (B, nh, S, hs)
+        # without a mask: a whole sequence (s = S) is causal, a single new token (s = 1) sees all before it
+        is_causal = mask is None and q.shape[2] > 1
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)    # (B, nh, s, hs)
+        return self.o_proj(y.transpose(1, 2).flatten(2))                        # (B, s, D)
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.gate_proj = nn.Linear(cfg.width, cfg.ffn, bias=False)
+        self.up_proj = nn.Linear(cfg.width, cfg.ffn, bias=False)
+        self.down_proj = nn.Linear(cfg.ffn, cfg.width, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.input_layernorm = RMSNorm(cfg.width, cfg.eps)
+        self.self_attn = Attention(cfg)
+        self.post_attention_layernorm = RMSNorm(cfg.width, cfg.eps)
+        self.mlp = MLP(cfg)
+
+    def forward(self, x, rope, mask, cache, i):
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, i)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the whole
+
+def attention_mask(mask, s):
+    """
+    Padding mask (B, S) of all tokens so far, 1 = token -> what the s newest of them may see: (B, 1, s, S) bool, or
+    None where causality alone says it.
+    """
+    S = mask.shape[1]
+    if s in (1, S) and mask.all():
+        return None
+    # subtle: behind the last real token padding does no harm, for no real token ever looks right
+    if s == S and (mask.diff(dim=1) <= 0).all():
+        return None
+    causal = torch.ones(s, S, dtype=torch.bool, device=mask.device).tril(S - s)     # (s, S)
+    allowed = causal & mask.bool()[:, None, None, :]                                # (B, 1, s, S)
+    # subtle: a padding row on the left may see nothing, and softmax over nothing is NaN: let each row see itself
+    return allowed | torch.eye(s, S, dtype=torch.bool, device=mask.device).roll(S - s, dims=1)
+
+
+class Llama(nn.Module):
+    """
+    forward: embeds (B, S, D), mask (B, S) 1 = token, padding left or right -> hidden (B, S, D) after the final norm;
+    logits are self.lm_head(hidden), so that callers compute them only where they are needed. With a KVCache, embeds
+    and mask are those of the new tokens only. Raises ValueError beyond max_positions.
+    """
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(cfg.vocab_size, cfg.width),
+            "layers": nn.ModuleList(Layer(cfg) for _ in range(cfg.depth)),
+            "norm": RMSNorm(cfg.width, cfg.eps),
+        })
+        self.lm_head = nn.Linear(cfg.width, cfg.vocab_size, bias=False)
+        self.apply(self._init_weights)
+
+    @staticmethod
+    def _init_weights(module):
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+
+    def embed(self, ids):                                                       # (B, S)
+        return self.model["embed_tokens"](ids)                                  # (B, S, D)
+
+    def forward(self, embeds, mask=None, cache=None):
+        B, s = embeds.shape[:2]
+        if mask is None:
+            mask = torch.ones(B, s, dtype=torch.long, device=embeds.device)     # (B, s)
+        if cache is not None:
+            mask = cache.append_mask(mask)                                      # (B, S), old tokens and new ones
+        if mask.shape[1] > self.cfg.max_positions:
+            raise ValueError(f"{mask.shape[1]} tokens, but the LLM takes at most {self.cfg.max_positions}: "
+                             "shorten the text or the video")
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -s:]            # (B, s), padding is not counted
+        rope = rope_angles(positions, self.cfg.head_size, self.cfg.rope_theta, embeds.dtype)
+        allowed = attention_mask(mask, s)                                       # (B, 1, s, S) or None
+        recompute = self.cfg.checkpoint_layers and self.training and torch.is_grad_enabled()
+        x = embeds
+        for i, layer in enumerate(self.model["layers"]):
+            args = (x, rope, allowed, cache, i)
+            x = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
+        return self.model["norm"](x)                                            # (B, s, D)
+
+    @torch.no_grad()
+    def generate(self, embeds, mask=None, max_new_tokens=100, stop=(), temperature=0.0, generator=None,
+                 first_logits=False):
+        """
+        Continue a prompt: embeds (B, S, D), padded on the left -> a list of B lists of new ids.
+
+        stop: ids that end a row (and are left out), or a function (the row's new ids) -> True when it is complete;
+        what it stopped at is then kept. temperature 0 is greedy, above it tokens are drawn with generator, a CPU one.
+        first_logits adds the first step's logits (B, V).
+        Raises ValueError if a prompt ends in padding.
+        """
+        if mask is not None and not mask[:, -1].all():
+            raise ValueError("a prompt ends in padding: generate needs prompts padded on the left")
+        cache, first = KVCache(self.cfg.depth), None
+        rows, done = [[] for _ in embeds], [False] * len(embeds)
+        for _ in range(max_new_tokens):
+            hidden = self(embeds, mask, cache)                                  # (B, s, D), s = S, then 1
+            logits = self.lm_head(hidden[:, -1])                                # (B, V)
+            first = logits if first is None else first
+            ids = sample(logits, temperature, generator)                        # (B,)
+            for row, new in enumerate(ids.tolist()):
+                done[row] = done[row] or extend(rows[row], new, stop)
+            if all(done):
+                break
+            embeds, mask = self.embed(ids[:, None]), None                       # (B, 1, D)
+        return (rows, first) if first_logits else rows
+
+
+def sample(logits, temperature, generator):
+    """(B, V) -> ids (B,): the best at temperature 0, otherwise drawn from the softmax."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = (logits.float() / temperature).softmax(-1)                  # (B, V)
+    # on the CPU, so that one generator serves every device and a seed gives the same tokens on each
+    return torch.multinomial(probabilities.cpu(), 1, generator=generator)[:, 0].to(logits.device)
+
+
+def extend(ids, new, stop):
+    """Add the id new to the list ids -> whether the row is complete now (see generate's stop)."""
+    if not callable(stop) and new in stop:
+        return True
+    ids.append(new)
+    return callable(stop) and bool(stop(ids))

@@ -1,0 +1,243 @@
+"""The assembled VideoChat2: a video goes in, language comes out.
+
+    video (B, T, 3, H, W) -> vision_encoder -> (B, N, C) -> qformer -> (B, Q, E) -> llama_proj -> (B, Q, D)
+    the projected queries stand in the prompt like Q words of a foreign language; the LLM reads on from there.
+
+This file joins the parts (vit_video, qformer, llama, lora), names the sizes (PRESETS) and says what trains in which stage
+(PARTS, FROZEN). It does not read files (checkpoint.py, data.py), build prompts (prompt.py) or run the loop (train.py).
+
+Source: paper section 4 (figure 4); official models/videochat2_{qformer,pt_vicuna,it_vicuna}.py.
+Try:    python model.py            # every preset's parts with their parameter counts, nothing is allocated
+
+Letters used for shapes, here and in every file:
+    B batch   T frames   L patches per frame   N = T * L patches per video   Q queries   S text tokens
+    C, E, D widths of ViT, Q-Former, LLM   nh heads   hs head size   V vocabulary
+"""
+import re
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from llama import Llama, LlamaConfig
+from lora import add_lora
+from prompt import IGNORE, VIDEO
+from qformer import Aligner, QFormer, QFormerConfig
+from vit_video import VisionTransformer, ViTConfig
+
+# ---------------------------------------------------------------------------------------------------------------- sizes
+
+
+@dataclass
+class Config:
+    """Sizes and conventions of one model. The defaults are VideoChat2 with Vicuna-7B v0 (spec: paper table 10)."""
+    preset: str = "vicuna-7b"
+    vit: ViTConfig = field(default_factory=ViTConfig)
+    qformer: QFormerConfig = field(default_factory=QFormerConfig)
+    llama: LlamaConfig = field(default_factory=LlamaConfig)
+    n_query: int = 32               # learned in stage 1
+    n_extra: int = 64               # added in stages 2 and 3, starting at zero: the LLM then reads 32 + 64 = 96 tokens
+    align_frames: int = 4           # frames of a clip in stage 1, the length of vision_temp_embed
+    train_frames: int = 8           # frames of a clip in stages 2 and 3
+    eval_frames: int = 16           # frames of a clip in MVBench and chat
+    align_text: int = 32            # tokens of a caption in stage 1
+    max_text: int = 512             # tokens of a prompt in stages 2 and 3, the video's not counted
+    lora_names: tuple = ("q_proj", "v_proj")
+    lora_r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.1
+    style: str = "vicuna"           # how a conversation is written: prompt.py
+    crop: bool = True               # random resized crop in training, centre crop in evaluation
+    train_norm: str = "imagenet"    # QUIRK dataset/__init__.py:37 trains with ImageNet's mean and std ...
+    eval_norm: str = "clip"         # ... conversation.py:103 evaluates with CLIP's
+
+    @classmethod
+    def from_dict(cls, d):
+        """Inverse of asdict. Raises ValueError for a key that no field has."""
+        d = dict(d)
+        for name, part in (("vit", ViTConfig), ("qformer", QFormerConfig), ("llama", LlamaConfig)):
+            d[name] = checked(part, d.get(name, {}))
+        config = checked(cls, d)
+        config.lora_names = tuple(config.lora_names)
+        return config
+
+
+def checked(cls, d):
+    """cls(**d), with an error that names what cls does not know."""
+    unknown = sorted(set(d) - {f.name for f in fields(cls)})
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no option {', '.join(unknown)}")
+    return cls(**d)
+
+
+def toy_config():
+    """48-pixel clips of coloured shapes: 16 frames x 16 patches = 256 tokens; about 3 million parameters in all."""
+    return Config(
+        preset="toy",
+        vit=ViTConfig(img_size=48, patch_size=12, width=128, depth=4, heads=4, frames=16),
+        qformer=QFormerConfig(vocab_size=0, width=128, depth=4, heads=4, ffn=512, vision_width=128, embed_dim=128,
+                              max_positions=256, dropout=0.0, drop_path=0.0),
+        llama=LlamaConfig(vocab_size=0, width=128, depth=4, heads=4, kv_heads=4, ffn=384),
+        n_query=16, n_extra=16, align_frames=16, train_frames=16, eval_frames=16, align_text=64,
+        lora_names=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        lora_dropout=0.0, crop=False, eval_norm="imagenet")
+
+
+def micro_config():
+    """As small as it gets, for tests: every stage takes a step within a fraction of a second."""
+    toy = toy_config()
+    return replace(toy, preset="micro",
+                   vit=replace(toy.vit, width=32, depth=2, heads=2, frames=4),
+                   qformer=replace(toy.qformer, width=32, depth=2, heads=2, ffn=64, vision_width=32, embed_dim=32),
+                   llama=replace(toy.llama, width=32, depth=2, heads=2, kv_heads=1, ffn=64),
+                   n_query=4, n_extra=4, align_frames=4, train_frames=4, eval_frames=4, lora_r=4, lora_alpha=8)
+
+
+def mistral_config():
+    """The stronger later variant: Mistral-7B-Instruct-v0.2, LoRA on every linear layer."""
+    return Config(
+        preset="mistral-7b", style="mistral",
+        llama=LlamaConfig(kv_heads=8, ffn=14336, eps=1e-5, rope_theta=1e6, max_positions=32768),
+        lora_names=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"))
+
+
+PRESETS = {"toy": toy_config, "micro": micro_config, "vicuna-7b": Config, "mistral-7b": mistral_config}
+
+# --------------------------------------------------------------------------------------------- what trains in which stage
+
+PARTS = {  # which parts a stage's model has
+    1: ("vision", "qformer", "align"),
+    2: ("vision", "qformer", "connect", "llm"),
+    3: ("vision", "qformer", "connect", "llm", "lora"),
+}
+FROZEN = {  # names that do not train, as patterns; everything else does
+    1: r"^vision_encoder\.",
+    # stage 2 puts no text into the Q-Former: its word embeddings and the FFN of its text rows would get no gradient
+    2: r"^llama_model\.|^qformer\.cls\.|\.(word|position)_embeddings\.|\.layer\.\d+\.(intermediate|output)\.",
+    3: r"^llama_model\.(?!.*lora_)|^qformer\.cls\.",
+}
+
+
+class VideoChat2(nn.Module):
+    """The parts of one stage under the official checkpoint's names.
+
+    stage 1 has the losses' heads (aligner) and no LLM; stages 2 and 3 have projection, extra queries and the LLM;
+    stage 3 has LoRA in the LLM.
+    """
+
+    def __init__(self, cfg, stage):
+        super().__init__()
+        parts = PARTS[stage]
+        C, E, D = cfg.vit.width, cfg.qformer.width, cfg.llama.width
+        self.cfg, self.stage = cfg, stage
+        self.vision_encoder = VisionTransformer(cfg.vit)
+        self.vision_layernorm = nn.LayerNorm(C, eps=1e-12)
+        self.query_tokens = nn.Parameter(torch.empty(1, cfg.n_query, E).normal_(std=0.02))
+        self.qformer = QFormer(cfg.qformer)
+        if "align" in parts:
+            self.vision_temp_embed = nn.Parameter(torch.zeros(1, cfg.align_frames, 1, C))
+            self.aligner = Aligner(cfg.qformer)
+        if "connect" in parts:
+            self.extra_query_tokens = nn.Parameter(torch.zeros(1, cfg.n_extra, E))
+            self.llama_proj = nn.Linear(E, D)
+        if "llm" in parts:
+            self.llama_model = Llama(cfg.llama)
+        if "lora" in parts:
+            add_lora(self.llama_model, cfg.lora_names, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout)
+
+    @property
+    def device(self):
+        return self.query_tokens.device
+
+    # ---- stage 1
+
+    def align(self, batch, generator=None):
+        """Stage 1: {"vtc", "vtm", "vtg"} of video (B, T, 3, H, W) and caption ids, mask (B, S), idx (B,)."""
+        x = self.vision_encoder(batch["video"])                            # (B, T, L, C)
+        # subtle: an image (T = 1) is repeated to align_frames by broadcasting, as in videochat2_qformer.py:177
+        x = (x + self.vision_temp_embed).flatten(1, 2)                     # (B, N, C)
+        vision = self.vision_layernorm(x)                                  # (B, N, C)
+        return self.aligner.losses(self.qformer, self.query_tokens, vision, batch["ids"], batch["mask"], batch["idx"],
+                                   batch["dec_id"], generator=generator)
+
+    # ---- stages 2 and 3
+
+    def encode(self, video):
+        """video (B, T, 3, H, W) -> patch features (B, N, C). Stage 1's vision_temp_embed is not used here."""
+        return self.vision_layernorm(self.vision_encoder(video).flatten(1, 2))
+
+    def queries(self, vision, qf_ids=None, qf_mask=None):
+        """vision (B, N, C), instruction qf_ids, qf_mask (B, S) or None -> what the LLM reads (B, Q, D)."""
+        query = torch.cat([self.query_tokens, self.extra_query_tokens], 1).expand(len(vision), -1, -1)  # (B, Q, E)
+        hidden = self.qformer(query=query, ids=qf_ids, mask=qf_mask, vision=vision)                     # (B, Q + S, E)
+        return self.llama_proj(hidden[:, :query.shape[1]])                                              # (B, Q, D)
+
+    def splice(self, ids, video_tokens=None):
+        """Embeds ids (B, S) -> (B, S, D) and puts video_tokens (B, Q, D) where ids is VIDEO."""
+        slot = ids == VIDEO
+        embeds = self.llama_model.embed(ids.masked_fill(slot, 0))          # (B, S, D)
+        if video_tokens is None:
+            return embeds
+        return embeds.masked_scatter(slot.unsqueeze(-1), video_tokens.to(embeds.dtype))
+
+    def read(self, batch):
+        """Everything before the LLM's first layer: -> embeds (B, S, D)."""
+        if "video" not in batch:
+            return self.splice(batch["ids"])
+        vision = self.encode(batch["video"])
+        return self.splice(batch["ids"], self.queries(vision, batch.get("qf_ids"), batch.get("qf_mask")))
+
+    def loss(self, batch):
+        """Stages 2 and 3: mean cross-entropy over the label tokens of video, ids, labels, mask (B, S)."""
+        hidden = self.llama_model(self.read(batch), batch["mask"])         # (B, S, D)
+        return lm_loss(self.llama_model, hidden, batch["labels"])
+
+    @torch.no_grad()
+    def answer(self, embeds, mask, max_new_tokens, stop, **sampling):
+        """Left-padded embeds (B, S, D) -> (new ids per row, logits (B, V) of the first new token)."""
+        return self.llama_model.generate(embeds, mask, max_new_tokens, stop=stop, first_logits=True, **sampling)
+
+
+def lm_loss(llama, hidden, labels):
+    """Next-token cross-entropy, mean over labels != IGNORE. hidden (B, S, D), labels (B, S) -> scalar.
+
+    Logits are computed only where there is a target: the vocabulary is the widest axis of the whole model.
+    """
+    target = labels[:, 1:]                                                 # (B, S - 1)
+    keep = target != IGNORE
+    logits = llama.lm_head(hidden[:, :-1][keep]).float()                   # (number of targets, V)
+    return F.cross_entropy(logits, target[keep])
+
+
+def set_trainable(model, stage):
+    """Freezes what the stage does not train and returns rows (part, parameters, trained) for the log."""
+    for name, p in model.named_parameters():
+        p.requires_grad = not re.search(FROZEN[stage], name)
+    return part_table(model)
+
+
+def part_table(model):
+    """Rows (part, parameters, trained) of the top-level parts, and of LoRA apart from the LLM it sits in."""
+    rows = {}
+    for name, p in model.named_parameters():
+        part = "lora" if "lora_" in name else name.split(".")[0]
+        total, trained = rows.get(part, (0, 0))
+        rows[part] = (total + p.numel(), trained + p.numel() * p.requires_grad)
+    return [(part, *counts) for part, counts in rows.items()]
+
+
+def main():
+    for name, make in PRESETS.items():
+        cfg = make()
+        if not cfg.llama.vocab_size:                                       # the toy's is known after its tokenizer is made
+            cfg.llama.vocab_size = cfg.qformer.vocab_size = 1000
+        with torch.device("meta"):
+            model = VideoChat2(cfg, 3)
+        print(f"\n{name}: stage 3 on {cfg.train_frames} frames of {cfg.vit.img_size} pixels")
+        for part, total, trained in set_trainable(model, 3):
+            print(f"  {part:20} {total:>13,} parameters, {trained:>11,} trained")
+
+
+if __name__ == "__main__":
+    main()

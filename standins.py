@@ -1,0 +1,107 @@
+"""Stage 0: stand-ins for what the real system takes ready-made, a video ViT that sees (UMT-L) and an LLM that speaks (Vicuna).
+
+    Teacher       ViT + heads, trained towards the toy world's ground truth, patch by patch
+    TextData      the toy world in words, for the small LLaMA: conversations whose video is its caption
+    vocabulary    the tokenizers' files
+
+With real checkpoints nothing here is needed. The loop is train.py's; source of the idea: UMT (arXiv 2303.16058).
+
+Run:    python train.py --stage 0
+"""
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import checkpoint
+from prompt import VIDEO, conversation_prompt, pad_batch
+from tokenizer import train_sentencepiece, train_wordpiece
+from vit_video import VisionTransformer
+
+
+class Teacher(nn.Module):
+    """The video ViT with linear heads on every patch token: colour, shape and activity of what covers the patch.
+
+    UMT aligns each token of its ViT with a teacher's feature of the same patch; here the teacher is the toy world's
+    ground truth itself. The heads are thrown away afterwards.
+    """
+
+    def __init__(self, cfg, classes):
+        super().__init__()
+        self.vision_encoder = VisionTransformer(cfg.vit)
+        self.norm = nn.LayerNorm(cfg.vit.width)
+        self.heads = nn.ModuleList([nn.Linear(cfg.vit.width, n) for n in classes])
+
+    def losses(self, batch):
+        """video (B, T, 3, H, W), targets (B, T, L, 3) -> {"colour", "shape", "activity"}: mean cross-entropies."""
+        x = self.norm(self.vision_encoder(batch["video"]))                 # (B, T, L, C)
+        targets = batch["targets"].unbind(-1)                              # 3 x (B, T, L)
+        return {name: F.cross_entropy(head(x).flatten(0, 2), target.flatten())
+                for name, head, target in zip(("colour", "shape", "activity"), self.heads, targets, strict=True)}
+
+
+class TeacherData(torch.utils.data.Dataset):
+    """Clips with the teacher's classes: targets.npy (clips, frames, patches, 3) beside the captions."""
+
+    def __init__(self, clips, targets):
+        self.clips, self.targets = clips, targets
+        self.sources, self.set_epoch = clips.sources, clips.set_epoch
+
+    def __len__(self):
+        return len(self.clips)
+
+    def __getitem__(self, index):
+        sample = self.clips[index]
+        sample["targets"] = torch.from_numpy(self.targets[sample["idx"]].astype(np.int64))
+        return sample
+
+
+class TextData(torch.utils.data.Dataset):
+    """Conversations without a video: where the video's tokens will stand, the caption's words do.
+
+    So the LLM learns the language, and to find an option's letter by what it reads in that place, and it cannot learn
+    any answer by heart. Each item is a Prompt; its labels are the caption and the answers.
+    """
+
+    def __init__(self, path, tok, style):
+        self.documents = [json.loads(line) for line in open(path)]
+        self.tok, self.style = tok, style
+
+    def __len__(self):
+        return len(self.documents)
+
+    def __getitem__(self, index):
+        caption, qas = self.documents[index]
+        words = self.tok.encode(caption)
+        prompt = conversation_prompt(self.tok, qas, n_video=len(words), style=self.style)
+        slot = prompt.ids.index(VIDEO)
+        prompt.ids[slot:slot + len(words)] = words
+        prompt.labels[slot:slot + len(words)] = words
+        return prompt
+
+
+def collate_text(prompts):
+    ids, labels, mask = pad_batch(prompts, pad_id=0)
+    return {"ids": ids, "labels": labels, "mask": mask, "bad": []}
+
+
+def collate_teacher(samples):
+    return {"video": torch.stack([s["video"] for s in samples]), "targets": torch.stack([s["targets"] for s in samples]),
+            "bad": [path for s in samples for path in s["bad"]]}
+
+
+def vocabulary(text, folder, size=1000):
+    """The files of both tokenizers, made from text.jsonl if they are not there: -> (tokenizer.model, vocab.txt)."""
+    text, folder = Path(text), Path(folder)
+    if not folder.is_dir():
+        if not text.is_file():
+            raise FileNotFoundError(f"{text} does not exist; make the toy world by: python toyworld.py --out {text.parent}")
+        documents = [json.loads(line) for line in open(text)]
+        texts = [text for caption, qas in documents for text in (caption, *(qa[k] for qa in qas for k in "iqa"))]
+        with checkpoint.whole_folder(folder) as temporary:
+            train_sentencepiece(texts, str(temporary / "tokenizer.model"), vocab_size=size)
+            train_wordpiece(texts, str(temporary / "vocab.txt"))
+    return folder / "tokenizer.model", folder / "vocab.txt"

@@ -1,0 +1,427 @@
+"""A small world of coloured things with exact ground truth, rendered to short video files: the embedded default data.
+
+Is: 20 simulations, one for each MVBench task; the annotation each of them returns (tracks and events, never pixels);
+the drawing of an annotation as a GIF of 16 frames at 2 fps; the per-patch teacher of stage 0; the writer of it all.
+Is not: language. What is said and asked about an annotation is qagen.py's business, which sees no pixel.
+Source: MVBench (arXiv 2311.17005v4) section 3 for the tasks; CLEVRER and Something-Else for the taste in worlds.
+
+    python toyworld.py --out data/toy --sheet sheet.png
+
+A clip is 16 frames in which every state lasts two frames or more, so that 8 frames of it still tell the story, and
+whose frames 7 and 8 look the same whatever the answer is: the middle frame alone tells nothing.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+import textwrap
+from functools import partial
+from itertools import pairwise
+from multiprocessing import Pool
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+import qagen
+
+FRAMES, FPS = 16, 2
+UNITS = 48    # the world is 48 x 48 units, y pointing down; a patch of the teacher is measured in units
+PIXELS = 64   # of the files: decord mistakes rows shorter than 64 pixels for four-channel ones
+
+INKS = {"black": (20, 20, 24), "white": (250, 250, 250), "grey": (130, 130, 138), "red": (222, 40, 40),
+        "green": (30, 165, 70), "blue": (45, 90, 230), "yellow": (250, 215, 40), "purple": (150, 50, 190),
+        "orange": (245, 135, 25), "light": (226, 226, 222), "cream": (240, 230, 210), "mist": (208, 220, 228),
+        "sand": (232, 200, 130), "rust": (190, 140, 80), "sky": (150, 205, 245), "water": (60, 130, 190),
+        "pine": (20, 80, 50), "moss": (130, 165, 110), "brick": (150, 110, 105), "snow": (235, 242, 250)}
+INK = {name: i for i, name in enumerate(INKS)}
+PLAIN = ("light", "cream", "mist")
+
+COLOURS = ("none", *qagen.COLOURS, "grey", "white", "black")
+SHAPES = ("none", *qagen.SHAPES, *qagen.LETTERS, *qagen.POSES, "cup", "ball", "lamp", "wall", "block", "agent",
+          "person", "gift", *qagen.PLACES, "dark")
+ACTIVITIES = ("none", "still", *qagen.DIRECTIONS, "grows", "shrinks", "spins clockwise", "spins counter-clockwise",
+              "blinks", "jumps", "shakes", "wobbles", "bounces", "zigzags", "appears", "disappears", "teleports",
+              "passes through the wall", "stops in mid-fall", "splits in two", "lit")
+HELD_OUT = {("star", "red"), ("circle", "green"), ("cross", "blue"),
+            ("triangle", "yellow"), ("square", "purple"), ("diamond", "orange")}  # training never shows these six
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Things and what they do. A thing is a dict of a shape, a colour and one track of 16 values for all that may change.
+
+
+def thing(shape, colour, x, y, size=14, angle=0, look="plain"):
+    """A thing at rest; size is its diameter, angle is clockwise in degrees, look: plain | hollow | lit | hidden."""
+    tracks = {"x": x, "y": y, "size": size, "angle": angle, "look": look, "activity": "still"}
+    return {"shape": shape, "colour": colour, **{key: [value] * FRAMES for key, value in tracks.items()}}
+
+
+def wave(k):
+    """Between -1 and 1, up and down in eight frames."""
+    return abs(k % 8 - 4) / 2 - 1
+
+
+ACTS = {  # what frame k of n adds to x, y and angle, multiplies size by, or puts in the place of the look
+    "grows": lambda k, n: {"size": 1 + 0.6 * (k + 1) / n},
+    "shrinks": lambda k, n: {"size": 1 - 0.4 * (k + 1) / n},
+    "spins clockwise": lambda k, n: {"angle": 40 * (k + 1)},
+    "spins counter-clockwise": lambda k, n: {"angle": -40 * (k + 1)},
+    "blinks": lambda k, n: {"look": "hollow" if k % 4 < 2 else "plain"},
+    "jumps": lambda k, n: {"y": -10 if k % 4 < 2 else 0},
+    "shakes": lambda k, n: {"x": 6 if k % 4 < 2 else -6},
+    "wobbles": lambda k, n: {"angle": 38 * math.sin(math.pi * (k + 1) / 3)},
+    "bounces": lambda k, n: {"y": -12 * abs(math.sin(math.pi * k / 4))},
+    "zigzags": lambda k, n: {"x": 24 * k / (n - 1) - 12, "y": 7 * (abs(k % 4 - 2) - 1)},
+}
+LASTING = ("grows", "shrinks", "spins clockwise", "spins counter-clockwise")  # what they change stays changed
+
+
+def event(action, start, end=FRAMES, who=0, **more):
+    """Thing number `who` does it from frame `start` until before frame `end`; written in seconds, as data sets do."""
+    return {"object": who, "action": action, "start": start / FPS, "end": end / FPS, **more}
+
+
+def act(one, action, start=0, end=FRAMES):
+    """Change the tracks of a thing by ACTS[action] in frames start .. end - 1, and after them if it lasts."""
+    deed = {"spins": "spins clockwise"}.get(action, action)
+    for t in range(start, FRAMES if deed in LASTING else min(end, FRAMES)):
+        for key, change in ACTS[deed](min(t, end - 1) - start, end - start).items():
+            old = one[key][t]
+            one[key][t] = change if key == "look" else old * change if key == "size" else old + change
+        if t < end:
+            one["activity"][t] = deed
+    return event(action, start, end)
+
+
+def path(one, *keys):
+    """Send a thing along straight lines through (frame, x, y) keys; its activity is the direction it goes in."""
+    when, xs, ys = zip(*keys, strict=True)
+    one["x"] = [float(x) for x in np.interp(range(FRAMES), when, xs)]
+    one["y"] = [float(y) for y in np.interp(range(FRAMES), when, ys)]
+    for t in range(1, FRAMES):
+        one["activity"][t] = direction(one["x"][t] - one["x"][t - 1], one["y"][t] - one["y"][t - 1])
+    if one["activity"][1] != "still":
+        one["activity"][0] = one["activity"][1]
+
+
+def direction(dx, dy):
+    """The name of the nearest of the eight directions; "still" below a third of a unit."""
+    if math.hypot(dx, dy) < 1 / 3:
+        return "still"
+    return qagen.DIRECTIONS[round(math.degrees(math.atan2(dy, dx)) / 45) % 8]
+
+
+def step(name, length):
+    """(dx, dy) of a step in one of the eight directions."""
+    turn = math.radians(45 * qagen.DIRECTIONS.index(name))
+    return length * math.cos(turn), length * math.sin(turn)
+
+
+def show(one, *spans, look="plain"):
+    """Visible in these [start, end) spans of frames only."""
+    one["look"] = [look if any(a <= t < b for a, b in spans) else "hidden" for t in range(FRAMES)]
+
+
+def label(one, activity, start, end=FRAMES):
+    one["activity"][start:end] = [activity] * (min(end, FRAMES) - start)
+
+
+def cast(rng, split, n):
+    """n (shape, colour) pairs, all shapes and all colours different; the first is the hero's.
+
+    Held-out pairs are the hero's alone: never in training ("train"), half of the time in the benchmark ("test").
+    """
+    novel = split == "test" and rng.random() < 0.5
+    while True:
+        pairs = list(zip(rng.sample(qagen.SHAPES, n), rng.sample(qagen.COLOURS, n), strict=True))
+        if ((pairs[0] in HELD_OUT) == novel) and not HELD_OUT.intersection(pairs[1:]):
+            return pairs
+
+
+def near(rng, spread, x=24, y=24):
+    """A point at random around (x, y): where a thing stands must not tell what it does."""
+    return x + rng.uniform(-spread, spread), y + rng.uniform(-spread, spread)
+
+
+def simulate(scenario, rng, split="train"):
+    """One clip of a scenario (a key of qagen.TASKS) as an annotation, a plain dict that JSON can hold.
+
+    {"scenario", "duration" in seconds, "background": a name per frame, "objects": [things], "events": [events], ...}
+    """
+    world = SCENARIOS[scenario](rng, partial(cast, rng, split))
+    world = {"scenario": scenario, "duration": FRAMES / FPS, "background": [rng.choice(PLAIN)] * FRAMES} | world
+    for one in world["objects"]:
+        for key in ("x", "y", "size", "angle"):
+            one[key] = [round(value, 1) for value in one[key]]
+    return world
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The twenty scenarios. Each takes (rng, cast) and returns objects and events, the hero first; and, where the data set
+# that it stands for would say so, the background and one more fact.
+
+
+def action_sequence(rng, cast):
+    hero = thing(*cast(1)[0], *near(rng, 4), size=rng.uniform(13, 15))
+    actions = rng.sample(qagen.ACTIONS, 3)
+    return {"objects": [hero],
+            "events": [act(hero, action, start, start + 4) for action, start in zip(actions, (1, 6, 11), strict=True)]}
+
+
+def action_prediction(rng, cast):
+    """Round and round four places; 4 to 7 visits, so that the place seen last is the answer no more than any other."""
+    hero, home = thing(*cast(1)[0], 24, 24, size=13), [(24, 24)]
+    order, visits = rng.sample(qagen.SIDES, 4), rng.randint(4, 7)
+    places = [(24 + dx, 24 + dy) for dx, dy in (step(order[i % 4], 15) for i in range(visits))]
+    seen = [place for place in places for _ in range(2)] + home * FRAMES
+    hero["x"], hero["y"] = (list(track) for track in zip(*seen[:FRAMES], strict=True))
+    for i in range(visits):
+        label(hero, order[i % 4], 2 * i, 2 * i + 2)
+    return {"objects": [hero], "events": [event(order[i % 4], 2 * i, 2 * i + 2) for i in range(visits)]}
+
+
+def action_antonym(rng, cast):
+    (x, y), scale = near(rng, 4), rng.uniform(0.9, 1.1)
+    hero, pair, turn = thing(*cast(1)[0], x, y, size=16 * scale), rng.choice(list(qagen.ANTONYMS)), rng.randrange(3)
+    ramp = np.interp(range(FRAMES), (3, 12), ((-1, 1), (1, -1), (0, 0))[turn])
+    change = rng.choice((5, 10))
+    if pair == "size":
+        hero["size"] = [scale * (16 + 5 * float(r)) for r in ramp]
+    elif pair == "height":
+        path(hero, *((t, x, y - 11 * float(ramp[t])) for t in range(FRAMES)))
+    else:  # neither: always in view, or gone for the middle only
+        show(hero, *([(change, 16)], [(0, change)], rng.choice(([(0, 16)], [(0, 5), (10, 16)])))[turn])
+    verb = (*qagen.ANTONYMS[pair], None)[turn]
+    if verb and pair != "height":
+        label(hero, verb, *((3, 13) if pair == "size" else (change - 2, change + 2)))
+    return {"objects": [hero], "events": [event(verb, 3, 13)] if verb else [], "asked": pair}
+
+
+def fine_grained_action(rng, cast):
+    hero = thing(*cast(1)[0], *near(rng, 5), size=16, angle=rng.randrange(360))
+    return {"objects": [hero], "events": [act(hero, rng.choice(qagen.FINE_ACTIONS))]}
+
+
+def unexpected_action(rng, cast):
+    """It falls slantwise towards a wall; until frame 8 every clip is the same."""
+    shape, colour = cast(1)[0]
+    side, (x, y), what = rng.choice((-1, 1)), near(rng, 2, -4, -3), rng.choice(qagen.SURPRISES)
+    hero, twin = thing(shape, colour, 0, 0, size=12), thing(shape, colour, 0, 0, size=9)
+    wall = thing("wall", "grey", 24 + side * 9, 24, size=48)
+    show(twin)
+    fall = [(0, 24 + side * (x - 13), y + 11), (8, 24 + side * x, y + 24)]
+    end = {"teleports": [(9, 24 + side * x, y + 25), (10, 24 - side * 14, 38)], "stops in mid-fall": [],
+           "passes through the wall": [(14, 24 + side * 18, 38)], "splits in two": [(14, 24 - side * 18, 38)]}[what]
+    path(hero, *fall, *end)
+    if what == "splits in two":
+        path(twin, *fall, (14, 24 + side * 1, 40))
+        hero["size"][9:] = [9] * 7
+        show(twin, (9, 16))
+        label(twin, what, 9)
+    label(hero, what, 9)
+    return {"objects": [hero, twin, wall], "events": [event("falls", 0, 9), event(what, 9)]}
+
+
+def object_existence(rng, cast):
+    """Two things move, one in each half; the lamp blinks in one of the halves or in none."""
+    pairs, lamp = cast(2), thing("lamp", "grey", 24, 10, size=15)
+    spots, halves, blink = rng.sample((11, 37), 2), rng.sample((0, 8), 2), rng.choice((0, 8, None))
+    movers = [thing(*pair, x, 36) for pair, x in zip(pairs, spots, strict=True)]
+    for one, x, start in zip(movers, spots, halves, strict=True):
+        path(one, (start, x, 36), (start + 3, x, 23), (start + 6, x, 36))
+    events = [event("moves", start, start + 7, who) for who, start in enumerate(halves)]
+    if blink is not None:
+        for t in (1, 2, 4, 5):
+            lamp["look"][blink + t] = lamp["activity"][blink + t] = "lit"
+        events.append(event("blinks", blink, blink + 7, 2))
+    return {"objects": [*movers, lamp], "events": events}
+
+
+def object_interaction(rng, cast):
+    """From the centre to touch one of four things, and a little way towards another, in either order."""
+    corners = [(9, 9), (39, 9), (9, 39), (39, 39)]
+    hero, *others = (thing(*pair, x, y, size=11) for pair, (x, y) in zip(cast(5), [(24, 24), *corners], strict=True))
+    touched, approached = rng.sample(range(4), 2)
+    first, second = rng.sample((0, 8), 2)
+    far, little = ([24 + (c - 24) * part for c in corners[i]] for i, part in ((touched, 0.55), (approached, 0.22)))
+    path(hero, *sorted([(t + first, *p) for t, p in ((0, (24, 24)), (2, far), (4, far), (6, (24, 24)))]
+                       + [(t + second, *p) for t, p in ((0, (24, 24)), (2, little), (4, little), (6, (24, 24)))]))
+    return {"objects": [hero, *others], "events": [event("touches", first + 2, first + 5, target=touched + 1),
+                                                   event("approaches", second + 2, second + 5, target=approached + 1)]}
+
+
+def object_shuffle(rng, cast):
+    """Two swaps drawn freely: whatever cup the ball starts under, it ends under each of the three equally often."""
+    spots, order, start = [9, 24, 39], [0, 1, 2], rng.randrange(3)
+    keys, events = [[(0, x, 30), (4, x, 30)] for x in spots], [event("hides", 0, 4, target=start + 1)]
+    for t in (4, 8):
+        a, b = rng.sample(range(3), 2)
+        for here, there, rise in ((a, b, -9), (b, a, 9)):
+            middle = (spots[here] + spots[there]) / 2
+            keys[order[here]] += [(t + 2, middle, 30 + rise), (t + 4, spots[there], 30)]
+        events.append(event("swaps", t, t + 5, order[a] + 1, target=order[b] + 1))
+        order[a], order[b] = order[b], order[a]
+        for cup in set(range(3)) - {order[a], order[b]}:
+            keys[cup].append((t + 4, *keys[cup][-1][1:]))
+    cups = [thing("cup", colour, 0, 0, size=14) for colour in rng.sample(qagen.COLOURS, 3)]
+    for cup, way in zip(cups, keys, strict=True):
+        path(cup, *way)
+    ball = thing("ball", "black", spots[start], 35, size=8)
+    ball["x"], ball["y"] = cups[start]["x"][:], [y + 5 for y in cups[start]["y"]]
+    cups[start]["y"][:3] = [17, 17, 17]  # lifted, to show what is under it
+    show(ball, (0, 3))
+    return {"objects": [ball, *cups], "events": events}
+
+
+def moving_direction(rng, cast):
+    way, (x, y) = rng.choice((*qagen.DIRECTIONS, None)), near(rng, 4)
+    hero, (dx, dy) = thing(*cast(1)[0], x, y), step(way, 14) if way else (0, 0)
+    path(hero, (0, x - dx, y - dy), (15, x + dx, y + dy))
+    return {"objects": [hero], "events": [event(way, 0)] if way else []}
+
+
+def action_localization(rng, cast):
+    hero = thing(*cast(1)[0], *near(rng, 5), size=15, angle=rng.randrange(360))
+    span = rng.choice(((1, 5), (6, 10), (11, 15), (1, 15)))
+    return {"objects": [hero], "events": [act(hero, rng.choice(qagen.LOCAL_ACTIONS), *span)]}
+
+
+def scene_transition(rng, cast):
+    before, after = rng.sample(qagen.PLACES, 2)
+    return {"objects": [], "events": [], "background": [before] * 7 + ["dark"] * 2 + [after] * 7}
+
+
+def action_count(rng, cast):
+    """Four turns of four frames, in some of which it acts; in frames 7 and 8 it never does."""
+    hero, action = thing(*cast(1)[0], *near(rng, 5)), rng.choice(qagen.COUNTED_ACTIONS)
+    turns = sorted(rng.sample(range(4), rng.randint(1, 4)))
+    return {"objects": [hero], "events": [act(hero, action, 4 * turn + 1, 4 * turn + 5) for turn in turns]}
+
+
+def shuttle(one, rng, moving):
+    """To and fro over ten units; a thing that rests does so at a point of the same way, so one frame tells nothing."""
+    phase, (dx, dy), x, y = rng.randrange(8), rng.choice(((5, 0), (0, 5))), one["x"][0], one["y"][0]
+    waves = [wave(phase + t * moving) for t in range(FRAMES)]
+    path(one, *((t, x + dx * w, y + dy * w) for t, w in enumerate(waves)))
+
+
+def movers(rng, cast, count):
+    """Four things in the four quarters, of which the first `count` move."""
+    quarters = rng.sample([(12, 12), (36, 12), (12, 36), (36, 36)], 4)
+    things = [thing(*pair, x, y, size=12) for pair, (x, y) in zip(cast(4), quarters, strict=True)]
+    for i, one in enumerate(things):
+        shuttle(one, rng, moving=i < count)
+    return {"objects": things, "events": [event("moves", 0, who=i) for i in range(count)]}
+
+
+def moving_count(rng, cast):
+    return movers(rng, cast, rng.randint(1, 4))
+
+
+def moving_attribute(rng, cast):
+    return movers(rng, cast, 1)
+
+
+def state_change(rng, cast):
+    """Three states, of which the first and the last are asked about and the one in the middle means nothing."""
+    states = [rng.choice(("plain", "lit")) for _ in range(3)]
+    if rng.random() < 1 / 3:  # the last differs from the first half of the time; change and no change 2 : 1
+        states[2] = "lit" if states[0] == "plain" else "plain"
+    lamp = thing("lamp", "grey", *near(rng, 5), size=26)
+    lamp["look"] = [state for state, n in zip(states, (5, 6, 5), strict=True) for _ in range(n)]
+    lamp["activity"] = ["lit" if look == "lit" else "still" for look in lamp["look"]]
+    return {"objects": [lamp], "events": [event({"lit": "on", "plain": "off"}[state], start, end) for state, (start, end)
+                                          in zip(states, ((0, 5), (5, 11), (11, 16)), strict=True)]}
+
+
+def fine_grained_pose(rng, cast):
+    """Five turns through four poses; the middle one's is as often the last pose as any other."""
+    poses, middle = rng.sample(qagen.POSES, 4), rng.randrange(4)
+    while True:
+        order = [rng.randrange(4) for _ in range(5)]
+        if order[2] == middle and order[4] == 3 and len(set(order)) == 4 and all(a != b for a, b in pairwise(order)):
+            break
+    spans = [(0, 3), (3, 6), (6, 9), (9, 12), (12, 16)]
+    x, y = near(rng, 2)
+    figures = [thing(pose, "black", x, y, size=38) for pose in poses]
+    for i, figure in enumerate(figures):
+        show(figure, *(span for span, pose in zip(spans, order, strict=True) if pose == i))
+    return {"objects": figures, "events": [event(poses[i], *span, i) for i, span in zip(order, spans, strict=True)]}
+
+
+def character_order(rng, cast):
+    spans, (x, y), colour = [(0, 3), (4, 7), (10, 14)], near(rng, 4), rng.choice(qagen.COLOURS)
+    letters = [thing(letter, colour, x, y, size=26) for letter in rng.sample(qagen.LETTERS, 3)]
+    for letter, span in zip(letters, spans, strict=True):
+        show(letter, span)
+    return {"objects": letters, "events": [event("shows", *span, i) for i, span in enumerate(spans)]}
+
+
+def egocentric_navigation(rng, cast):
+    """Some moves of a route whose last three and the stop are the four possible answers in any order."""
+    route, done, heading = ["forward", *rng.sample(qagen.MOVES, 3)], rng.randint(1, 4), rng.randrange(4)
+    agent, at, keys, angles = thing("agent", "purple", 0, 0, size=14), (0.0, 0.0), [(0, 0.0, 0.0)], [90 * heading]
+    for i, move in enumerate(route[:done]):
+        heading += {"forward": 0, "left": -1, "right": 1}[move]
+        at = at[0] + 9.5 * math.sin(math.pi / 2 * heading), at[1] - 9.5 * math.cos(math.pi / 2 * heading)
+        angles += [90 * heading] * 3
+        keys += [(3 * i + 1, *keys[-1][1:]), (3 * i + 3, *at)]
+    shift = [rng.uniform(8 - min(c), 40 - max(c)) for c in list(zip(*keys, strict=True))[1:]]
+    path(agent, *((t, x + shift[0], y + shift[1]) for t, x, y in keys))
+    agent["angle"] = (angles + angles[-1:] * FRAMES)[:FRAMES]
+    return {"objects": [agent], "events": [event(move, 3 * i, 3 * i + 3) for i, move in enumerate(route[:done])],
+            "route": route}
+
+
+def episodic_reasoning(rng, cast):
+    """A gift goes from one person to another in one place, and from that one to a third in the next."""
+    places, colours = rng.sample(qagen.PLACES, 2), rng.sample(qagen.COLOURS, 3)
+    gift, left = thing("gift", "white", 0, 0, size=11), [rng.choice((12, 36)) for _ in places]
+    people = [thing("person", colours[i], 0, 31, size=30) for i in (0, 1, 2)]
+    people[1]["x"] = [48 - left[0]] * 8 + [left[1]] * 8
+    people[0]["x"], people[2]["x"] = [left[0]] * FRAMES, [48 - left[1]] * FRAMES
+    for person, span in zip(people, ([(0, 7)], [(0, 7), (9, 16)], [(9, 16)]), strict=True):
+        show(person, *span)
+    path(gift, (2, left[0], 8), (5, 48 - left[0], 8), (8, 48 - left[0], 8),
+         (9, left[1], 8), (10, left[1], 8), (13, 48 - left[1], 8))
+    show(gift, (0, 7), (9, 16))
+    return {"objects": [gift, *people], "background": [places[0]] * 7 + ["dark"] * 2 + [places[1]] * 7,
+            "events": [event("gives", 2, 6, 1, target=2, place=places[0]),
+                       event("gives", 10, 14, 2, target=3, place=places[1])]}
+
+
+def counterfactual_inference(rng, cast):
+    """It hits one of four grey blocks twice; behind three of the blocks stands something."""
+    sides, pairs = rng.sample(qagen.SIDES, 4), cast(4)
+    away = {side: step(side, 1) for side in sides}
+    hero = thing(*pairs[0], 24, 24, size=10)
+    others = [thing(*pair, *(24 + 19 * d for d in away[side]), size=10) for pair, side in zip(pairs[1:], sides, strict=False)]
+    blocks = [thing("block", "grey", *(24 + 12 * d for d in away[s]), size=14, angle=90 * (dy != 0))
+              for s, (_, dy) in away.items()]
+    way, home = rng.randrange(4), (24, 24)
+    touch = tuple(24 + 5.5 * d for d in away[sides[way]])
+    path(hero, (0, *home), (2, *touch), (4, *touch), (6, *home), (9, *home), (11, *touch), (13, *touch), (15, *home))
+    things = [hero, *others, *blocks]
+    hit = first_hit(things, away[sides[way]])
+    return {"objects": things, "events": [event("hits", start, start + 3, target=hit) for start in (2, 11)],
+            "counterfactual": {"without": hit, "hits": first_hit(things, away[sides[way]], without=hit)}}
+
+
+def first_hit(things, way, without=None):
+    """The number of the first thing in the way of thing 0 when it sets out in the direction `way`, or None."""
+    x, y = things[0]["x"][0], things[0]["y"][0]
+    while 0 < x < UNITS and 0 < y < UNITS:
+        x, y = x + way[0], y + way[1]
+        for i, one in enumerate(things[1:], 1):
+            if i != without and math.hypot(one["x"][0] - x, one["y"][0] - y) < 5:
+                return i
+    return None
+
+
+SCENARIOS = {task: globals()[task] for task in qagen.TASKS}

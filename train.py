@@ -1,0 +1,416 @@
+"""One loop for every stage: python train.py --stage N
+
+    stage 0   stand-ins for what the real system takes ready-made: the video ViT (UMT-L) and the LLM (Vicuna)
+    stage 1   align:    the Q-Former learns to see, with the ViT frozen            contrastive + matching + captioning
+    stage 2   connect:  its queries become words of the frozen LLM                 captions
+    stage 3   tune:     instructions, with LoRA in the LLM                         answers
+
+What a stage trains, on which data and with which loss is a Job; fit() is the loop and knows none of it. Defaults are in
+TrainConfig and, where a stage or preset differs, in RECIPES: nowhere else. Source: paper section 4 and table 10; official
+tasks/train_{qformer,pt,it}.py. It does not evaluate (mvbench.py) and does not make data (toyworld.py).
+
+Run:    python train.py --stage 1          # the toy preset; goes on where an interrupted run stopped
+"""
+import argparse
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+
+import data
+import numpy as np
+import torch
+import torch.nn as nn
+from tqdm import tqdm
+
+import checkpoint
+from checkpoint import load_strictly, read_json, read_tensors, save_tensors
+from llama import Llama
+from model import PRESETS, VideoChat2, lm_loss, set_trainable
+from standins import Teacher, TeacherData, TextData, collate_teacher, collate_text, vocabulary
+from tokenizer import SentencePiece, WordPiece
+
+# ------------------------------------------------------------------------------------------------------------- options
+
+
+def option(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class TrainConfig:
+    """Every option of the command line. A value of None or 0 is filled in from RECIPES."""
+    stage: int = option(None, "0 stand-ins, 1 align, 2 connect, 3 instruction tuning")
+    preset: str = option("toy", f"sizes and recipe: {', '.join(PRESETS)}")
+    data: str = option("data/toy", "folder of the data: corpus_caption.json, corpus_instruct.json; stage 0 also text, targets")
+    out: str = option("", "folder of the run (default runs/PRESET); stage N writes OUT/stageN")
+    init: str = option("", "checkpoint to start from (default: the stage before, in OUT)")
+    llm: str = option("", "folder of the LLM for stages 2 and 3 (default: the one of stage 0, in OUT)")
+    steps: int = option(0, "optimizer steps; 0: epochs x batches")
+    epochs: int = option(1, "passes over the data, where steps is 0")
+    batch: int = option(0, "clips per step")
+    lr: float = option(0.0, "peak learning rate")
+    lr_end: float = option(0.01, "the cosine ends at lr x lr_end")
+    warmup: float = option(0.02, "share of the steps in which the learning rate rises from 0")
+    weight_decay: float = option(0.02, "AdamW's, on matrices only: not on biases, norms, queries, temperature")
+    clip: float = option(1.0, "gradient norm is cut to this")
+    dtype: str = option("fp32", "fp32 or bf16 (autocast; the frozen LLM is then kept in bf16)")
+    device: str = option("", "cpu or cuda (default: cuda where there is one)")
+    workers: int = option(1, "processes that decode ahead of the model; 0: none")
+    seed: int = option(0, "the same seed gives the same run")
+    log_every: int = option(20, "steps between two lines of the log")
+    save_every: int = option(200, "steps between two checkpoints to go on from")
+    restart: bool = option(False, "train again from the start although OUT has a checkpoint of this stage")
+
+
+RECIPES = {  # preset -> stage -> what differs from TrainConfig's defaults; steps that are 0 follow from epochs
+    "toy": {
+        "vit": dict(steps=1000, batch=32, lr=1e-3),
+        "llm": dict(steps=1500, batch=32, lr=1.5e-3),
+        1: dict(steps=400, batch=32, lr=1e-3),
+        2: dict(steps=700, batch=32, lr=1e-3),
+        3: dict(steps=700, batch=16, lr=1e-3),
+    },
+    "micro": {stage: dict(steps=4, batch=4, lr=1e-3, log_every=1, save_every=2, workers=0)
+              for stage in ("vit", "llm", 1, 2, 3)},
+    "paper": {
+        1: dict(epochs=10, batch=2048, lr=1e-4, warmup=0.1, dtype="bf16", workers=8),
+        2: dict(epochs=1, batch=512, lr=1e-4, warmup=0.2, dtype="bf16", workers=8),
+        3: dict(epochs=3, batch=128, lr=2e-5, lr_end=0.25, warmup=0.2, dtype="bf16", workers=8),
+    },
+}
+
+
+def parse(argv=None):
+    """Command line -> (TrainConfig, names of the options that were given). Derived from the dataclass."""
+    p = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(TrainConfig):
+        text = f.metadata["help"] + ("" if f.default in ("", None, 0, False) else f" (default {f.default})")
+        kind = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar=f.name.upper())
+        p.add_argument("--" + f.name.replace("_", "-"), default=MISSING, help=text, **kind)
+    given = {name: value for name, value in vars(p.parse_args(argv)).items() if value is not MISSING}
+    cfg = TrainConfig(**given)
+    if cfg.stage not in (0, 1, 2, 3):
+        p.error("--stage must be 0, 1, 2 or 3")
+    if cfg.preset not in PRESETS:
+        p.error(f"--preset {cfg.preset} is unknown; there are {', '.join(PRESETS)}")
+    cfg.out = cfg.out or f"runs/{cfg.preset}"
+    cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return cfg, set(given)
+
+
+def recipe(cfg, given, stage):
+    """cfg with what the stage's recipe says, except where the command line said otherwise."""
+    recipes = RECIPES.get(cfg.preset, RECIPES["paper"])
+    if stage not in recipes:
+        raise ValueError(f"preset {cfg.preset} has no stage 0: its ViT and LLM come ready-made; "
+                         "give them by --init and --llm to stage 1 and 2")
+    return TrainConfig(**{**asdict(cfg), **{k: v for k, v in recipes[stage].items() if k not in given}})
+
+
+# ---------------------------------------------------------------------------------------------------------------- jobs
+
+
+@dataclass
+class Job:
+    """What fit() trains: model, where batches come from, the loss, and how the result is written."""
+    name: str                       # "stage 1", for the log
+    folder: Path                    # where the checkpoint goes
+    model: nn.Module
+    dataset: object
+    collate: Callable
+    loss: Callable                  # batch -> {name: scalar}, whose sum is minimised
+    write: Callable                 # folder -> None: the checkpoint's files
+    notes: list = field(default_factory=list)   # lines for the log's head
+    generator: torch.Generator = None           # of the loss, where it draws (hard negatives)
+
+
+def jobs(cfg, given):
+    """The jobs of a stage, one after another: stage 0 has two."""
+    makers = {0: (("vit", vit_job), ("llm", llm_job))}.get(cfg.stage, ((cfg.stage, stage_job),))
+    for name, make in makers:
+        yield make, recipe(cfg, given, name)
+
+
+def clips(cfg, model_cfg, corpus, frames):
+    """VideoTextData of one corpus file in the data folder, with the model's pixels."""
+    path = Path(cfg.data) / corpus
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; make the toy world by: python toyworld.py --out {cfg.data}")
+    transform = data.Transform(model_cfg.vit.img_size, train=True, crop=model_cfg.crop, norm=model_cfg.train_norm)
+    return data.VideoTextData(data.load_corpus(path), frames, transform, seed=cfg.seed)
+
+
+def toy_vocabulary(cfg):
+    return vocabulary(Path(cfg.data) / "text.jsonl", Path(cfg.out) / "stage0" / "text")
+
+
+def model_config(cfg):
+    """The preset's Config; where the toy's vocabularies decide a size, it is filled in."""
+    config = PRESETS[cfg.preset]()
+    if not config.llama.vocab_size:
+        sp, wp = toy_vocabulary(cfg)
+        config.llama.vocab_size = SentencePiece(str(sp)).vocab_size
+        config.qformer.vocab_size = WordPiece.load(wp).vocab_size
+    return config
+
+
+def vit_job(cfg):
+    """Stage 0a: the video ViT learns what covers each patch."""
+    config = model_config(cfg)
+    _, vocab = toy_vocabulary(cfg)
+    meta = read_json(Path(cfg.data) / "meta.json")
+    targets = np.load(Path(cfg.data) / "targets.npy", mmap_mode="r")       # (clips, frames, L, 3)
+    grid = (config.vit.img_size // config.vit.patch_size) ** 2
+    if targets.shape[2] != grid:
+        raise ValueError(f"{cfg.data}/targets.npy has {targets.shape[2]} patches a frame, the preset {cfg.preset} {grid}; "
+                         f"make the toy world again with --patch {config.vit.patch_size}")
+    frames = data.train_indices(config.train_frames, targets.shape[1], "middle", None)
+    model = Teacher(config, [len(meta[key]) for key in ("colours", "shapes", "activities")])
+    model.stage, model.cfg = 0, config
+
+    def write(folder):
+        checkpoint.write_model(model, folder, vocab)
+
+    dataset = TeacherData(clips(cfg, config, "corpus_caption.json", config.train_frames), targets[:, frames])
+    return Job("stage 0 vit", Path(cfg.out) / "stage0" / "vit", model, dataset, collate_teacher, model.losses, write)
+
+
+def llm_job(cfg):
+    """Stage 0b: the small LLaMA learns the toy world's language, without videos."""
+    config = model_config(cfg)
+    tokenizer_model, _ = toy_vocabulary(cfg)
+    model = Llama(config.llama)
+    dataset = TextData(Path(cfg.data) / "text.jsonl", SentencePiece(str(tokenizer_model)), config.style)
+
+    def loss(batch):
+        return {"lm": lm_loss(model, model(model.embed(batch["ids"]), batch["mask"]), batch["labels"])}
+
+    def write(folder):
+        checkpoint.write_llm(model, tokenizer_model, folder)
+
+    return Job("stage 0 llm", Path(cfg.out) / "stage0" / "llm", model, dataset, collate_text, loss, write)
+
+
+FRESH = {1: ("query_tokens", "qformer.", "vision_temp_embed", "aligner.", "vision_layernorm."),  # begin at random
+         2: ("extra_query_tokens", "llama_proj."), 3: ()}
+DROPPED = {1: ("norm.", "heads."),                      # stage 0's teacher heads
+           2: ("aligner.", "vision_temp_embed"), 3: ()}  # stage 1's heads
+
+
+def previous(cfg):
+    """Folder of the checkpoint that a stage starts from. FileNotFoundError names the command that makes it."""
+    folder = Path(cfg.init) if cfg.init else Path(cfg.out) / ("stage0/vit" if cfg.stage == 1 else f"stage{cfg.stage - 1}")
+    if not (folder / "config.json").is_file() or not finished(folder):
+        state = "is not finished" if folder.is_dir() else "is missing"
+        raise FileNotFoundError(f"stage {cfg.stage} starts from {folder}, which {state}; "
+                                f"run: python train.py --stage {cfg.stage - 1} --preset {cfg.preset} --out {cfg.out}")
+    return folder
+
+
+def finished(folder):
+    """A checkpoint that train.py still works on has trainer.json with "done" false; one without it is whole."""
+    path = Path(folder) / "trainer.json"
+    return not path.is_file() or read_json(path)["done"]
+
+
+def stage_job(cfg):
+    """Stages 1 to 3: the model of the stage, filled from the stage before, on captions or instructions."""
+    stage, start = cfg.stage, previous(cfg)
+    config, _ = checkpoint.read_config(start)
+    if config.preset != cfg.preset:
+        raise ValueError(f"{start} is of preset {config.preset}, not {cfg.preset}; choose it by --preset or another --init")
+    model, llm, tok = VideoChat2(config, stage), None, None
+    tensors = read_tensors(start / "model.safetensors")
+    if stage > 1:
+        where = Path(cfg.llm or Path(cfg.out) / "stage0" / "llm")
+        dtype = torch.bfloat16 if cfg.dtype == "bf16" and cfg.device != "cpu" else torch.float32
+        tok = checkpoint.put_llm(model, where, dtype)
+        llm = checkpoint.llm_reference(where, Path(cfg.out) / f"stage{stage}")
+    fresh = FRESH[stage] + (checkpoint.LLM_PREFIX,)
+    load_strictly(model, tensors, start, fresh=fresh, dropped=DROPPED[stage])
+    wordpiece = WordPiece.load(start / "vocab.txt")
+    generator = torch.Generator().manual_seed(cfg.seed)
+    n_video = config.n_query + config.n_extra
+    corpus, frames, collate, loss = {
+        1: ("corpus_caption.json", config.align_frames, data.AlignCollate(wordpiece, config.align_text),
+            lambda batch: model.align(batch, generator)),
+        2: ("corpus_caption.json", config.train_frames, data.CaptionCollate(tok, n_video, config.max_text),
+            lambda batch: {"lm": model.loss(batch)}),
+        3: ("corpus_instruct.json", config.train_frames,
+            data.InstructCollate(tok, wordpiece, n_video, config.max_text, config.style),
+            lambda batch: {"lm": model.loss(batch)}),
+    }[stage]
+    dataset = clips(cfg, config, corpus, frames)
+    notes = [f"  {part:20} {total:>12,} parameters {trained:>12,} trained" for part, total, trained in
+             set_trainable(model, stage)]
+
+    def write(folder):
+        checkpoint.write_model(model, folder, start / "vocab.txt", llm)
+
+    return Job(f"stage {stage}", Path(cfg.out) / f"stage{stage}", model, dataset, collate, loss, write, notes, generator)
+
+
+# ------------------------------------------------------------------------------------------------------------- the loop
+
+
+def learning_rate(step, cfg):
+    """Linear rise over the first warmup * steps, then a cosine down to lr * lr_end."""
+    rise = max(1, round(cfg.warmup * cfg.steps))
+    if step < rise:
+        return cfg.lr * (step + 1) / rise
+    done = (step - rise) / max(1, cfg.steps - rise)
+    return cfg.lr * (cfg.lr_end + (1 - cfg.lr_end) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def make_optimizer(model, cfg):
+    """AdamW with weight decay on matrices only."""
+    decay, plain = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (plain if p.ndim < 2 or "query_tokens" in name or name.endswith("temp") else decay).append(p)
+    groups = [{"params": decay, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.999), fused=True)
+
+
+def fit(job, cfg):
+    """Trains a job to the end; an interrupted one goes on where its last checkpoint stands."""
+    torch.manual_seed(cfg.seed)
+    model = job.model.to(cfg.device).train()
+    optimizer = make_optimizer(model, cfg)
+    sampler = data.Sampler(job.dataset, cfg.batch, seed=cfg.seed)
+    cfg.steps = cfg.steps or cfg.epochs * len(sampler)
+    first = 0 if cfg.restart else load_trainer(job, optimizer, cfg)
+    sampler.skip_to(first)
+    batches = data.make_loader(job.dataset, sampler, job.collate, cfg.workers)
+    print(f"{job.name}: {cfg.steps} steps of {cfg.batch} from {len(job.dataset):,} samples, {cfg.dtype} on {cfg.device}"
+          + (f", going on from step {first}" if first else ""), *job.notes, sep="\n", flush=True)
+    log = Log(job, cfg, first)
+    step = first
+    try:
+        for step, batch in zip(range(first, cfg.steps), forever(batches, sampler), strict=False):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, cfg)
+            batch = to_device(batch, cfg.device)
+            with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.dtype == "bf16"):
+                losses = job.loss(batch)
+            total = sum(losses.values())
+            total.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            log.step(step, total, losses, norm, batch)
+            if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
+                save(job, optimizer, cfg, step + 1)
+    except KeyboardInterrupt:
+        save(job, optimizer, cfg, step)
+        print(f"\nstopped; the same command goes on from step {step}")
+        sys.exit(130)
+    save(job, optimizer, cfg, cfg.steps)
+    print(f"{job.name}: done in {log.minutes():.1f} min, written to {job.folder}", flush=True)
+
+
+def forever(loader, sampler):
+    """Batches of one epoch after another."""
+    while True:
+        yield from loader
+        sampler.next_epoch()
+
+
+def to_device(batch, device):
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+class Log:
+    """One line per log_every steps on the console, every step's numbers in metrics.jsonl."""
+
+    def __init__(self, job, cfg, first):
+        self.job, self.cfg, self.first, self.begun, self.last = job, cfg, first, time.time(), time.time()
+        self.bar = tqdm(total=cfg.steps, initial=first, disable=not sys.stderr.isatty(), leave=False)
+        self.path = Path(cfg.out) / "metrics.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def minutes(self):
+        self.bar.close()
+        return (time.time() - self.begun) / 60
+
+    def step(self, step, total, losses, norm, batch):
+        self.bar.update()
+        if (step + 1) % self.cfg.log_every and step + 1 < self.cfg.steps:
+            return
+        now = time.time()
+        n = min(self.cfg.log_every, step + 1 - self.first)
+        seconds = (now - self.last) / n
+        self.last = now
+        row = {"stage": self.job.name, "step": step + 1, "loss": total.item(),
+               **{k: v.item() for k, v in losses.items()}, "lr": learning_rate(step, self.cfg), "grad": norm.item(),
+               "ms": round(1000 * seconds, 1), "clips_per_s": round(self.cfg.batch / seconds, 1)}
+        with open(self.path, "a") as f:
+            f.write(json.dumps(row) + "\n")
+        parts = "".join(f" | {k} {v.item():.3f}" for k, v in losses.items()) if len(losses) > 1 else ""
+        eta = (now - self.begun) / (step + 1 - self.first) * (self.cfg.steps - step - 1)
+        self.bar.write(f"{self.job.name} | step {step + 1}/{self.cfg.steps} | loss {row['loss']:.3f}{parts} | lr {row['lr']:.1e} "
+                       f"| grad {row['grad']:.2f} | {row['ms']:.0f} ms | {row['clips_per_s']} clips/s | eta {eta / 60:.1f}m",
+                       file=sys.stdout)
+        sys.stdout.flush()
+
+
+def save(job, optimizer, cfg, step):
+    """Writes the checkpoint; while the stage is not done, what going on needs lies beside it."""
+    done = step >= cfg.steps
+    with checkpoint.whole_folder(job.folder) as folder:
+        job.write(folder)
+        state = {"done": done, "step": step, "options": asdict(cfg)}
+        if not done:
+            tensors = {f"optimizer.{i}.{k}": v for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
+            tensors["random"] = torch.get_rng_state()
+            if job.generator:
+                tensors["generator"] = job.generator.get_state()
+            save_tensors(tensors | {f"model.{n}": t for n, t in job.model.state_dict().items()
+                                    if not n.startswith(checkpoint.LLM_PREFIX) or "lora_" in n},
+                         folder / "trainer.safetensors")
+        (folder / "trainer.json").write_text(json.dumps(state, indent=2))
+
+
+def load_trainer(job, optimizer, cfg):
+    """Fills model, optimizer and generators from an unfinished checkpoint and returns its step; 0 if there is none."""
+    path = job.folder / "trainer.json"
+    if not path.is_file():
+        return 0
+    state = read_json(path)
+    tensors = read_tensors(job.folder / "trainer.safetensors")
+    weights = {n[6:]: t for n, t in tensors.items() if n.startswith("model.")}
+    load_strictly(job.model, weights, job.folder, fresh=(checkpoint.LLM_PREFIX,))
+    moments = {}
+    for name, t in tensors.items():
+        if name.startswith("optimizer."):
+            _, i, key = name.split(".")
+            moments.setdefault(int(i), {})[key] = t
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    torch.set_rng_state(tensors["random"])
+    if job.generator:
+        job.generator.set_state(tensors["generator"])
+    return state["step"]
+
+
+def main(argv=None):
+    cfg, given = parse(argv)
+    random.seed(cfg.seed)
+    for make, settings in jobs(cfg, given):
+        job = make(settings)
+        if finished(job.folder) and job.folder.is_dir() and not cfg.restart:
+            print(f"{job.name}: already trained, in {job.folder} (--restart trains it again)")
+            continue
+        fit(job, settings)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
