@@ -8,10 +8,10 @@ Run:    python chat.py --ckpt runs/toy/stage3 --video data/toy/videos/00000.gif 
 import argparse
 import sys
 
-import data
 import torch
 
 import checkpoint
+import data
 from prompt import chat_prompt, pad_batch
 
 INSTRUCTION = "Watch the video and answer the question.\n"
@@ -50,7 +50,8 @@ class Chat:
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(prog="chat.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(prog="chat.py", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--ckpt", required=True, help="checkpoint folder of stage 3 (or 2)")
     p.add_argument("--video", required=True, help="a video, GIF, image, or folder of frames")
     p.add_argument("--ask", default="", help="one question; without it, questions are read until an empty line")

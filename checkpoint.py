@@ -30,7 +30,7 @@ from tokenizer import SentencePiece, WordPiece
 
 LLM_PREFIX = "llama_model."
 
-# ------------------------------------------------------------------------------------------------------ folders and files
+# ---------------------------------------------------------------------------------------------------- folders and files
 
 
 @contextmanager
@@ -146,7 +146,7 @@ def fingerprint(tensors):
     return digest.hexdigest()[:16]
 
 
-# ------------------------------------------------------------------------------------------------------- the whole model
+# ------------------------------------------------------------------------------------------------------ the whole model
 
 
 def write_model(model, folder, vocab, llm=None):
@@ -200,7 +200,7 @@ def find_llm(folder, path):
 
 
 def put_llm(model, folder, dtype=torch.float32, expected=None, needed_by=""):
-    """Reads an LLM folder into model.llama_model and returns its tokenizer. The fingerprint must be the expected one."""
+    """Reads an LLM folder into model.llama_model; returns its tokenizer. The fingerprint must be the expected one."""
     tensors = read_tensors(Path(folder) / "model.safetensors")
     found = fingerprint(tensors)
     if expected and found != expected:

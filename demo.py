@@ -27,8 +27,8 @@ STEPS = [  # what it is, the command, its minutes on 2 CPU cores
 def main():
     if shutil.disk_usage(".").free < 1e9:
         sys.exit("demo.py: less than 1 GB of disk is free here; the toy world and the checkpoints need it")
-    print(f"VideoChat2 on the toy world: {len(STEPS)} steps, about {sum(minutes for *_, minutes in STEPS)} minutes on 2 CPU "
-          "cores.\nStop with Ctrl-C at any time: make demo goes on where it stopped.\n")
+    total = sum(minutes for *_, minutes in STEPS)
+    print(f"VideoChat2 on the toy world: {len(STEPS)} steps, about {total} minutes on 2 CPU cores.\nStop with Ctrl-C at any time: make demo goes on where it stopped.\n")
     for number, (what, command, minutes) in enumerate(STEPS, 1):
         print(f"  {number}. {what:62} about {minutes} min    python {command}")
     times = {}

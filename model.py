@@ -3,8 +3,8 @@
     video (B, T, 3, H, W) -> vision_encoder -> (B, N, C) -> qformer -> (B, Q, E) -> llama_proj -> (B, Q, D)
     the projected queries stand in the prompt like Q words of a foreign language; the LLM reads on from there.
 
-This file joins the parts (vit_video, qformer, llama, lora), names the sizes (PRESETS) and says what trains in which stage
-(PARTS, FROZEN). It does not read files (checkpoint.py, data.py), build prompts (prompt.py) or run the loop (train.py).
+This file joins the parts (vit_video, qformer, llama, lora), names the sizes (PRESETS) and says what trains in which
+stage (PARTS, FROZEN). It does not read files (checkpoint.py, data.py), build prompts (prompt.py) or run the loop (train.py).
 
 Source: paper section 4 (figure 4); official models/videochat2_{qformer,pt_vicuna,it_vicuna}.py.
 Try:    python model.py            # every preset's parts with their parameter counts, nothing is allocated
@@ -48,6 +48,7 @@ class Config:
     lora_alpha: int = 32
     lora_dropout: float = 0.1
     style: str = "vicuna"           # how a conversation is written: prompt.py
+    tell_seconds: bool = True       # stage 3 says at which seconds the frames were taken
     crop: bool = True               # random resized crop in training, centre crop in evaluation
     train_norm: str = "imagenet"    # QUIRK dataset/__init__.py:37 trains with ImageNet's mean and std ...
     eval_norm: str = "clip"         # ... conversation.py:103 evaluates with CLIP's
@@ -72,16 +73,16 @@ def checked(cls, d):
 
 
 def toy_config():
-    """48-pixel clips of coloured shapes: 16 frames x 16 patches = 256 tokens; about 3 million parameters in all."""
+    """64-pixel clips of coloured shapes: 16 frames x 16 patches = 256 tokens; about 3 million parameters in all."""
     return Config(
         preset="toy",
-        vit=ViTConfig(img_size=48, patch_size=12, width=128, depth=4, heads=4, frames=16),
+        vit=ViTConfig(img_size=64, patch_size=16, width=128, depth=4, heads=4, frames=16),
         qformer=QFormerConfig(vocab_size=0, width=128, depth=4, heads=4, ffn=512, vision_width=128, embed_dim=128,
                               max_positions=256, dropout=0.0, drop_path=0.0),
         llama=LlamaConfig(vocab_size=0, width=128, depth=4, heads=4, kv_heads=4, ffn=384),
         n_query=16, n_extra=16, align_frames=16, train_frames=16, eval_frames=16, align_text=64,
         lora_names=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        lora_dropout=0.0, crop=False, eval_norm="imagenet")
+        lora_dropout=0.0, crop=False, tell_seconds=False, eval_norm="imagenet")
 
 
 def micro_config():
@@ -104,7 +105,7 @@ def mistral_config():
 
 PRESETS = {"toy": toy_config, "micro": micro_config, "vicuna-7b": Config, "mistral-7b": mistral_config}
 
-# --------------------------------------------------------------------------------------------- what trains in which stage
+# ------------------------------------------------------------------------------------------- what trains in which stage
 
 PARTS = {  # which parts a stage's model has
     1: ("vision", "qformer", "align"),
@@ -152,14 +153,17 @@ class VideoChat2(nn.Module):
 
     # ---- stage 1
 
-    def align(self, batch, generator=None):
-        """Stage 1: {"vtc", "vtm", "vtg"} of video (B, T, 3, H, W) and caption ids, mask (B, S), idx (B,)."""
+    def align(self, batch, dec_id, generator=None):
+        """Stage 1: {"vtc", "vtm", "vtg"} of video (B, T, 3, H, W) and caption ids, mask (B, S), idx (B,).
+
+        dec_id: id of [DEC], which opens a caption to be generated. generator: draws the hard negatives.
+        """
         x = self.vision_encoder(batch["video"])                            # (B, T, L, C)
         # subtle: an image (T = 1) is repeated to align_frames by broadcasting, as in videochat2_qformer.py:177
         x = (x + self.vision_temp_embed).flatten(1, 2)                     # (B, N, C)
         vision = self.vision_layernorm(x)                                  # (B, N, C)
         return self.aligner.losses(self.qformer, self.query_tokens, vision, batch["ids"], batch["mask"], batch["idx"],
-                                   batch["dec_id"], generator=generator)
+                                   dec_id, generator=generator)
 
     # ---- stages 2 and 3
 
@@ -183,7 +187,7 @@ class VideoChat2(nn.Module):
 
     def read(self, batch):
         """Everything before the LLM's first layer: -> embeds (B, S, D)."""
-        if "video" not in batch:
+        if batch.get("video") is None:                                       # text only
             return self.splice(batch["ids"])
         vision = self.encode(batch["video"])
         return self.splice(batch["ids"], self.queries(vision, batch.get("qf_ids"), batch.get("qf_mask")))
@@ -230,7 +234,7 @@ def part_table(model):
 def main():
     for name, make in PRESETS.items():
         cfg = make()
-        if not cfg.llama.vocab_size:                                       # the toy's is known after its tokenizer is made
+        if not cfg.llama.vocab_size:                       # the toy's is known after its tokenizer is made
             cfg.llama.vocab_size = cfg.qformer.vocab_size = 1000
         with torch.device("meta"):
             model = VideoChat2(cfg, 3)

@@ -1,11 +1,11 @@
 """MVBench: 20 kinds of multiple-choice questions that no single frame answers, by the protocol of the paper.
 
-16 frames, the prompt of prompt.mvbench_prompt, greedy decoding behind "Best option:(", the first line of the answer, the
-official scorer. Reads the official folder layout (json/<task>.json, video/<folder>/...), which the toy world has too.
+16 frames, the prompt of prompt.mvbench_prompt, greedy decoding behind "Best option:(", the first line of the answer,
+the official scorer. Reads the official folder layout (json/<task>.json, video/<folder>/...), which the toy world has.
 --control blank asks the same model without the video: what it still gets right, it gets from the text.
 
-Writes into --out (default CKPT/mvbench): predictions.jsonl, one line per question, and mvbench.json, the accuracies; with a
-control, the same two with the control's name. It does not train and knows no question's making (qagen.py).
+Writes into --out (default CKPT/mvbench): predictions.jsonl, one line per question, and mvbench.json, the accuracies;
+with a control, the same two with the control's name. It does not train and knows no question's making (qagen.py).
 Source: paper section 3 and table 2; official mvbench.ipynb.
 
 Run:    python mvbench.py --ckpt runs/toy/stage3
@@ -18,11 +18,11 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-import data
 import torch
 from tqdm import tqdm
 
 import checkpoint
+import data
 from prompt import SYSTEM, mvbench_prompt, pad_batch
 
 LETTERS = "ABCDE"
@@ -124,7 +124,7 @@ def score(rows):
     by_task = defaultdict(list)
     for row in rows:
         by_task[row["task"]].append(row["correct"])
-    table = {task.name: 100 * sum(by_task[task.name]) / len(by_task[task.name]) for task in TASKS if task.name in by_task}
+    table = {t.name: 100 * sum(by_task[t.name]) / len(by_task[t.name]) for t in TASKS if t.name in by_task}
     return table | {"Avg": 100 * sum(row["correct"] for row in rows) / max(1, len(rows))}
 
 
@@ -242,18 +242,19 @@ def print_table(columns):
 
 
 def parse(argv=None):
-    p = argparse.ArgumentParser(prog="mvbench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(prog="mvbench.py", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--ckpt", required=True, help="checkpoint folder of stage 3 (or 2)")
-    p.add_argument("--data", default="data/toy/mvbench", help="MVBench folder with json/ and video/ (default %(default)s)")
+    p.add_argument("--data", default="data/toy/mvbench", help="MVBench folder: json/ and video/ (default %(default)s)")
     p.add_argument("--llm", default="", help="the LLM's folder, if it moved since training")
     p.add_argument("--out", default="", help="folder for the results (default CKPT/mvbench)")
     p.add_argument("--control", choices=("none", "blank"), default="none", help="blank: the video's features are zeros")
     p.add_argument("--only", default="", help='task names, separated by commas: "Action Count,State Change"')
     p.add_argument("--limit", type=int, default=0, help="only the first so many questions of each task")
     p.add_argument("--batch", type=int, default=32, help="clips at a time (default %(default)s)")
-    p.add_argument("--workers", type=int, default=1, help="processes that decode ahead of the model (default %(default)s)")
+    p.add_argument("--workers", type=int, default=1, help="processes that decode ahead (default %(default)s)")
     p.add_argument("--device", default="", help="cpu or cuda (default: cuda where there is one)")
-    p.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the LLM's frozen weights, and autocast")
+    p.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the LLM's weights, and autocast")
     return p.parse_args(argv)
 
 

@@ -1,4 +1,4 @@
-"""Stage 0: stand-ins for what the real system takes ready-made, a video ViT that sees (UMT-L) and an LLM that speaks (Vicuna).
+"""Stage 0: stand-ins for what the real system takes ready-made, a ViT that sees (UMT-L), an LLM that speaks (Vicuna).
 
     Teacher       ViT + heads, trained towards the toy world's ground truth, patch by patch
     TextData      the toy world in words, for the small LLaMA: conversations whose video is its caption
@@ -46,16 +46,17 @@ class Teacher(nn.Module):
 class TeacherData(torch.utils.data.Dataset):
     """Clips with the teacher's classes: targets.npy (clips, frames, patches, 3) beside the captions."""
 
-    def __init__(self, clips, targets):
-        self.clips, self.targets = clips, targets
-        self.sources, self.set_epoch = clips.sources, clips.set_epoch
+    def __init__(self, clips, targets, frames):
+        self.clips, self.targets, self.frames = clips, targets, frames
+        self.groups, self.set_epoch = clips.groups, clips.set_epoch
 
     def __len__(self):
         return len(self.clips)
 
     def __getitem__(self, index):
         sample = self.clips[index]
-        sample["targets"] = torch.from_numpy(self.targets[sample["idx"]].astype(np.int64))
+        targets = self.targets[sample["idx"]][self.frames]                     # (T, L, 3)
+        sample["targets"] = torch.from_numpy(targets.astype(np.int64))
         return sample
 
 
@@ -89,7 +90,8 @@ def collate_text(prompts):
 
 
 def collate_teacher(samples):
-    return {"video": torch.stack([s["video"] for s in samples]), "targets": torch.stack([s["targets"] for s in samples]),
+    return {"video": torch.stack([s["video"] for s in samples]),
+            "targets": torch.stack([s["targets"] for s in samples]),
             "bad": [path for s in samples for path in s["bad"]]}
 
 
@@ -98,7 +100,7 @@ def vocabulary(text, folder, size=1000):
     text, folder = Path(text), Path(folder)
     if not folder.is_dir():
         if not text.is_file():
-            raise FileNotFoundError(f"{text} does not exist; make the toy world by: python toyworld.py --out {text.parent}")
+            raise FileNotFoundError(f"{text} does not exist; make it by: python toyworld.py --out {text.parent}")
         documents = [json.loads(line) for line in open(text)]
         texts = [text for caption, qas in documents for text in (caption, *(qa[k] for qa in qas for k in "iqa"))]
         with checkpoint.whole_folder(folder) as temporary:

@@ -11,24 +11,11 @@ A clip is 16 frames in which every state lasts two frames or more, so that 8 fra
 whose frames 7 and 8 look the same whatever the answer is: the middle frame alone tells nothing.
 """
 
-import argparse
-import json
 import math
-import os
-import random
-import shutil
-import signal
-import sys
-import textwrap
 from functools import partial
 from itertools import pairwise
-from multiprocessing import Pool
-from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
-
 import qagen
 
 FRAMES, FPS = 16, 2
@@ -331,7 +318,7 @@ def moving_attribute(rng, cast):
 def state_change(rng, cast):
     """Three states, of which the first and the last are asked about and the one in the middle means nothing."""
     states = [rng.choice(("plain", "lit")) for _ in range(3)]
-    if rng.random() < 1 / 3:  # the last differs from the first half of the time; change and no change 2 : 1
+    if rng.random() < 1 / 3:  # so change and no change come 2 : 1, and on, off and unchanged equally often
         states[2] = "lit" if states[0] == "plain" else "plain"
     lamp = thing("lamp", "grey", *near(rng, 5), size=26)
     lamp["look"] = [state for state, n in zip(states, (5, 6, 5), strict=True) for _ in range(n)]
@@ -401,7 +388,8 @@ def counterfactual_inference(rng, cast):
     sides, pairs = rng.sample(qagen.SIDES, 4), cast(4)
     away = {side: step(side, 1) for side in sides}
     hero = thing(*pairs[0], 24, 24, size=10)
-    others = [thing(*pair, *(24 + 19 * d for d in away[side]), size=10) for pair, side in zip(pairs[1:], sides, strict=False)]
+    others = [thing(*pair, *(24 + 19 * d for d in away[side]), size=10)
+              for pair, side in zip(pairs[1:], sides[:3], strict=True)]
     blocks = [thing("block", "grey", *(24 + 12 * d for d in away[s]), size=14, angle=90 * (dy != 0))
               for s, (_, dy) in away.items()]
     way, home = rng.randrange(4), (24, 24)
@@ -424,4 +412,8 @@ def first_hit(things, way, without=None):
     return None
 
 
-SCENARIOS = {task: globals()[task] for task in qagen.TASKS}
+SCENARIOS = {scenario.__name__: scenario for scenario in (
+    action_sequence, action_prediction, action_antonym, fine_grained_action, unexpected_action, object_existence,
+    object_interaction, object_shuffle, moving_direction, action_localization, scene_transition, action_count,
+    moving_count, moving_attribute, state_change, fine_grained_pose, character_order, egocentric_navigation,
+    episodic_reasoning, counterfactual_inference)}

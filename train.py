@@ -5,9 +5,9 @@
     stage 2   connect:  its queries become words of the frozen LLM                 captions
     stage 3   tune:     instructions, with LoRA in the LLM                         answers
 
-What a stage trains, on which data and with which loss is a Job; fit() is the loop and knows none of it. Defaults are in
-TrainConfig and, where a stage or preset differs, in RECIPES: nowhere else. Source: paper section 4 and table 10; official
-tasks/train_{qformer,pt,it}.py. It does not evaluate (mvbench.py) and does not make data (toyworld.py).
+What a stage trains, on which data and with which loss is a Job; fit() is the loop and knows none of it. Defaults are
+in TrainConfig and, where a stage or preset differs, in RECIPES: nowhere else. It does not evaluate (mvbench.py) and does
+not make data (toyworld.py). Source: paper section 4 and table 10; official tasks/train_{qformer,pt,it}.py.
 
 Run:    python train.py --stage 1          # the toy preset; goes on where an interrupted run stopped
 """
@@ -21,13 +21,13 @@ from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
-import data
 import numpy as np
 import torch
 import torch.nn as nn
 from tqdm import tqdm
 
 import checkpoint
+import data
 from checkpoint import load_strictly, read_json, read_tensors, save_tensors
 from llama import Llama
 from model import PRESETS, VideoChat2, lm_loss, set_trainable
@@ -46,7 +46,7 @@ class TrainConfig:
     """Every option of the command line. A value of None or 0 is filled in from RECIPES."""
     stage: int = option(None, "0 stand-ins, 1 align, 2 connect, 3 instruction tuning")
     preset: str = option("toy", f"sizes and recipe: {', '.join(PRESETS)}")
-    data: str = option("data/toy", "folder of the data: corpus_caption.json, corpus_instruct.json; stage 0 also text, targets")
+    data: str = option("data/toy", "folder with corpus_caption.json, corpus_instruct.json (and the toy's text, targets)")
     out: str = option("", "folder of the run (default runs/PRESET); stage N writes OUT/stageN")
     init: str = option("", "checkpoint to start from (default: the stage before, in OUT)")
     llm: str = option("", "folder of the LLM for stages 2 and 3 (default: the one of stage 0, in OUT)")
@@ -87,7 +87,8 @@ RECIPES = {  # preset -> stage -> what differs from TrainConfig's defaults; step
 
 def parse(argv=None):
     """Command line -> (TrainConfig, names of the options that were given). Derived from the dataclass."""
-    p = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(prog="train.py", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(TrainConfig):
         text = f.metadata["help"] + ("" if f.default in ("", None, 0, False) else f" (default {f.default})")
         kind = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar=f.name.upper())
@@ -136,13 +137,13 @@ def jobs(cfg, given):
         yield make, recipe(cfg, given, name)
 
 
-def clips(cfg, model_cfg, corpus, frames):
-    """VideoTextData of one corpus file in the data folder, with the model's pixels."""
+def clips(cfg, model_cfg, corpus, frames, how="rand"):
+    """VideoTextData of one corpus file in the data folder, with the model's pixels; how frames are drawn: data.py."""
     path = Path(cfg.data) / corpus
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; make the toy world by: python toyworld.py --out {cfg.data}")
     transform = data.Transform(model_cfg.vit.img_size, train=True, crop=model_cfg.crop, norm=model_cfg.train_norm)
-    return data.VideoTextData(data.load_corpus(path), frames, transform, seed=cfg.seed)
+    return data.VideoTextData(data.load_corpus(path), frames, transform, how, seed=cfg.seed)
 
 
 def toy_vocabulary(cfg):
@@ -167,7 +168,7 @@ def vit_job(cfg):
     targets = np.load(Path(cfg.data) / "targets.npy", mmap_mode="r")       # (clips, frames, L, 3)
     grid = (config.vit.img_size // config.vit.patch_size) ** 2
     if targets.shape[2] != grid:
-        raise ValueError(f"{cfg.data}/targets.npy has {targets.shape[2]} patches a frame, the preset {cfg.preset} {grid}; "
+        raise ValueError(f"{cfg.data}/targets.npy has {targets.shape[2]} patches a frame, preset {cfg.preset} has {grid}; "
                          f"make the toy world again with --patch {config.vit.patch_size}")
     frames = data.train_indices(config.train_frames, targets.shape[1], "middle", None)
     model = Teacher(config, [len(meta[key]) for key in ("colours", "shapes", "activities")])
@@ -176,7 +177,8 @@ def vit_job(cfg):
     def write(folder):
         checkpoint.write_model(model, folder, vocab)
 
-    dataset = TeacherData(clips(cfg, config, "corpus_caption.json", config.train_frames), targets[:, frames])
+    videos = clips(cfg, config, "corpus_caption.json", config.train_frames, how="middle")
+    dataset = TeacherData(videos, targets, frames)
     return Job("stage 0 vit", Path(cfg.out) / "stage0" / "vit", model, dataset, collate_teacher, model.losses, write)
 
 
@@ -204,7 +206,8 @@ DROPPED = {1: ("norm.", "heads."),                      # stage 0's teacher head
 
 def previous(cfg):
     """Folder of the checkpoint that a stage starts from. FileNotFoundError names the command that makes it."""
-    folder = Path(cfg.init) if cfg.init else Path(cfg.out) / ("stage0/vit" if cfg.stage == 1 else f"stage{cfg.stage - 1}")
+    before = "stage0/vit" if cfg.stage == 1 else f"stage{cfg.stage - 1}"
+    folder = Path(cfg.init or Path(cfg.out) / before)
     if not (folder / "config.json").is_file() or not finished(folder):
         state = "is not finished" if folder.is_dir() else "is missing"
         raise FileNotFoundError(f"stage {cfg.stage} starts from {folder}, which {state}; "
@@ -223,7 +226,7 @@ def stage_job(cfg):
     stage, start = cfg.stage, previous(cfg)
     config, _ = checkpoint.read_config(start)
     if config.preset != cfg.preset:
-        raise ValueError(f"{start} is of preset {config.preset}, not {cfg.preset}; choose it by --preset or another --init")
+        raise ValueError(f"{start} is of preset {config.preset}, not {cfg.preset}; choose another --preset or --init")
     model, llm, tok = VideoChat2(config, stage), None, None
     tensors = read_tensors(start / "model.safetensors")
     if stage > 1:
@@ -238,11 +241,12 @@ def stage_job(cfg):
     n_video = config.n_query + config.n_extra
     corpus, frames, collate, loss = {
         1: ("corpus_caption.json", config.align_frames, data.AlignCollate(wordpiece, config.align_text),
-            lambda batch: model.align(batch, generator)),
+            lambda batch: model.align(batch, wordpiece.dec_id, generator)),
         2: ("corpus_caption.json", config.train_frames, data.CaptionCollate(tok, n_video, config.max_text),
             lambda batch: {"lm": model.loss(batch)}),
         3: ("corpus_instruct.json", config.train_frames,
-            data.InstructCollate(tok, wordpiece, n_video, config.max_text, config.style),
+            data.InstructCollate(tok, wordpiece, n_video, config.max_text, config.style,
+                                 tell_seconds=config.tell_seconds, max_instruction=config.qformer.max_positions),
             lambda batch: {"lm": model.loss(batch)}),
     }[stage]
     dataset = clips(cfg, config, corpus, frames)
@@ -252,7 +256,8 @@ def stage_job(cfg):
     def write(folder):
         checkpoint.write_model(model, folder, start / "vocab.txt", llm)
 
-    return Job(f"stage {stage}", Path(cfg.out) / f"stage{stage}", model, dataset, collate, loss, write, notes, generator)
+    folder = Path(cfg.out) / f"stage{stage}"
+    return Job(f"stage {stage}", folder, model, dataset, collate, loss, write, notes, generator)
 
 
 # ------------------------------------------------------------------------------------------------------------- the loop
@@ -304,6 +309,8 @@ def fit(job, cfg):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             log.step(step, total, losses, norm, batch)
+            for line in batch["bad"]:
+                log.bar.write(f"unreadable, another sample took its place: {line}")
             if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
                 save(job, optimizer, cfg, step + 1)
     except KeyboardInterrupt:
@@ -353,9 +360,9 @@ class Log:
             f.write(json.dumps(row) + "\n")
         parts = "".join(f" | {k} {v.item():.3f}" for k, v in losses.items()) if len(losses) > 1 else ""
         eta = (now - self.begun) / (step + 1 - self.first) * (self.cfg.steps - step - 1)
-        self.bar.write(f"{self.job.name} | step {step + 1}/{self.cfg.steps} | loss {row['loss']:.3f}{parts} | lr {row['lr']:.1e} "
-                       f"| grad {row['grad']:.2f} | {row['ms']:.0f} ms | {row['clips_per_s']} clips/s | eta {eta / 60:.1f}m",
-                       file=sys.stdout)
+        self.bar.write(f"{self.job.name} | step {step + 1}/{self.cfg.steps} | loss {row['loss']:.3f}{parts} "
+                       f"| lr {row['lr']:.1e} | grad {row['grad']:.2f} | {row['ms']:.0f} ms "
+                       f"| {row['clips_per_s']} clips/s | eta {eta / 60:.1f}m", file=sys.stdout)
         sys.stdout.flush()
 
 
@@ -366,7 +373,8 @@ def save(job, optimizer, cfg, step):
         job.write(folder)
         state = {"done": done, "step": step, "options": asdict(cfg)}
         if not done:
-            tensors = {f"optimizer.{i}.{k}": v for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
+            moments = optimizer.state_dict()["state"].items()
+            tensors = {f"optimizer.{i}.{k}": v for i, state in moments for k, v in state.items()}
             tensors["random"] = torch.get_rng_state()
             if job.generator:
                 tensors["generator"] = job.generator.get_state()

@@ -34,10 +34,12 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 
 def test_loading_names_everything_that_does_not_fit():
     module = nn.Linear(2, 3)
-    with pytest.raises(ValueError, match=r"1 missing \(bias\).*1 left over \(scale\).*weight \(5, 2\) instead of \(3, 2\)"):
+    message = r"1 missing \(bias\).*1 left over \(scale\).*weight \(5, 2\) instead of \(3, 2\)"
+    with pytest.raises(ValueError, match=message):
         checkpoint.load_strictly(module, {"weight": torch.zeros(5, 2), "scale": torch.zeros(1)}, "here")
     before = module.bias.clone()
-    checkpoint.load_strictly(module, {"weight": torch.ones(3, 2), "old": torch.ones(1)}, "here", fresh=("bias",), dropped=("old",))
+    tensors = {"weight": torch.ones(3, 2), "old": torch.ones(1)}
+    checkpoint.load_strictly(module, tensors, "here", fresh=("bias",), dropped=("old",))
     assert torch.equal(module.weight, torch.ones(3, 2)) and torch.equal(module.bias, before)
 
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import golden_tensors
 from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 
-from conftest import golden_tensors
 from qformer import (
     Aligner,
     QFormer,

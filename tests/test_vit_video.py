@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import golden_tensors
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from conftest import golden_tensors
 from vit_video import VisionTransformer, ViTConfig, position_table, resize_space, sinusoid
 
 TINY = ViTConfig(img_size=16, patch_size=8, width=32, depth=2, heads=4, frames=4)

@@ -1,0 +1,458 @@
+"""Static to dynamic: from annotations of videos to captions and to the 20 tasks' multiple-choice questions.
+
+Is: the table of the tasks (parent spatial task, phrasings, option rule, number of options); for each task the reading of
+an annotation that yields a caption and facts to ask for; filters; options drawn, shuffled and balanced.
+Is not: a simulator or a renderer. It takes annotations, plain dicts of objects, events and backgrounds, from anywhere.
+Source: MVBench (arXiv 2311.17005v4) section 3.2 and table 1; the task files' names are those of the official data.
+
+    python -c "import qagen; [print(task) for task in qagen.TASKS.values()]"
+
+An annotation: {"scenario": a key of TASKS, "duration": seconds, "background": [name per frame],
+"objects": [{"shape", "colour", tracks ...}], "events": [{"object", "action", "start", "end", ...} in seconds], ...}.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from prompt import ONLY_BEST, SYSTEM, mvbench_question
+
+COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
+SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
+DIRECTIONS = ("right", "down-right", "down", "down-left", "left", "up-left", "up", "up-right")  # clockwise on the screen
+SIDES = ("left", "right", "up", "down")
+ACTIONS = ("grows", "shrinks", "spins", "blinks", "jumps", "shakes")
+LOCAL_ACTIONS = ("spins", "jumps", "shakes", "wobbles")
+COUNTED_ACTIONS = ("jumps", "blinks")
+FINE_ACTIONS = ("spins clockwise", "spins counter-clockwise", "wobbles", "bounces", "zigzags")
+SURPRISES = ("teleports", "passes through the wall", "stops in mid-fall", "splits in two")
+ANTONYMS = {"size": ("grows", "shrinks"), "presence": ("appears", "disappears"), "height": ("rises", "falls")}
+PLACES = ("city", "desert", "sea", "forest", "snow")
+LETTERS = ("A", "C", "H", "K", "L", "T", "X", "Z")
+POSES = ("raises its arms", "spreads its arms", "kneels", "bows", "kicks", "lies down")
+MOVES = {"forward": "go forward", "left": "turn left and go forward", "right": "turn right and go forward"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row of the table: where its official files lie, what it asks and how its options come about."""
+    name: str     # as in the published table
+    parent: str   # the spatial task of image benchmarks that it makes temporal
+    folder: str   # official media folder
+    options: int  # how many
+    rule: str     # where the wrong options come from
+    ask: dict     # kind of question -> three phrasings or more
+    bound: bool = False  # its entries have "start" and "end"
+
+
+TASKS = {  # official name of the json file -> task, in the order of the published table
+    "action_sequence": Task(
+        "Action Sequence", "Action", "star/Charades_v1_480", 4, "one more that it did, two that it did not", {
+            "after": ("What did {hero} do after it {anchor}?", "What happened after {hero} {anchor}?",
+                      "Which action followed when {hero} {anchor}?"),
+            "before": ("What did {hero} do before it {anchor}?", "What happened before {hero} {anchor}?",
+                       "Which action came first, before {hero} {anchor}?")}, bound=True),
+    "action_prediction": Task(
+        "Action Prediction", "Action", "star/Charades_v1_480", 4, "the four ways", {
+            "next": ("{Hero} goes round in a fixed order. Where will it go next?",
+                     "What will {hero} do next, going on in the same order?",
+                     "Which way does {hero} go next in its pattern?")}, bound=True),
+    "action_antonym": Task(
+        "Action Antonym", "Action", "ssv2_video", 3, "the opposite and \"not sure\"", {
+            "what": ("What does {hero} do?", "What happens to {hero}?", "Which of these does {hero} do in the video?")}),
+    "fine_grained_action": Task(
+        "Fine-grained Action", "Action", "Moments_in_Time_Raw/videos", 4, "three look-alikes of four", {
+            "how": ("How does {hero} move?", "Which movement does {hero} make?",
+                    "What exactly does {hero} do in the video?")}),
+    "unexpected_action": Task(
+        "Unexpected Action", "Action", "FunQA_test/test", 4, "the four surprises", {
+            "what": ("What unexpected thing happens to {hero}?", "What is surprising about {hero}?",
+                     "Which surprising thing does {hero} do?")}),
+    "object_existence": Task(
+        "Object Existence", "Object", "clevrer/video_validation", 3, "yes, no, not sure", {
+            "is": ("Is there {a} moving while the lamp blinks?", "While the lamp blinks, does {a} move?",
+                   "Does {a} move when the lamp blinks?")}),
+    "object_interaction": Task(
+        "Object Interaction", "Object", "star/Charades_v1_480", 4, "the other objects of the clip", {
+            "touch": ("Which object did {hero} touch?", "What was touched by {hero}?",
+                      "With which object did {hero} come into contact?"),
+            "near": ("Which object did {hero} approach but not touch?", "What did {hero} approach without touching it?",
+                     "Towards which object did {hero} go only a little way?")}, bound=True),
+    "object_shuffle": Task(
+        "Object Shuffle", "Object", "perception/videos", 3, "left, middle, right", {
+            "where": ("Where is the ball at the end?", "Where is the hidden ball at the end of the video?",
+                      "Under which cup is the ball when the cups have stopped?")}),
+    "moving_direction": Task(
+        "Moving Direction", "Position", "clevrer/video_validation", 4, "three of eight ways and \"stationary\"", {
+            "way": ("In which direction does {hero} move?", "What direction is {hero} moving in?",
+                    "Which way does {hero} go?")}),
+    "action_localization": Task(
+        "Action Localization", "Position", "sta/sta_video", 4, "beginning, middle, end, throughout", {
+            "when": ("During which part of the video does it happen that {hero} {action}?",
+                     "When can it be seen that {hero} {action}?", "At what time in the video is it that {hero} {action}?"),
+        }, bound=True),
+    "scene_transition": Task(
+        "Scene Transition", "Scene", "scene_qa/video", 4, "the reverse, another change and its reverse", {
+            "change": ("How does the scene change?", "What is the change of scene in the video?",
+                       "Which option describes the change of scene?")}),
+    "action_count": Task(
+        "Action Count", "Count", "perception/videos", 3, "two other numbers from 1 to 4", {
+            "count": ("How many times is it that {hero} {action}?", "How often in the video is it that {hero} {action}?",
+                      "What is the number of times that {hero} {action}?")}),
+    "moving_count": Task(
+        "Moving Count", "Count", "clevrer/video_validation", 4, "1 to 4", {
+            "count": ("How many objects move?", "What is the number of moving objects?",
+                      "How many objects are moving in the video?")}),
+    "moving_attribute": Task(
+        "Moving Attribute", "Attribute", "clevrer/video_validation", 3, "of two objects that do not move", {
+            "colour": ("What is the colour of the object that moves?", "Which colour does the moving object have?",
+                       "What colour is the moving object?"),
+            "shape": ("What is the shape of the object that moves?", "Which shape does the moving object have?",
+                      "What shape is the moving object?")}),
+    "state_change": Task(
+        "State Change", "Attribute", "perception/videos", 3, "on, off, unchanged", {
+            "state": ("How did the state of the lamp change from the start to the end?",
+                      "From the first moment to the last, how did the lamp change?",
+                      "Compared with the start, what is the lamp's state at the end?")}),
+    "fine_grained_pose": Task(
+        "Fine-grained Pose", "Pose", "nturgbd", 4, "the other poses of the clip", {
+            "last": ("Which pose does the figure end in?", "What does the figure do at the end?",
+                     "What is the last thing that the figure does?")}),
+    "character_order": Task(
+        "Character Order", "Character", "perception/videos", 3, "two other orders of the same letters", {
+            "order": ("In which order are the letters shown?", "What is the order of the letters in the video?",
+                      "Which order do the letters appear in?")}),
+    "egocentric_navigation": Task(
+        "Egocentric Navigation", "Cognition", "vlnqa", 4, "forward, left, right, stop", {
+            "next": ("The agent follows this route: {route}. What is its next move?",
+                     "The route is: {route}. What should the agent do next?",
+                     "Route: {route}. Given the video so far, what comes next?")}),
+    "episodic_reasoning": Task(
+        "Episodic Reasoning", "Cognition", "tvqa/frames_fps3_hq", 5, "the others of the clip and of the world", {
+            "first": ("Who has the gift at first?", "Who is the first to give the gift away?",
+                      "Whose is the gift at the start?"),
+            "between": ("Who gets the gift and gives it away again?", "Who has the gift between the other two?",
+                        "Who is given the gift but does not keep it?"),
+            "last": ("Who has the gift at the end?", "Who gets the gift last?", "To whom does the gift go in the end?"),
+            "where_first": ("Where is the gift given for the first time?", "In which place is the gift first given away?",
+                            "What is the first place where the gift is given?"),
+            "where_last": ("Where is the gift given for the last time?", "In which place is the gift given last?",
+                           "What is the last place where the gift is given?")}, bound=True),
+    "counterfactual_inference": Task(
+        "Counterfactual Inference", "Cognition", "clevrer/video_validation", 4, "the other objects and nothing", {
+            "without": ("If the block that {hero} hits were not there, what would it hit?",
+                        "What would {hero} hit without the block that stops it?",
+                        "Without the block that it hits, what would {hero} run into?")}),
+}
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Something to ask for: the kind of question, its answer and exactly as many wrong options as the task has."""
+    kind: str
+    answer: str
+    wrong: list
+    slots: dict = field(default_factory=dict)  # for the holes in the phrasing
+    cell: str = ""  # the benchmark holds equally many of each cell; where empty, of each answer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading annotations. Each reader takes (clip, rng) and returns (paraphrases of the caption, facts).
+
+
+def the(one):
+    return f"the {one['colour']} {one['shape']}"
+
+
+def upper(text):
+    """Only the first letter: str.capitalize would lower the letters of Character Order."""
+    return text[:1].upper() + text[1:]
+
+
+def option(text):
+    return upper(text) + "."
+
+
+def listing(words):
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
+
+
+def but(pool, *taken):
+    return [entry for entry in pool if entry not in taken]
+
+
+def in_order(clip, *actions):
+    """The clip's events by their start, those of the given actions if any are given."""
+    return sorted((e for e in clip["events"] if not actions or e["action"] in actions), key=lambda e: e["start"])
+
+
+def action_sequence(clip, rng):
+    first, second, third = (e["action"] for e in in_order(clip))
+    hero = the(clip["objects"][0])
+    unseen = but(ACTIONS, first, second, third)
+    facts = [Fact(kind, option(f"it {answer}"), [option(f"it {a}") for a in (other, *rng.sample(unseen, 2))],
+                  {"hero": hero, "anchor": second})
+             for kind, answer, other in (("after", third, first), ("before", first, third))]
+    return [f"{hero} {first}, then {second}, then {third}.",
+            f"first {hero} {first}, then it {second}, and last it {third}."], facts
+
+
+def action_prediction(clip, rng):
+    """The order is what happens until the first way comes again; the next is the one after the last."""
+    hero, ways = the(clip["objects"][0]), [e["action"] for e in in_order(clip)]
+    period = ways.index(ways[0], 1) if ways[0] in ways[1:] else len(ways)
+    after = ways[len(ways) % period]
+    text = f"{hero} goes {', '.join(ways)}."
+    return [f"{text} next it will go {after}."], [
+        Fact("next", f"It goes {after}.", [f"It goes {way}." for way in but(SIDES, after)], {"hero": hero})]
+
+
+def action_antonym(clip, rng):
+    hero, pair = the(clip["objects"][0]), ANTONYMS[clip["asked"]]
+    done = clip["events"][0]["action"] if clip["events"] else None
+    answers = [*(f"It {verb}." for verb in pair), "Not sure."]
+    answer = f"It {done}." if done else "Not sure."
+    told = f"{hero} {done}." if done else f"it is not sure that {hero} {pair[0]} or {pair[1]}."
+    return [told], [Fact("what", answer, but(answers, answer), {"hero": hero}, f"{clip['asked']} {answer}")]
+
+
+def fine_grained_action(clip, rng):
+    hero, done = the(clip["objects"][0]), clip["events"][0]["action"]
+    wrong = rng.sample(but(FINE_ACTIONS, done), 3)
+    return [f"{hero} {done}."], [Fact("how", f"It {done}.", [f"It {w}." for w in wrong], {"hero": hero})]
+
+
+def unexpected_action(clip, rng):
+    hero, done = the(clip["objects"][0]), in_order(clip, *SURPRISES)[0]["action"]
+    return [f"{hero} falls towards a wall and {done}.", f"falling, {hero} suddenly {done}."], [
+        Fact("what", f"It {done}.", [f"It {w}." for w in but(SURPRISES, done)], {"hero": hero})]
+
+
+def object_existence(clip, rng):
+    moves, blinks, facts = in_order(clip, "moves"), in_order(clip, "blinks"), []
+    for move in moves:
+        together = blinks and move["start"] < blinks[0]["end"] and blinks[0]["start"] < move["end"]
+        answer = "Not sure." if not blinks else "Yes." if together else "No."
+        facts.append(Fact("is", answer, but(("Yes.", "No.", "Not sure."), answer),
+                          {"a": the(clip["objects"][move["object"]]).replace("the ", "a ", 1)}))
+    first, second = (the(clip["objects"][move["object"]]) for move in moves)
+    if not blinks:
+        return [f"{first} moves, then {second} moves. The lamp never blinks, so it is not sure."], facts
+    if facts[0].answer == "No.":
+        first, second = second, first
+    return [f"while the lamp blinks, {first} moves. {upper(second)} moves while it does not blink."], facts
+
+
+def object_interaction(clip, rng):
+    hero, *others = map(the, clip["objects"])
+    touched, neared = (others[in_order(clip, action)[0]["target"] - 1] for action in ("touches", "approaches"))
+    return [f"{hero} touches {touched}. It approaches {neared} but does not touch it."], [
+        Fact(kind, option(answer), [option(other) for other in but(others, answer)], {"hero": hero})
+        for kind, answer in (("touch", touched), ("near", neared))]
+
+
+def object_shuffle(clip, rng):
+    """The cups' last places come from their tracks, the cup from the event that hides the ball."""
+    cups = {i: one for i, one in enumerate(clip["objects"]) if one["shape"] == "cup"}
+    hidden = in_order(clip, "hides")[0]["target"]
+    row = sorted(cups, key=lambda i: cups[i]["x"][-1])
+    place = ("left", "middle", "right")[row.index(hidden)]
+    swaps = [f"{the(cups[e['object']])} and {the(cups[e['target']])} swap" for e in in_order(clip, "swaps")]
+    return [f"the ball is hidden under {the(cups[hidden])}. {upper(', then '.join(swaps))}. "
+            f"At the end the ball is under the {place} cup."], [
+        Fact("where", f"Under the {place} cup.", [f"Under the {w} cup." for w in but(("left", "middle", "right"), place)])]
+
+
+def moving_direction(clip, rng):
+    hero, way = the(clip["objects"][0]), clip["events"][0]["action"] if clip["events"] else "stationary"
+    wrong = rng.sample(but((*DIRECTIONS, "stationary"), way), 3)
+    return [f"{hero} moves {way}." if clip["events"] else f"{hero} is stationary."], [
+        Fact("way", option(way), [option(w) for w in wrong], {"hero": hero})]
+
+
+def action_localization(clip, rng):
+    """Throughout is more than half of the clip; else the third that holds the middle of the action."""
+    times = ("At the beginning.", "In the middle.", "At the end.", "Throughout the video.")
+    hero, done = the(clip["objects"][0]), clip["events"][0]
+    middle = (done["start"] + done["end"]) / 2 / clip["duration"]
+    when = times[3 if done["end"] - done["start"] > clip["duration"] / 2 else int(3 * middle)]
+    text = f"{hero} {done['action']}"
+    return [f"{text} {when[0].lower()}{when[1:]}"], [Fact("when", when, but(times, when), {"hero": hero, "action": done["action"]})]
+
+
+def scene_transition(clip, rng):
+    """Change, reverse, and from or to the same pivot another change with its reverse: each as likely to be right."""
+    before, after = (f"the {clip['background'][t]}" for t in (0, -1))
+    pivot, third = rng.choice((before, after)), rng.choice(but([f"the {p}" for p in PLACES], before, after))
+    wrong = [(after, before), (pivot, third), (third, pivot)]
+    return [f"the scene changes from {before} to {after}.", f"first it is {before}, then it is {after}."], [
+        Fact("change", f"From {before} to {after}.", [f"From {a} to {b}." for a, b in wrong])]
+
+
+def action_count(clip, rng):
+    hero, action, times = the(clip["objects"][0]), clip["events"][0]["action"], str(len(clip["events"]))
+    return [f"{hero} {action} {times} times." if times != "1" else f"{hero} {action} 1 time."], [
+        Fact("count", times, rng.sample(but("1234", times), 2), {"hero": hero, "action": action})]
+
+
+def moving_count(clip, rng):
+    moving = [the(clip["objects"][e["object"]]) for e in clip["events"]]
+    count = str(len(moving))
+    return [f"{count} of {len(clip['objects'])} objects {'moves' if count == '1' else 'move'}: {listing(moving)}."], [
+        Fact("count", count, but("1234", count))]
+
+
+def moving_attribute(clip, rng):
+    mover = clip["objects"][clip["events"][0]["object"]]
+    resting = [one for one in clip["objects"] if one is not mover]
+    return [f"{the(mover)} moves. {upper(listing([the(one) for one in resting]))} do not move."], [
+        Fact(kind, option(mover[kind]), [option(one[kind]) for one in rng.sample(resting, 2)], cell=f"{kind} {mover[kind]}")
+        for kind in ("colour", "shape")]
+
+
+def state_change(clip, rng):
+    answers = {("off", "on"): "It was turned on.", ("on", "off"): "It was turned off."}
+    states = [e["action"] for e in in_order(clip)]
+    answer = answers.get((states[0], states[-1]), "It did not change.")
+    return [f"the lamp is {', then '.join(states)}. {answer}"], [
+        Fact("state", answer, but((*answers.values(), "It did not change."), answer))]
+
+
+def fine_grained_pose(clip, rng):
+    poses = [e["action"] for e in in_order(clip)]
+    others = sorted(set(poses) - {poses[-1]})
+    return [f"the figure {listing(poses)}. At the end it {poses[-1]}."], [
+        Fact("last", option(f"it {poses[-1]}"), [option(f"it {pose}") for pose in others])]
+
+
+def character_order(clip, rng):
+    letters = [clip["objects"][e["object"]]["shape"] for e in in_order(clip)]
+    a, b, c = letters
+    orders = [[a, c, b], [b, a, c], [b, c, a], [c, a, b], [c, b, a]]
+    return [f"the letters are {', '.join(letters)}.", f"the letter {a} is shown, then {b}, then {c}."], [
+        Fact("order", ", ".join(letters), [", ".join(order) for order in rng.sample(orders, 2)])]
+
+
+def egocentric_navigation(clip, rng):
+    done, answers = [MOVES[e["action"]] for e in in_order(clip)], [*map(option, MOVES.values()), "Stop."]
+    route = [*(MOVES[move] for move in clip["route"]), "stop"]
+    past = {"go forward": "goes forward", "turn left and go forward": "turns left and goes forward",
+            "turn right and go forward": "turns right and goes forward"}
+    answer = option(route[len(done)])
+    return [f"the agent {', then '.join(past[move] for move in done)}. It has made {len(done)} "
+            f"{'moves' if len(done) > 1 else 'move'}."], [
+        Fact("next", answer, but(answers, answer), {"route": ", then ".join(route)})]
+
+
+def episodic_reasoning(clip, rng):
+    """Who: the three of the clip and two who are not in it. Where: the five places of the world."""
+    give, again = in_order(clip, "gives")
+    a, b, c = (the(clip["objects"][i]) for i in (give["object"], give["target"], again["target"]))
+    strangers = rng.sample(but([f"the {colour} person" for colour in COLOURS], a, b, c), 2)
+    who = [(kind, one, but([a, b, c, *strangers], one)) for kind, one in (("first", a), ("between", b), ("last", c))]
+    places = [f"in the {place}" for place in PLACES]
+    where = [(kind, f"in the {e['place']}", but(places, f"in the {e['place']}"))
+             for kind, e in (("where_first", give), ("where_last", again))]
+    return [f"in the {give['place']} {a} gives the gift to {b}. In the {again['place']} {b} gives it to {c}."], [
+        Fact(kind, option(answer), [option(w) for w in wrong]) for kind, answer, wrong in who + where]
+
+
+def counterfactual_inference(clip, rng):
+    """Cells: nothing and, in the order of their names, the three objects; so nothing is right one time in four."""
+    hero, hits = the(clip["objects"][0]), clip["counterfactual"]["hits"]
+    others = sorted(the(one) for one in clip["objects"][1:] if one["shape"] != "block")
+    answer = "nothing" if hits is None else the(clip["objects"][hits])
+    return [f"{hero} hits a block. Behind that block is {answer}.",
+            f"{hero} hits a block. Without it, it would hit {answer}."], [
+        Fact("without", option(answer), [option(w) for w in but([*others, "nothing"], answer)], {"hero": hero},
+             str([*others, "nothing"].index(answer)))]
+
+
+READERS = {reader.__name__: reader for reader in (
+    action_sequence, action_prediction, action_antonym, fine_grained_action, unexpected_action, object_existence,
+    object_interaction, object_shuffle, moving_direction, action_localization, scene_transition, action_count,
+    moving_count, moving_attribute, state_change, fine_grained_pose, character_order, egocentric_navigation,
+    episodic_reasoning, counterfactual_inference)}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Questions. The filters, the shuffling, and what stages 1 to 3 and the benchmark read.
+
+
+def acceptable(clip, fact):
+    """The paper's filters: clips of 5 to 35 s, options all different and of the number that the task has."""
+    options = {fact.answer, *fact.wrong}
+    return 5 <= clip["duration"] <= 35 and len(options) == 1 + len(fact.wrong) == TASKS[clip["scenario"]].options
+
+
+def read(clip, rng):
+    """An annotation -> (one caption, [facts]). Raises ValueError for a scenario that is no task."""
+    if clip.get("scenario") not in READERS:
+        raise ValueError(f"annotation {clip.get('id', '?')}: unknown scenario {clip.get('scenario')!r}; "
+                         f"expected one of {', '.join(TASKS)}")
+    captions, facts = READERS[clip["scenario"]](clip, rng)
+    return upper(rng.choice(captions)), [fact for fact in facts if acceptable(clip, fact)]
+
+
+def caption(clip, rng):
+    return read(clip, rng)[0]
+
+
+def multiple_choice(clip, fact, rng, letter=None):
+    """A fact -> {"question", "candidates", "answer"}; the answer is candidate number `letter`, or any."""
+    ask = rng.choice(TASKS[clip["scenario"]].ask[fact.kind])
+    slots = fact.slots | {"Hero": upper(fact.slots.get("hero", ""))}
+    candidates = rng.sample(fact.wrong, len(fact.wrong))
+    candidates.insert(rng.randrange(len(fact.wrong) + 1) if letter is None else letter, fact.answer)
+    return {"question": ask.format(**slots), "candidates": candidates, "answer": fact.answer}
+
+
+def as_turn(choice):
+    """A multiple-choice question as one turn {"i", "q", "a"} of a conversation, in the benchmark's own words."""
+    letter = "ABCDE"[choice["candidates"].index(choice["answer"])]
+    return {"i": SYSTEM, "q": mvbench_question(choice["question"], choice["candidates"]) + ONLY_BEST,
+            "a": f"Best option:({letter}) {choice['answer']}"}
+
+
+OPEN = ("Answer the question about the video in a few words.", "Watch the video and answer the question briefly.",
+        "Look at the video closely and reply to what is asked.")
+DESCRIBE = ("Describe the video.", "Say what happens in the video.", "Give a short description of the video.")
+
+
+def conversations(clip, rng, turns=4):
+    """For stage 3: a conversation of `turns` multiple-choice questions; for one clip in three an open one as well."""
+    text, facts = read(clip, rng)
+    many = [as_turn(multiple_choice(clip, facts[i % len(facts)], rng)) for i in range(turns)]
+    if rng.random() > 1 / 3:
+        return [many]
+    if rng.random() < 0.5:
+        return [many, [{"i": rng.choice(DESCRIBE), "q": "", "a": text}]]
+    choice = multiple_choice(clip, rng.choice(facts), rng)
+    return [many, [{"i": rng.choice(OPEN), "q": choice["question"], "a": choice["answer"]}]]
+
+
+def text_documents(clip, rng, turns=3):
+    """For a language model that sees no video: (caption, multiple-choice turns whose answers the caption tells)."""
+    text, facts = read(clip, rng)
+    return text, [as_turn(multiple_choice(clip, rng.choice(facts), rng)) for _ in range(turns)]
+
+
+def benchmark(task, count, draw, rng, trials=12):
+    """`count` balanced questions of a task: [(clip, question)], one clip each.
+
+    draw() gives a new annotation. Of `trials` facts drawn for each question the one is kept whose cell, then whose kind,
+    then whose answer has been asked for least. Letters go round, so that each is right equally often.
+    """
+    n = TASKS[task].options
+    letters = rng.sample([i % n for i in range(count)], count)
+    asked, cells, kinds, answers = [], Counter(), Counter(), Counter()
+    for letter in letters:
+        drawn = []
+        while len(drawn) < trials:
+            clip = draw()
+            drawn += [(clip, fact) for fact in read(clip, rng)[1]]
+        clip, fact = min(drawn, key=lambda pair: (cells[pair[1].cell or pair[1].answer], kinds[pair[1].kind],
+                                                  answers[pair[1].answer]))
+        cells[fact.cell or fact.answer] += 1
+        kinds[fact.kind] += 1
+        answers[fact.answer] += 1
+        asked.append((clip, multiple_choice(clip, fact, rng, letter)))
+    return asked

@@ -1,0 +1,430 @@
+"""pytest tests/test_data.py"""
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from data import MediaError, Sampler, Source, Transform, VideoTextData, load_annotations, load_corpus, read_media
+from prompt import IGNORE, VIDEO
+from tokenizer import SentencePiece, WordPiece
+
+
+def paint(folder, name, value=0, frames=16, size=48):
+    """A GIF whose frame i shows a bar at column 2 i, on a background of the grey level `value`."""
+    images = []
+    for i in range(frames):
+        pixels = np.full((size, size, 3), value, np.uint8)
+        pixels[10:20, 2 * i:2 * i + 10] = (255, 0, 0)
+        images.append(Image.fromarray(pixels))
+    folder.mkdir(parents=True, exist_ok=True)
+    images[0].save(folder / name, save_all=True, append_images=images[1:], duration=500, loop=0)
+    return folder / name
+
+
+def bars(frames):
+    """Which frame each of (T, 3, H, W) is: half the first column where red lies on row 15."""
+    return [int((frame[0, 15] - frame[1, 15].float() > 100).nonzero()[0]) // 2 for frame in frames.float()]
+
+
+def write(path, value):
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return path
+
+
+def every(first, last, fps):
+    return range(first, last + 1)
+
+
+@pytest.fixture
+def world(tmp_path):
+    """Six videos and five images with captions; clip k has grey level 20 k."""
+    for k in range(6):
+        paint(tmp_path / "media", f"{k}.gif", 20 * k)
+    for k in range(5):
+        Image.new("RGB", (60, 50), (20 * k,) * 3).save(tmp_path / "media" / f"{k}.png")
+    write(tmp_path / "videos.json", [{"video": f"{k}.gif", "caption": [f"video {k}", f"clip {k}"]} for k in range(6)])
+    write(tmp_path / "images.json", [{"image": f"{k}.png", "caption": f"image {k}"} for k in range(5)])
+    write(tmp_path / "corpus.json", [["videos.json", "media", "video"], ["images.json", "media"]])
+    return tmp_path
+
+
+def clips(world, **options):
+    transform = Transform(32, train=True)
+    return VideoTextData(load_corpus(world / "corpus.json"), 4, transform, **options)
+
+
+# ---- which frames: parity --------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def recorded(golden):
+    return json.loads((golden / "sampling.json").read_text())
+
+
+def test_middle_frames(recorded):
+    for case in recorded["get_frame_indices_middle"]:
+        assert data.train_indices(case["num_frames"], case["vlen"], "middle") == case["out"], case
+
+
+def test_benchmark_frames(recorded):
+    for case in recorded["mvbench_get_index"]:
+        found = data.mvbench_indices(case["num_segments"], case["max_frame"], case["fps"], case["bound"], case["first_idx"])
+        assert found == case["out"], case
+    for case in recorded["notebook_get_index"]:  # the demo's rule is the benchmark's without bounds
+        assert data.mvbench_indices(case["num_segments"], case["num_frames"] - 1, 1.0) == case["out"], case
+
+
+def test_official_random_frames(recorded):
+    for case in recorded["get_frame_indices_rand_seed42"]:
+        n, total = case["num_frames"], case["vlen"]
+        found = data.train_indices(n, total, "rand", random.Random(42), official=True)
+        if total >= 2 * n:
+            assert found == case["out"], case
+        assert sorted(found) == found and len(found) == n and found[-1] < total
+
+
+def test_our_random_frames_reach_every_frame():
+    rng = random.Random(0)
+    drawn = [data.train_indices(4, 10, "rand", rng) for _ in range(500)]
+    assert {i for indices in drawn for i in indices} == set(range(10))
+    assert all(a < b for indices in drawn for a, b in zip(indices, indices[1:], strict=False))
+    assert data.train_indices(4, 2, "rand", rng) == [0, 1, 1, 1]
+
+
+def test_seconds(recorded):
+    for case in recorded["seconds"]:
+        message = data.seconds_message([i / case["fps"] for i in case["indices"]])
+        assert message == f"The video contains 8 frames sampled at {', '.join(case['train'])} seconds."
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("size", [48, 64, 100])
+def test_gif_frames_are_exact(tmp_path, size):
+    path = paint(tmp_path, "a.gif", 40, size=size)
+    frames, seconds = read_media(path, every)
+    assert frames.shape == (16, 3, size, size) and frames.dtype == torch.uint8
+    assert bars(frames) == list(range(16)) and seconds == [i / 2 for i in range(16)]
+    assert frames[0, :, -1, -1].tolist() == [40, 40, 40] and frames[0, :, 15, 5].tolist() == [255, 0, 0]
+    frames, _ = read_media(path, lambda first, last, fps: [15, 3, 3, 8, 99])  # any order; beyond the end: the last
+    assert bars(frames) == [15, 3, 3, 8, 15]
+
+
+def test_start_and_end_in_seconds(tmp_path):
+    path = paint(tmp_path, "a.gif")
+    frames, _ = read_media(path, data.train_frames(4, "middle", None, 2.0, 4.0))  # frames 4 to 7 at 2 per second
+    assert bars(frames) == [4, 5, 6, 7]
+    assert bars(data.read_benchmark_clip(path, 2, (2.0, 4.0))) == [5, 7]
+    assert bars(data.read_benchmark_clip(path, 16)) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 8, 9, 10, 11, 12, 13, 14]
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
+def test_every_kind_of_image_becomes_rgb(tmp_path, mode):
+    name = "a.jpg" if mode == "CMYK" else "a.png"
+    Image.new("RGB", (20, 10), (255, 255, 255)).convert(mode).save(tmp_path / name)
+    frames, seconds = read_media(tmp_path / name, every)
+    assert frames.shape == (1, 3, 10, 20) and frames.min() > 250 and seconds == [0.0]
+
+
+def test_a_folder_of_frames(tmp_path):
+    for i in range(1, 8):
+        Image.new("RGB", (20, 10), (i * 30,) * 3).save(tmp_path / f"{i:05d}.jpg")
+    frames, seconds = read_media(tmp_path, lambda first, last, fps: [first, last, last + 5])
+    assert [round(level / 30) for level in frames[:, 0, 0, 0].tolist()] == [1, 7, 7] and seconds == [0.0, 2.0, 2.0]
+    assert data.read_benchmark_clip(tmp_path, 2).shape == (2, 3, 10, 20)
+    (tmp_path / "00003.jpg").rename(tmp_path / "3.jpg")
+    with pytest.raises(MediaError, match="lacks 00003.jpg"):
+        read_media(tmp_path, every)
+
+
+def test_unreadable_media_say_why(tmp_path):
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "no_video.mp4").write_bytes(b"this is no video" * 50)
+    (tmp_path / "no_image.png").write_bytes(b"this is no image" * 50)
+    (tmp_path / "folder").mkdir()
+    reasons = {"absent.mp4": "no such file", "empty.mp4": "the file is empty", "folder": "the folder has no frames",
+               "no_video.mp4": "cannot be decoded as a video", "no_image.png": "cannot be decoded as an image"}
+    for name, reason in reasons.items():
+        with pytest.raises(MediaError) as caught:
+            read_media(tmp_path / name, every)
+        assert str(caught.value).startswith(f"{tmp_path / name}: {reason}") and "\n" not in str(caught.value)
+
+
+# ---- pixels ----------------------------------------------------------------------------------------------------------
+
+def test_evaluation_pixels_are_pillows():
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8)
+    found = Transform(32, norm="clip")(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0]  # (3, 32, 32)
+    small = Image.fromarray(pixels).resize((57, 32), Image.Resampling.BICUBIC).crop((12, 0, 44, 32))
+    mean, std = data.NORMS["clip"]
+    expected = (np.asarray(small) / 255 - mean) / std
+    assert np.abs(found.permute(1, 2, 0).numpy() - expected).max() < 1.1 / 255 / min(std)  # one level, from rounding
+
+
+def test_training_crops_are_the_same_in_all_frames():
+    frames = torch.randint(0, 256, (1, 3, 40, 60), dtype=torch.uint8).expand(4, -1, -1, -1)
+    transform = Transform(32, train=True)
+    one, two = (transform(frames, random.Random(seed)) for seed in (1, 2))
+    assert one.shape == (4, 3, 32, 32) and (one == one[:1]).all() and not torch.equal(one, two)
+    for shape in ((40, 60), (8, 200), (200, 8)):
+        for seed in range(50):
+            top, left, h, w = transform.random_box(*shape, random.Random(seed))
+            assert 0 <= top <= shape[0] - h and 0 <= left <= shape[1] - w and h > 0 and w > 0
+            assert shape != (40, 60) or 0.45 < h * w / 2400 < 1.05
+
+
+def test_without_crop_nothing_is_lost():
+    frames = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    found = Transform(32, train=True, crop=False)(frames, random.Random(0))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in data.NORMS["imagenet"])
+    torch.testing.assert_close(found * std + mean, frames / 255)
+    assert Transform(32, crop=False)(frames[..., :20]).shape == (2, 3, 32, 32)
+    with pytest.raises(ValueError, match="norm 'vit': expected one of imagenet, clip"):
+        Transform(32, norm="vit")
+
+
+# ---- annotations -----------------------------------------------------------------------------------------------------
+
+def test_a_corpus_in_all_its_forms(tmp_path):
+    entries = [["a.json", "root"], ["b.json", "/abs", "video"], ["c.json", "", "text"],
+               {"anno": "d.json", "media": "video", "weight": 0.5, "media_key": "key", "suffix": ".mp4"}]
+    a, b, c, d = load_corpus(write(tmp_path / "corpus.json", entries))
+    assert a == Source(str(tmp_path / "a.json"), str(tmp_path / "root"), "image", media_key="image")
+    assert (b.root, b.media, c.media, d.media_key, d.suffix, d.weight) == ("/abs", "video", "text", "key", ".mp4", 0.5)
+    assert load_corpus([["a.json", "root"]])[0].anno == "a.json"
+
+
+@pytest.mark.parametrize("content, message", [
+    ("{", "corpus.json: not JSON"),
+    ({}, "corpus.json: expected a JSON list, found dict"),
+    ([], "corpus.json: the corpus has no sources"),
+    ([["a.json", "", "video"], ["b.json"]], r"corpus.json: entry 1: expected \[anno, root\]"),
+    ([{"video": "a.gif", "caption": "a"}], "corpus.json: entry 0: expected"),
+    ([["a.json", "", "audio"]], "corpus.json: entry 0: media 'audio': expected video, image or text"),
+])
+def test_a_faulty_corpus_is_named(tmp_path, content, message):
+    with pytest.raises(ValueError, match=message):
+        load_corpus(write(tmp_path / "corpus.json", content))
+
+
+GOOD = {"video": "a.gif", "QA": [{"q": "", "a": "yes"}]}
+
+
+@pytest.mark.parametrize("content, message", [
+    ('[{"video": ', "anno.json: not JSON"),
+    ([], "anno.json: the list is empty"),
+    ([GOOD, "a.gif"], "anno.json: entry 1: expected an object, found str"),
+    ([GOOD, {"caption": "a"}], 'anno.json: entry 1: no "video" with the path of its video; it has caption'),
+    ([{"video": "a.gif", "text": "a"}], 'anno.json: entry 0: neither "caption" nor "QA"; it has video, text'),
+    ([{"video": "a.gif", "caption": " "}], 'entry 0: an empty "caption"'),
+    ([{"video": "a.gif", "caption": []}], 'entry 0: an empty "caption"'),
+    ([{"video": "a.gif", "QA": {"q": "", "a": ""}}], 'entry 0: "QA" must be a list'),
+    ([{"video": "a.gif", "QA": [{"q": "why?"}]}], 'entry 0: QA 0 has no answer "a"'),
+    ([{"video": "a.gif", "QA": [{"q": 3, "a": "b"}]}], 'entry 0: QA 0 has an "i" or "q" that is not text'),
+    ([GOOD | {"start": 3.0, "end": 1.0}], 'entry 0: "start" and "end" must be seconds, .* found 3.0 and 1.0'),
+    ([GOOD | {"start": 3.0}], "found 3.0 and None"),
+])
+def test_a_faulty_entry_is_named(tmp_path, content, message):
+    with pytest.raises(ValueError, match=message):
+        load_annotations(Source(str(write(tmp_path / "anno.json", content)), media="video", media_key="video"))
+
+
+def test_a_missing_annotation_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.json: no such annotation file"):
+        load_corpus(tmp_path / "none.json")
+
+
+# ---- samples ---------------------------------------------------------------------------------------------------------
+
+def test_a_sample(world):
+    sample = clips(world)[3]
+    assert sample["video"].shape == (4, 3, 32, 32) and sample["video"].dtype == torch.float32
+    assert sample["text"] in ("video 3", "clip 3") and sample["idx"] == 3 and sample["path"].endswith("3.gif")
+    assert len(sample["seconds"]) == 4 and sample["bad"] == []
+    image = clips(world)[6]
+    assert image["video"].shape == (1, 3, 32, 32) and image["medium"] == "image" and image["text"] == "image 0"
+
+
+def test_the_same_seed_gives_the_same_sample(world):
+    one, two = clips(world)[2], clips(world)[2]
+    assert torch.equal(one["video"], two["video"]) and one["seconds"] == two["seconds"] and one["draw"] == two["draw"]
+    later = clips(world)
+    later.set_epoch(1)
+    assert not torch.equal(one["video"], later[2]["video"])
+    assert not torch.equal(one["video"], clips(world, seed=1)[2]["video"])
+
+
+def test_a_bad_medium_replaces_the_whole_sample(world):
+    (world / "media" / "2.gif").write_bytes(b"broken" * 20)
+    (world / "media" / "5.gif").unlink()
+    dataset = clips(world)
+    sample = dataset[2]
+    assert sample["idx"] == 3 and sample["text"] in ("video 3", "clip 3") and sample["path"].endswith("3.gif")
+    assert torch.equal(sample["video"], dataset[3]["video"])
+    assert [line.split(": ")[0] for line in sample["bad"]] == [str(world / "media" / "2.gif")]
+    assert dataset[5]["idx"] == 0  # the next of the same source: still a video
+
+
+def test_too_many_bad_media_stop_the_run(world):
+    for path in (world / "media").glob("*.gif"):
+        path.unlink()
+    with pytest.raises(MediaError, match="no such file; 4 unreadable media in a row"):
+        clips(world, max_bad=3)[0]
+
+
+def test_captions_and_instructions_do_not_mix(world):
+    write(world / "qa.json", [GOOD])
+    sources = load_corpus([[str(world / "videos.json"), "", "video"], [str(world / "qa.json"), "", "video"]])
+    with pytest.raises(ValueError, match="captions and instructions in one corpus"):
+        VideoTextData(sources, 4, Transform(32))
+
+
+def test_other_keys_and_suffixes(world):
+    write(world / "own.json", [{"key": "4", "caption": "four"}])
+    source = {"anno": "own.json", "root": "media", "media": "video", "media_key": "key", "suffix": ".gif"}
+    dataset = VideoTextData(load_corpus(write(world / "c.json", [source])), 4, Transform(32))
+    assert dataset[0]["text"] == "four"
+
+
+# ---- order -----------------------------------------------------------------------------------------------------------
+
+def test_an_epoch_holds_every_sample_once_and_one_medium_a_batch(world):
+    sampler = Sampler(clips(world), 2)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) == 3 + 2  # five images: the odd one is left out
+    assert all(len({i < 6 for i in batch}) == 1 for batch in batches)
+    seen = sorted(i for batch in batches for i in batch)
+    assert seen[:6] == list(range(6)) and len(set(seen)) == 10
+    sampler.next_epoch()
+    assert list(sampler) != batches
+    sampler.skip_to(0)
+    assert list(sampler) == batches
+
+
+def test_going_on_in_mid_epoch_equals_not_stopping(world):
+    def run(sampler, steps):
+        taken = []
+        while len(taken) < steps:
+            for batch in sampler:
+                taken.append((sampler.dataset.epoch, batch))
+            sampler.next_epoch()
+        return taken[:steps]
+
+    whole = run(Sampler(clips(world), 2, seed=7), 13)
+    later = Sampler(clips(world), 2, seed=7)
+    later.skip_to(8)
+    assert run(later, 5) == whole[8:]
+
+
+def test_weights(world):
+    sources = load_corpus(world / "corpus.json")
+    sources[0].weight, sources[1].weight = 2.5, 0.4
+    dataset = VideoTextData(sources, 4, Transform(32))
+    drawn = [i for batch in Sampler(dataset, 1) for i in batch]
+    assert sum(i < 6 for i in drawn) == 15 and len({i for i in drawn if i >= 6}) == 2
+    assert all(drawn.count(i) in (2, 3) for i in range(6))
+
+
+def test_processes_share_a_batch(world):
+    whole = list(Sampler(clips(world), 4))
+    shares = [list(Sampler(clips(world), 2, rank=rank, world=2)) for rank in range(2)]
+    assert [sorted(a + b) for a, b in zip(*shares, strict=True)] == [sorted(batch) for batch in whole]
+
+
+def test_too_few_samples_for_a_batch(world):
+    with pytest.raises(ValueError, match="11 samples do not fill a batch of 7"):
+        Sampler(clips(world), 7)
+    assert len(Sampler(range(10), 3)) == 3  # any dataset will do
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def tok(golden):
+    return SentencePiece(golden / "tokenizer.model")
+
+
+@pytest.fixture(scope="module")
+def wordpiece(golden):
+    return WordPiece.load(golden / "vocab.txt")
+
+
+def batches_of(dataset, collate, workers=0):
+    return list(data.make_loader(dataset, Sampler(dataset, 2), collate, workers))
+
+
+def test_align_batch(world, wordpiece):
+    (world / "media" / "2.gif").unlink()
+    batches = batches_of(clips(world), data.AlignCollate(wordpiece))
+    batch = next(batch for batch in batches if batch["medium"] == "video")
+    assert batch["video"].shape == (2, 4, 3, 32, 32) and batch["ids"].shape == batch["mask"].shape == (2, 8)
+    assert batch["ids"][:, 0].tolist() == [wordpiece.cls_id] * 2 and batch["mask"].sum(1).tolist() == [3, 3]
+    assert sum(len(batch["bad"]) for batch in batches) == 1
+
+
+def test_caption_batch(world, tok):
+    for batch in batches_of(clips(world), data.CaptionCollate(tok, n_video=5)):
+        assert ((batch["ids"] == VIDEO).sum(1) == 5).all()
+        for row, path in zip(batch["labels"], batch["paths"], strict=True):
+            caption = tok.decode(row[row != IGNORE].tolist())
+            assert caption.endswith("###") and path.split("/")[-1][0] in caption
+            assert batch["medium"] == "image" or "image" not in caption
+
+
+def test_instruct_batch(world, tok, wordpiece):
+    qas = [{"i": "Watch.", "q": f"{n}?", "a": f"It is {n}."} for n in ("one", "two", "three")]
+    write(world / "qa.json", [{"video": f"{k}.gif", "QA": qas, "start": 1, "end": 3} for k in range(4)])
+    dataset = VideoTextData(load_corpus([[str(world / "qa.json"), str(world / "media"), "video"]]), 4, Transform(32))
+    orders = set()
+    for batch in batches_of(dataset, data.InstructCollate(tok, wordpiece, n_video=5)):
+        assert batch["qf_ids"][0, :4].tolist() == [101, 3422, 1012, 102] and batch["qf_mask"].sum(1).tolist() == [4, 4]
+        for ids, row in zip(batch["ids"], batch["labels"], strict=True):
+            answers = tok.decode(row[row != IGNORE].tolist())
+            assert sorted(answers.split(" ###")) == ["", " It is three.", " It is two.", "It is one."] or \
+                sorted(a.strip() for a in answers.split("###")) == ["", "It is one.", "It is three.", "It is two."]
+            orders.add(answers)
+            assert "The video contains 4 frames sampled at 1.0, 1.5, 2.0, 2.5 seconds." in tok.decode(
+                ids[ids != VIDEO].tolist())
+    assert len(orders) > 1  # the questions come in random order
+    assert [qa["q"] for qa in qas] == ["one?", "two?", "three?"]
+    collate = data.InstructCollate(tok, wordpiece, 5, question_in_qformer=True)
+    assert collate.instruction(qas[0]) == "Watch. one?" and collate.instruction({"q": "one?", "a": ""}) == ""
+
+
+def test_texts_have_no_video(world, tok, wordpiece):
+    write(world / "text.json", [{"QA": [{"q": "one?", "a": "Yes."}]}] * 2)
+    dataset = VideoTextData(load_corpus([[str(world / "text.json"), "", "text"]]), 4, Transform(32))
+    (batch,) = batches_of(dataset, data.InstructCollate(tok, wordpiece, 5))
+    assert batch["video"] is None and not (batch["ids"] == VIDEO).any() and batch["medium"] == "text"
+
+
+def test_workers_change_nothing(world, wordpiece):
+    runs = [batches_of(clips(world), data.AlignCollate(wordpiece), workers) for workers in (0, 2)]
+    for one, two in zip(*runs, strict=True):
+        assert torch.equal(one["video"], two["video"]) and torch.equal(one["ids"], two["ids"])
+
+
+def test_an_error_in_a_worker_keeps_its_words(world, wordpiece):
+    for path in (world / "media").glob("*.gif"):
+        path.unlink()
+    with pytest.raises(MediaError, match="gif: no such file"):
+        batches_of(clips(world, max_bad=2), data.AlignCollate(wordpiece), workers=1)
+
+
+# ---- python data.py check --------------------------------------------------------------------------------------------
+
+def test_check_lists_every_fault(world, capsys):
+    assert data.main(["check", str(world / "corpus.json"), "--decode"]) == 0
+    assert "videos.json: 6 entries of video, 0 faulty" in capsys.readouterr().out
+    (world / "media" / "3.gif").write_bytes(b"broken" * 20)
+    entries = json.loads((world / "videos.json").read_text())
+    entries[1]["caption"], entries[2]["video"] = "", "none.gif"
+    write(world / "videos.json", entries)
+    assert data.main(["check", str(world / "corpus.json")]) == 1
+    out = capsys.readouterr().out
+    assert 'entry 1: an empty "caption"' in out and "none.gif: no such file" in out and "2 faulty" in out
+    assert data.main(["check", str(world / "corpus.json"), "--decode"]) == 1
+    assert "3.gif: cannot be decoded as a video" in capsys.readouterr().out
