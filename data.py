@@ -88,14 +88,11 @@ def train_frames(num_frames, how="rand", rng=None, start=None, end=None):
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 class MediaError(ValueError):
-    """A video, image or folder of frames that cannot be read: which one, and why, in one line."""
-
-    def __init__(self, path, reason):
-        super().__init__(path, reason)  # both, so that it survives the way back from a worker process
-        self.path, self.reason = str(path), reason
+    """A video, image or folder of frames that cannot be read: "path: reason", in one line."""
 
     def __str__(self):
-        return f"{self.path}: {self.reason}"
+        # subtle: on its way from a worker process the message gets a traceback put before it
+        return super().__str__().strip().split("\n")[-1].removeprefix("data.MediaError: ")
 
 
 def read_media(path, choose):
@@ -108,9 +105,9 @@ def read_media(path, choose):
     if path.is_dir():
         return read_folder(path, choose)
     if not path.is_file():
-        raise MediaError(path, "no such file")
+        raise MediaError(f"{path}: no such file")
     if path.stat().st_size == 0:
-        raise MediaError(path, "the file is empty")
+        raise MediaError(f"{path}: the file is empty")
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return read_image(path)[None], [0.0]  # (1, 3, H, W)
     return read_video(path, choose)
@@ -126,7 +123,7 @@ def read_video(path, choose):
     try:
         reader = decord.VideoReader(str(path), num_threads=1)  # more threads break on some webm files (decord #246)
         if len(reader) == 0:
-            raise MediaError(path, "the video has no frames")
+            raise MediaError(f"{path}: the video has no frames")
         fps = reader.get_avg_fps()
         fps = fps if fps > 0 else 1.0  # a GIF of one frame says nan
         indices = np.clip(choose(0, len(reader) - 1, fps), 0, len(reader) - 1).tolist()
@@ -135,8 +132,9 @@ def read_video(path, choose):
         else:
             frames = np.stack([without_padding(reader[i].asnumpy()) for i in indices])   # (T, H, W, 3)
     except (RuntimeError, decord.DECORDError) as error:
-        raise MediaError(path, "cannot be decoded as a video") from error
-    return torch.from_numpy(frames).permute(0, 3, 1, 2), [i / fps for i in indices]      # (T, 3, H, W)
+        raise MediaError(f"{path}: cannot be decoded as a video") from error
+    frames = torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()                   # (T, 3, H, W)
+    return frames, [i / fps for i in indices]
 
 
 def without_padding(frame):
@@ -151,18 +149,18 @@ def read_image(path):
         with Image.open(path) as image:
             pixels = np.array(image.convert("RGB"))          # (H, W, 3)
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise MediaError(path, "cannot be decoded as an image") from error
+        raise MediaError(f"{path}: cannot be decoded as an image") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)         # (3, H, W)
 
 
 def read_folder(path, choose):
     last = len(list(path.glob("*.jpg")))
     if last == 0:
-        raise MediaError(path, "the folder has no frames (00001.jpg ...)")
+        raise MediaError(f"{path}: the folder has no frames (00001.jpg ...)")
     indices = np.clip(choose(1, last, FOLDER_FPS), 1, last).tolist()
     missing = [i for i in indices if not (path / f"{i:05d}.jpg").is_file()]
     if missing:
-        raise MediaError(path, f"the folder of {last} frames lacks {missing[0]:05d}.jpg")
+        raise MediaError(f"{path}: the folder of {last} frames lacks {missing[0]:05d}.jpg")
     frames = [read_image(path / f"{i:05d}.jpg") for i in indices]
     return torch.stack(frames), [(i - 1) / FOLDER_FPS for i in indices]  # (T, 3, H, W)
 
@@ -353,7 +351,7 @@ class VideoTextData(torch.utils.data.Dataset):
             except MediaError as error:
                 bad.append(str(error))
                 if len(bad) > self.max_bad:
-                    raise MediaError(error.path, f"{error.reason}; {len(bad)} unreadable media in a row") from None
+                    raise MediaError(f"{error}; {len(bad)} unreadable media in a row") from None
                 index = self.neighbour(index)
 
     def neighbour(self, index):

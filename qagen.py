@@ -1,7 +1,7 @@
 """Static to dynamic: from annotations of videos to captions and to the 20 tasks' multiple-choice questions.
 
-Is: the table of the tasks (parent spatial task, phrasings, option rule, number of options); for each task the reading of
-an annotation that yields a caption and facts to ask for; filters; options drawn, shuffled and balanced.
+Is: the table of the tasks (parent spatial task, phrasings, option rule, number of options); for each task the reading
+of an annotation that yields a caption and facts to ask for; filters; options drawn, shuffled and balanced.
 Is not: a simulator or a renderer. It takes annotations, plain dicts of objects, events and backgrounds, from anywhere.
 Source: MVBench (arXiv 2311.17005v4) section 3.2 and table 1; the task files' names are those of the official data.
 
@@ -18,7 +18,7 @@ from prompt import ONLY_BEST, SYSTEM, mvbench_question
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
-DIRECTIONS = ("right", "down-right", "down", "down-left", "left", "up-left", "up", "up-right")  # clockwise on the screen
+DIRECTIONS = ("right", "down-right", "down", "down-left", "left", "up-left", "up", "up-right")  # clockwise
 SIDES = ("left", "right", "up", "down")
 ACTIONS = ("grows", "shrinks", "spins", "blinks", "jumps", "shakes")
 LOCAL_ACTIONS = ("spins", "jumps", "shakes", "wobbles")
@@ -47,9 +47,9 @@ class Task:
 TASKS = {  # official name of the json file -> task, in the order of the published table
     "action_sequence": Task(
         "Action Sequence", "Action", "star/Charades_v1_480", 4, "one more that it did, two that it did not", {
-            "after": ("What did {hero} do after it {anchor}?", "What happened after {hero} {anchor}?",
-                      "Which action followed when {hero} {anchor}?"),
-            "before": ("What did {hero} do before it {anchor}?", "What happened before {hero} {anchor}?",
+            "after": ("What does {hero} do after it {anchor}?", "What happens after {hero} {anchor}?",
+                      "Which action follows when {hero} {anchor}?"),
+            "before": ("What does {hero} do before it {anchor}?", "What happens before {hero} {anchor}?",
                        "Which action came first, before {hero} {anchor}?")}, bound=True),
     "action_prediction": Task(
         "Action Prediction", "Action", "star/Charades_v1_480", 4, "the four ways", {
@@ -58,7 +58,7 @@ TASKS = {  # official name of the json file -> task, in the order of the publish
                      "Which way does {hero} go next in its pattern?")}, bound=True),
     "action_antonym": Task(
         "Action Antonym", "Action", "ssv2_video", 3, "the opposite and \"not sure\"", {
-            "what": ("What does {hero} do?", "What happens to {hero}?", "Which of these does {hero} do in the video?")}),
+            "what": ("What does {hero} do?", "What happens to {hero}?", "Which of these does {hero} do?")}),
     "fine_grained_action": Task(
         "Fine-grained Action", "Action", "Moments_in_Time_Raw/videos", 4, "three look-alikes of four", {
             "how": ("How does {hero} move?", "Which movement does {hero} make?",
@@ -88,7 +88,7 @@ TASKS = {  # official name of the json file -> task, in the order of the publish
     "action_localization": Task(
         "Action Localization", "Position", "sta/sta_video", 4, "beginning, middle, end, throughout", {
             "when": ("During which part of the video does it happen that {hero} {action}?",
-                     "When can it be seen that {hero} {action}?", "At what time in the video is it that {hero} {action}?"),
+                     "When can it be seen that {hero} {action}?", "At what time is it that {hero} {action}?"),
         }, bound=True),
     "scene_transition": Task(
         "Scene Transition", "Scene", "scene_qa/video", 4, "the reverse, another change and its reverse", {
@@ -96,7 +96,7 @@ TASKS = {  # official name of the json file -> task, in the order of the publish
                        "Which option describes the change of scene?")}),
     "action_count": Task(
         "Action Count", "Count", "perception/videos", 3, "two other numbers from 1 to 4", {
-            "count": ("How many times is it that {hero} {action}?", "How often in the video is it that {hero} {action}?",
+            "count": ("How many times is it that {hero} {action}?", "How often is it that {hero} {action}?",
                       "What is the number of times that {hero} {action}?")}),
     "moving_count": Task(
         "Moving Count", "Count", "clevrer/video_validation", 4, "1 to 4", {
@@ -133,7 +133,7 @@ TASKS = {  # official name of the json file -> task, in the order of the publish
             "between": ("Who gets the gift and gives it away again?", "Who has the gift between the other two?",
                         "Who is given the gift but does not keep it?"),
             "last": ("Who has the gift at the end?", "Who gets the gift last?", "To whom does the gift go in the end?"),
-            "where_first": ("Where is the gift given for the first time?", "In which place is the gift first given away?",
+            "where_first": ("Where is the gift given for the first time?", "In which place is the gift given first?",
                             "What is the first place where the gift is given?"),
             "where_last": ("Where is the gift given for the last time?", "In which place is the gift given last?",
                            "What is the last place where the gift is given?")}, bound=True),
@@ -152,7 +152,7 @@ class Fact:
     answer: str
     wrong: list
     slots: dict = field(default_factory=dict)  # for the holes in the phrasing
-    cell: str = ""  # the benchmark holds equally many of each cell; where empty, of each answer
+    cell: tuple = ()  # the benchmark holds equally many of each; where empty, of each (answer, kind)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def action_prediction(clip, rng):
     period = ways.index(ways[0], 1) if ways[0] in ways[1:] else len(ways)
     after = ways[len(ways) % period]
     text = f"{hero} goes {', '.join(ways)}."
-    return [f"{text} next it will go {after}."], [
+    return [f"{text} Next it will go {after}."], [
         Fact("next", f"It goes {after}.", [f"It goes {way}." for way in but(SIDES, after)], {"hero": hero})]
 
 
@@ -211,8 +211,9 @@ def action_antonym(clip, rng):
     done = clip["events"][0]["action"] if clip["events"] else None
     answers = [*(f"It {verb}." for verb in pair), "Not sure."]
     answer = f"It {done}." if done else "Not sure."
+    cell = answers.index(answer), clip["asked"]
     told = f"{hero} {done}." if done else f"it is not sure that {hero} {pair[0]} or {pair[1]}."
-    return [told], [Fact("what", answer, but(answers, answer), {"hero": hero}, f"{clip['asked']} {answer}")]
+    return [told], [Fact("what", answer, but(answers, answer), {"hero": hero}, cell)]
 
 
 def fine_grained_action(clip, rng):
@@ -257,9 +258,9 @@ def object_shuffle(clip, rng):
     row = sorted(cups, key=lambda i: cups[i]["x"][-1])
     place = ("left", "middle", "right")[row.index(hidden)]
     swaps = [f"{the(cups[e['object']])} and {the(cups[e['target']])} swap" for e in in_order(clip, "swaps")]
+    wrong = [f"Under the {other} cup." for other in but(("left", "middle", "right"), place)]
     return [f"the ball is hidden under {the(cups[hidden])}. {upper(', then '.join(swaps))}. "
-            f"At the end the ball is under the {place} cup."], [
-        Fact("where", f"Under the {place} cup.", [f"Under the {w} cup." for w in but(("left", "middle", "right"), place)])]
+            f"At the end the ball is under the {place} cup."], [Fact("where", f"Under the {place} cup.", wrong)]
 
 
 def moving_direction(clip, rng):
@@ -275,8 +276,8 @@ def action_localization(clip, rng):
     hero, done = the(clip["objects"][0]), clip["events"][0]
     middle = (done["start"] + done["end"]) / 2 / clip["duration"]
     when = times[3 if done["end"] - done["start"] > clip["duration"] / 2 else int(3 * middle)]
-    text = f"{hero} {done['action']}"
-    return [f"{text} {when[0].lower()}{when[1:]}"], [Fact("when", when, but(times, when), {"hero": hero, "action": done["action"]})]
+    return [f"{hero} {done['action']} {when[0].lower()}{when[1:]}"], [
+        Fact("when", when, but(times, when), {"hero": hero, "action": done["action"]})]
 
 
 def scene_transition(clip, rng):
@@ -305,7 +306,7 @@ def moving_attribute(clip, rng):
     mover = clip["objects"][clip["events"][0]["object"]]
     resting = [one for one in clip["objects"] if one is not mover]
     return [f"{the(mover)} moves. {upper(listing([the(one) for one in resting]))} do not move."], [
-        Fact(kind, option(mover[kind]), [option(one[kind]) for one in rng.sample(resting, 2)], cell=f"{kind} {mover[kind]}")
+        Fact(kind, option(mover[kind]), [option(one[kind]) for one in rng.sample(resting, 2)])
         for kind in ("colour", "shape")]
 
 
@@ -364,7 +365,7 @@ def counterfactual_inference(clip, rng):
     return [f"{hero} hits a block. Behind that block is {answer}.",
             f"{hero} hits a block. Without it, it would hit {answer}."], [
         Fact("without", option(answer), [option(w) for w in but([*others, "nothing"], answer)], {"hero": hero},
-             str([*others, "nothing"].index(answer)))]
+             ([*others, "nothing"].index(answer), answer))]
 
 
 READERS = {reader.__name__: reader for reader in (
@@ -435,24 +436,20 @@ def text_documents(clip, rng, turns=3):
     return text, [as_turn(multiple_choice(clip, rng.choice(facts), rng)) for _ in range(turns)]
 
 
-def benchmark(task, count, draw, rng, trials=12):
+def benchmark(task, count, draw, rng, trials=24):
     """`count` balanced questions of a task: [(clip, question)], one clip each.
 
-    draw() gives a new annotation. Of `trials` facts drawn for each question the one is kept whose cell, then whose kind,
-    then whose answer has been asked for least. Letters go round, so that each is right equally often.
+    draw() gives a new annotation. For each question, of the facts of `trials` clips the one is kept whose cell has been
+    asked for least: first by its first part, then as a whole. Letters go round, so that each is right equally often.
     """
     n = TASKS[task].options
-    letters = rng.sample([i % n for i in range(count)], count)
-    asked, cells, kinds, answers = [], Counter(), Counter(), Counter()
+    letters = rng.sample([i % n for i in range(count - count % n)], count - count % n) + rng.sample(range(n), count % n)
+    asked, cells = [], Counter()
     for letter in letters:
         drawn = []
-        while len(drawn) < trials:
-            clip = draw()
-            drawn += [(clip, fact) for fact in read(clip, rng)[1]]
-        clip, fact = min(drawn, key=lambda pair: (cells[pair[1].cell or pair[1].answer], kinds[pair[1].kind],
-                                                  answers[pair[1].answer]))
-        cells[fact.cell or fact.answer] += 1
-        kinds[fact.kind] += 1
-        answers[fact.answer] += 1
+        for clip in (draw() for _ in range(trials)):
+            drawn += [(clip, fact, fact.cell or (fact.answer, fact.kind)) for fact in read(clip, rng)[1]]
+        clip, fact, cell = min(drawn, key=lambda row: (cells[row[2][:1]], cells[row[2]]))
+        cells.update((cell[:1], cell))
         asked.append((clip, multiple_choice(clip, fact, rng, letter)))
     return asked

@@ -7,15 +7,28 @@ Source: MVBench (arXiv 2311.17005v4) section 3 for the tasks; CLEVRER and Someth
 
     python toyworld.py --out data/toy --sheet sheet.png
 
-A clip is 16 frames in which every state lasts two frames or more, so that 8 frames of it still tell the story, and
-whose frames 7 and 8 look the same whatever the answer is: the middle frame alone tells nothing.
+A clip is 16 frames in which every state lasts two frames or more, so that 8 frames of it still tell the story. Its
+middle, frames 7 and 8, is made to look alike whatever the answer is (test_qagen.py measures how well that holds).
 """
 
+import argparse
+import json
 import math
+import os
+import random
+import shutil
+import signal
+import sys
+import textwrap
 from functools import partial
 from itertools import pairwise
+from multiprocessing import Pool
+from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
 import qagen
 
 FRAMES, FPS = 16, 2
@@ -56,17 +69,17 @@ def wave(k):
 
 ACTS = {  # what frame k of n adds to x, y and angle, multiplies size by, or puts in the place of the look
     "grows": lambda k, n: {"size": 1 + 0.6 * (k + 1) / n},
-    "shrinks": lambda k, n: {"size": 1 - 0.4 * (k + 1) / n},
+    "shrinks": lambda k, n: {"size": 1 - 0.45 * (k + 1) / n},
+    "spins": lambda k, n: {"angle": 72 * (k + 1)},  # after 4 frames and one of rest it stands as before
     "spins clockwise": lambda k, n: {"angle": 40 * (k + 1)},
     "spins counter-clockwise": lambda k, n: {"angle": -40 * (k + 1)},
     "blinks": lambda k, n: {"look": "hollow" if k % 4 < 2 else "plain"},
     "jumps": lambda k, n: {"y": -10 if k % 4 < 2 else 0},
     "shakes": lambda k, n: {"x": 6 if k % 4 < 2 else -6},
     "wobbles": lambda k, n: {"angle": 38 * math.sin(math.pi * (k + 1) / 3)},
-    "bounces": lambda k, n: {"y": -12 * abs(math.sin(math.pi * k / 4))},
-    "zigzags": lambda k, n: {"x": 24 * k / (n - 1) - 12, "y": 7 * (abs(k % 4 - 2) - 1)},
+    "bounces": lambda k, n: {"y": 6 - 12 * abs(math.sin(math.pi * k / 4))},
+    "zigzags": lambda k, n: {"x": 20 * k / (n - 1) - 10, "y": 6 * (abs(k % 4 - 2) - 1)},
 }
-LASTING = ("grows", "shrinks", "spins clockwise", "spins counter-clockwise")  # what they change stays changed
 
 
 def event(action, start, end=FRAMES, who=0, **more):
@@ -75,15 +88,13 @@ def event(action, start, end=FRAMES, who=0, **more):
 
 
 def act(one, action, start=0, end=FRAMES):
-    """Change the tracks of a thing by ACTS[action] in frames start .. end - 1, and after them if it lasts."""
-    deed = {"spins": "spins clockwise"}.get(action, action)
-    for t in range(start, FRAMES if deed in LASTING else min(end, FRAMES)):
-        for key, change in ACTS[deed](min(t, end - 1) - start, end - start).items():
+    """Change the tracks of a thing by ACTS[action] in frames start .. end - 1; it may have begun before the clip."""
+    for t in range(max(start, 0), min(end, FRAMES)):
+        for key, change in ACTS[action](t - start, end - start).items():
             old = one[key][t]
             one[key][t] = change if key == "look" else old * change if key == "size" else old + change
-        if t < end:
-            one["activity"][t] = deed
-    return event(action, start, end)
+    label(one, "spins clockwise" if action == "spins" else action, max(start, 0), end)
+    return event(action, max(start, 0), end)
 
 
 def path(one, *keys):
@@ -174,7 +185,7 @@ def action_prediction(rng, cast):
 
 
 def action_antonym(rng, cast):
-    (x, y), scale = near(rng, 4), rng.uniform(0.9, 1.1)
+    (x, y), scale = near(rng, 5), rng.uniform(0.8, 1.2)
     hero, pair, turn = thing(*cast(1)[0], x, y, size=16 * scale), rng.choice(list(qagen.ANTONYMS)), rng.randrange(3)
     ramp = np.interp(range(FRAMES), (3, 12), ((-1, 1), (1, -1), (0, 0))[turn])
     change = rng.choice((5, 10))
@@ -191,8 +202,8 @@ def action_antonym(rng, cast):
 
 
 def fine_grained_action(rng, cast):
-    hero = thing(*cast(1)[0], *near(rng, 5), size=16, angle=rng.randrange(360))
-    return {"objects": [hero], "events": [act(hero, rng.choice(qagen.FINE_ACTIONS))]}
+    hero = thing(*cast(1)[0], *near(rng, 7), size=15, angle=rng.randrange(360))
+    return {"objects": [hero], "events": [act(hero, rng.choice(qagen.FINE_ACTIONS), -rng.randrange(4))]}
 
 
 def unexpected_action(rng, cast):
@@ -249,7 +260,7 @@ def object_shuffle(rng, cast):
     keys, events = [[(0, x, 30), (4, x, 30)] for x in spots], [event("hides", 0, 4, target=start + 1)]
     for t in (4, 8):
         a, b = rng.sample(range(3), 2)
-        for here, there, rise in ((a, b, -9), (b, a, 9)):
+        for here, there, rise in ((a, b, -11), (b, a, 11)):
             middle = (spots[here] + spots[there]) / 2
             keys[order[here]] += [(t + 2, middle, 30 + rise), (t + 4, spots[there], 30)]
         events.append(event("swaps", t, t + 5, order[a] + 1, target=order[b] + 1))
@@ -267,8 +278,8 @@ def object_shuffle(rng, cast):
 
 
 def moving_direction(rng, cast):
-    way, (x, y) = rng.choice((*qagen.DIRECTIONS, None)), near(rng, 4)
-    hero, (dx, dy) = thing(*cast(1)[0], x, y), step(way, 14) if way else (0, 0)
+    way, (x, y) = rng.choice((*qagen.DIRECTIONS, None)), near(rng, 6)
+    hero, (dx, dy) = thing(*cast(1)[0], x, y), step(way, 12) if way else (0, 0)
     path(hero, (0, x - dx, y - dy), (15, x + dx, y + dy))
     return {"objects": [hero], "events": [event(way, 0)] if way else []}
 
@@ -323,8 +334,9 @@ def state_change(rng, cast):
     lamp = thing("lamp", "grey", *near(rng, 5), size=26)
     lamp["look"] = [state for state, n in zip(states, (5, 6, 5), strict=True) for _ in range(n)]
     lamp["activity"] = ["lit" if look == "lit" else "still" for look in lamp["look"]]
-    return {"objects": [lamp], "events": [event({"lit": "on", "plain": "off"}[state], start, end) for state, (start, end)
-                                          in zip(states, ((0, 5), (5, 11), (11, 16)), strict=True)]}
+    spans, names = ((0, 5), (5, 11), (11, 16)), {"lit": "on", "plain": "off"}
+    return {"objects": [lamp],
+            "events": [event(names[state], *span) for state, span in zip(states, spans, strict=True)]}
 
 
 def fine_grained_pose(rng, cast):
@@ -352,14 +364,14 @@ def character_order(rng, cast):
 
 def egocentric_navigation(rng, cast):
     """Some moves of a route whose last three and the stop are the four possible answers in any order."""
-    route, done, heading = ["forward", *rng.sample(qagen.MOVES, 3)], rng.randint(1, 4), rng.randrange(4)
+    route, done, heading = ["forward", *rng.sample(list(qagen.MOVES), 3)], rng.randint(1, 4), rng.randrange(4)
     agent, at, keys, angles = thing("agent", "purple", 0, 0, size=14), (0.0, 0.0), [(0, 0.0, 0.0)], [90 * heading]
     for i, move in enumerate(route[:done]):
         heading += {"forward": 0, "left": -1, "right": 1}[move]
-        at = at[0] + 9.5 * math.sin(math.pi / 2 * heading), at[1] - 9.5 * math.cos(math.pi / 2 * heading)
+        at = at[0] + 7.5 * math.sin(math.pi / 2 * heading), at[1] - 7.5 * math.cos(math.pi / 2 * heading)
         angles += [90 * heading] * 3
         keys += [(3 * i + 1, *keys[-1][1:]), (3 * i + 3, *at)]
-    shift = [rng.uniform(8 - min(c), 40 - max(c)) for c in list(zip(*keys, strict=True))[1:]]
+    shift = [rng.uniform(7 - min(c), 41 - max(c)) for c in list(zip(*keys, strict=True))[1:]]
     path(agent, *((t, x + shift[0], y + shift[1]) for t, x, y in keys))
     agent["angle"] = (angles + angles[-1:] * FRAMES)[:FRAMES]
     return {"objects": [agent], "events": [event(move, 3 * i, 3 * i + 3) for i, move in enumerate(route[:done])],
@@ -417,3 +429,323 @@ SCENARIOS = {scenario.__name__: scenario for scenario in (
     object_interaction, object_shuffle, moving_direction, action_localization, scene_transition, action_count,
     moving_count, moving_attribute, state_change, fine_grained_pose, character_order, egocentric_navigation,
     episodic_reasoning, counterfactual_inference)}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing. Outlines in units of a thing's radius, y pointing down, turned by its angle, in the ink of their role.
+
+
+def ring(n, radius=1.0, inner=None, start=-90.0, x=0.0, y=0.0):
+    """n corners on a circle; with `inner`, every other one on a smaller circle."""
+    spots = [(math.radians(start + 360 * i / n), inner if inner and i % 2 else radius) for i in range(n)]
+    return [(x + r * math.cos(a), y + r * math.sin(a)) for a, r in spots]
+
+
+def box(x0, y0, x1, y1):
+    return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
+
+
+CROSS = [(-.35, -1), (.35, -1), (.35, -.35), (1, -.35), (1, .35), (.35, .35),
+         (.35, 1), (-.35, 1), (-.35, .35), (-1, .35), (-1, -.35), (-.35, -.35)]
+SPOT = [("mark", ring(8, .24, y=-.5))]  # off the centre, or nobody could see a circle spin
+FORMS = {  # shape -> [(role of the ink, corners)]
+    "circle": [("fill", ring(18))] + SPOT, "square": [("fill", box(-.88, -.88, .88, .88))] + SPOT,
+    "triangle": [("fill", ring(3, 1.15)), ("mark", ring(8, .24, y=-.3))],
+    "star": [("fill", ring(10, 1.15, .5)), ("mark", ring(8, .22, y=-.4))],
+    "cross": [("fill", CROSS)] + SPOT, "diamond": [("fill", [(0, -1.2), (.68, 0), (0, 1.2), (-.68, 0)])] + SPOT,
+    "cup": [("fill", [(-.62, -1), (.62, -1), (.95, 1), (-.95, 1)])], "ball": [("fill", ring(14))],
+    "lamp": [("black", box(-.32, .3, .32, 1)), ("fill", ring(16, .72, y=-.3))],
+    "wall": [("fill", box(-.11, -1.1, .11, 1.1))], "block": [("fill", box(-.16, -1, .16, 1))],
+    "agent": [("fill", [(0, -1.1), (.85, .9), (0, .45), (-.85, .9)])],
+    "person": [("fill", [(-.2, -.35), (.2, -.35), (.42, 1), (-.42, 1)]), ("fill", ring(12, .3, y=-.65))],
+    "gift": [("fill", box(-.9, -.9, .9, .9)), ("black", box(-.2, -.9, .2, .9)), ("black", box(-.9, -.2, .9, .2))],
+}
+LEGS = [[(-.35, 1), (0, .2), (.35, 1)]]
+STROKES = {  # shape -> lines
+    "A": [[(-.7, 1), (0, -1), (.7, 1)], [(-.4, .3), (.4, .3)]],
+    "C": [[(.7, -.7), (.2, -1), (-.4, -.8), (-.7, -.2), (-.7, .2), (-.4, .8), (.2, 1), (.7, .7)]],
+    "H": [[(-.6, -1), (-.6, 1)], [(.6, -1), (.6, 1)], [(-.6, 0), (.6, 0)]],
+    "K": [[(-.55, -1), (-.55, 1)], [(.6, -1), (-.5, .05), (.65, 1)]], "L": [[(-.5, -1), (-.5, 1), (.6, 1)]],
+    "T": [[(-.7, -1), (.7, -1)], [(0, -1), (0, 1)]], "X": [[(-.7, -1), (.7, 1)], [(.7, -1), (-.7, 1)]],
+    "Z": [[(-.65, -1), (.65, -1), (-.65, 1), (.65, 1)]],
+    "raises its arms": [*LEGS, [(0, .2), (0, -.5)], [(-.55, -1), (0, -.3), (.55, -1)]],
+    "spreads its arms": [*LEGS, [(0, .2), (0, -.5)], [(-.9, -.3), (.9, -.3)]],
+    "kneels": [[(-.6, 1), (0, 1), (0, .5), (.45, .5), (.45, 1)], [(0, .5), (0, -.1)], [(0, .1), (.4, .4)]],
+    "bows": [[(-.35, 1), (-.2, .2), (.15, 1)], [(-.2, .2), (.5, -.1)], [(.4, 0), (.4, .55)]],
+    "kicks": [[(0, 1), (0, .2), (.95, -.05)], [(0, .2), (-.15, -.5)], [(-.65, .1), (-.1, -.3), (.5, -.35)]],
+    "lies down": [[(-1, .85), (.4, .85)], [(-.1, .8), (.2, .4)]],
+}
+HEADS = {"raises its arms": (0, -.7), "spreads its arms": (0, -.7), "kneels": (0, -.3), "bows": (.72, -.12),
+         "kicks": (-.2, -.72), "lies down": (.65, .75)}
+FORMS |= {pose: [("fill", ring(12, .24, x=x, y=y))] for pose, (x, y) in HEADS.items()}
+SCENERY = {  # place -> the ink of its ground and [(ink, corners)] upon it, in units
+    "city": ("mist", [("brick", box(0, 12, 9, 48)), ("grey", box(12, 3, 22, 48)), ("brick", box(26, 16, 35, 48)),
+                      ("grey", box(38, 7, 48, 48))]),
+    "desert": ("sand", [("rust", [(0, 40), (14, 28), (30, 40), (40, 32), (48, 38), (48, 48), (0, 48)]),
+                        ("yellow", ring(14, 5, x=39, y=8))]),
+    "sea": ("sky", [("water", box(0, 20, 48, 48)), ("white", [(28, 18), (34, 6), (34, 18)])]),
+    "forest": ("moss", [("pine", [(x - 8, 42), (x, y), (x + 8, 42)]) for x, y in ((6, 10), (20, 3), (34, 8), (45, 4))]),
+    "snow": ("snow", [("grey", [(0, 34), (13, 8), (24, 28), (36, 5), (48, 30), (48, 36), (0, 36)]),
+                      ("white", box(0, 35, 48, 48))]),
+    "dark": ("black", []),
+}
+
+
+def backdrop(name, scale):
+    """A palette image of the background; a name without scenery is the ink of a plain one."""
+    ground, parts = SCENERY.get(name, (name, []))
+    image = Image.new("P", (round(UNITS * scale),) * 2, INK[ground])
+    for ink, corners in parts:
+        ImageDraw.Draw(image).polygon([(x * scale, y * scale) for x, y in corners], fill=INK[ink])
+    return image
+
+
+def paint(draw, one, t, scale, ident=None):
+    """Draw a thing as it is in frame t: in its own inks, or wholly in the ink number `ident`."""
+    look, colour = one["look"][t], INK[one["colour"]]
+    if look == "hidden":
+        return
+    radius, turn = one["size"][t] / 2, math.radians(one["angle"][t])
+    cos, sin = radius * scale * math.cos(turn), radius * scale * math.sin(turn)
+    x, y = one["x"][t] * scale, one["y"][t] * scale
+    inks = {"fill": INK["yellow"] if look == "lit" else colour, "mark": INK["white"], "black": INK["black"]}
+    if ident is not None:
+        inks = dict.fromkeys(inks, ident)
+
+    def spots(points, stretch=1.0):
+        return [(x + stretch * (u * cos - v * sin), y + stretch * (u * sin + v * cos)) for u, v in points]
+
+    for role, corners in FORMS.get(one["shape"], ()):
+        draw.polygon(spots(corners), fill=inks[role], outline=inks["mark" if role == "mark" else "black"])
+        if look == "hollow" and role == "fill":
+            draw.polygon(spots(corners, 0.6), fill=inks["mark"])
+    for line in STROKES.get(one["shape"], ()):
+        draw.line(spots(line), fill=inks["fill"], width=round(radius * scale * (.3 if len(one["shape"]) == 1 else .17)))
+
+
+def render(clip, pixels=PIXELS):
+    """An annotation -> 16 palette images. The hero is painted last and so lies on top."""
+    scale = pixels / UNITS
+    backdrops = {name: backdrop(name, scale) for name in set(clip["background"])}
+    frames = []
+    for t, name in enumerate(clip["background"]):
+        frames.append(backdrops[name].copy())
+        for one in reversed(clip["objects"]):
+            paint(ImageDraw.Draw(frames[-1]), one, t, scale)
+        frames[-1].putpalette(PALETTE)
+    return frames
+
+
+PALETTE = [value for _ in range(2) for rgb in INKS.values() for value in rgb]  # every ink twice
+
+
+def write_gif(frames, path):
+    """subtle: pillow merges equal neighbours; so a corner takes, in every other frame, the second copy of its ink."""
+    corner = (PIXELS - 1, PIXELS - 1)
+    for frame in frames[1::2]:
+        frame.putpixel(corner, frame.getpixel(corner) + len(INKS))
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 // FPS, loop=0, optimize=False)
+
+
+def token_targets(clip, patch=8, frames=None):
+    """The teacher of stage 0: for every patch of the frames (default all), what covers most of it.
+
+    -> (T, L, 3) uint8: indices into COLOURS, SHAPES and ACTIVITIES of the thing with most of the patch's area, if that
+    is a tenth or more; else the background: nothing, or the place as shape.
+    """
+    frames, things, grid = range(FRAMES) if frames is None else frames, clip["objects"], UNITS // patch
+    targets = np.zeros((len(frames), grid * grid, 3), dtype=np.uint8)                     # (T, L, 3)
+    for i, t in enumerate(frames):
+        place = clip["background"][t]
+        targets[i, :, 1] = SHAPES.index(place) if place in SCENERY else 0
+        mask = Image.new("L", (UNITS, UNITS))
+        for number in reversed(range(len(things))):
+            paint(ImageDraw.Draw(mask), things[number], t, 1.0, ident=number + 1)
+        cells = np.asarray(mask).reshape(grid, patch, grid, patch).swapaxes(1, 2)         # (grid, grid, patch, patch)
+        cells = cells.reshape(grid * grid, patch * patch, 1)                              # (L, patch * patch, 1)
+        area = (cells == np.arange(1, len(things) + 1)).sum(1)                            # (L, things)
+        covered = area.max(1, initial=0) >= patch * patch / 10                            # (L,)
+        if covered.any():
+            targets[i, covered] = np.array([classes(one, t) for one in things])[area[covered].argmax(1)]
+    return targets
+
+
+def classes(one, t):
+    """What a thing is in frame t, as indices into COLOURS, SHAPES and ACTIVITIES."""
+    colour = "yellow" if one["look"][t] == "lit" else one["colour"]
+    return COLOURS.index(colour), SHAPES.index(one["shape"]), ACTIVITIES.index(one["activity"][t])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A world on disk. Every clip has a generator of its own, so that the bytes depend on the seed and not on the workers.
+
+
+def train_clip(index, out, seed, patch):
+    """Write one training clip; return all that the files of the world say about it."""
+    rng, video = random.Random(f"{seed}/train/{index}"), f"{index // 1000:02d}/{index:05d}.gif"
+    clip = {"id": video} | simulate(list(SCENARIOS)[index % len(SCENARIOS)], rng)
+    write_gif(render(clip), out / "videos" / video)
+    talks = [{"video": video, "QA": turns} for turns in qagen.conversations(clip, rng)]
+    return clip, {"video": video, "caption": qagen.caption(clip, rng)}, talks, token_targets(clip, patch)
+
+
+def text_document(index, seed):
+    """One line of text.jsonl: [caption, turns of a conversation]."""
+    rng = random.Random(f"{seed}/text/{index}")
+    text, turns = qagen.text_documents(simulate(list(SCENARIOS)[index % len(SCENARIOS)], rng), rng)
+    return json.dumps([text, turns])
+
+
+def bench_task(task, out, seed, questions):
+    """Write one task of the benchmark in the official layout; return its clips' annotations."""
+    rng, row = random.Random(f"{seed}/test/{task}"), qagen.TASKS[task]
+    folder, entries, clips = out / "mvbench" / "video" / row.folder, [], []
+    folder.mkdir(parents=True, exist_ok=True)
+    for clip, choice in qagen.benchmark(task, questions, partial(simulate, task, rng, "test"), rng):
+        name = f"{rng.getrandbits(48):012x}"  # neutral: a file's name must not tell what is in it
+        if row.folder.startswith("tvqa"):
+            write_frames(render(clip), folder / name)
+        else:
+            name += ".gif"
+            write_gif(render(clip), folder / name)
+        entries.append({"video": name, **choice} | ({"start": 0.0, "end": clip["duration"]} if row.bound else {}))
+        clips.append({"id": f"{row.folder}/{name}", **clip})
+    write_json(out / "mvbench" / "json" / f"{task}.json", entries)
+    return clips
+
+
+def write_frames(frames, folder, fps=3):
+    """A folder of JPEGs at 3 fps, the first of them 00001.jpg: how TVQA comes."""
+    folder.mkdir()
+    for i in range(FRAMES * fps // FPS):
+        frame = frames[i * FPS // fps].convert("RGB")
+        frame.save(folder / f"{i + 1:05d}.jpg", quality=95, subsampling=0)
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def write_lines(path, values):
+    with open(path, "w") as file:
+        for value in values:
+            file.write((value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))) + "\n")
+
+
+def write_world(out, settings, each):
+    """Everything but meta.json into the folder `out`. `each(function, values, title)` is a map with a progress bar."""
+    seed, patch, count = settings["seed"], settings["patch"], settings["clips"]
+    for i in range(-(-count // 1000)):
+        (out / "videos" / f"{i:02d}").mkdir(parents=True)
+    targets = np.lib.format.open_memmap(out / "targets.npy", "w+", np.uint8, (count, FRAMES, (UNITS // patch) ** 2, 3))
+    clips, captions, instructions = [], [], []
+    for i, (clip, told, talks, target) in enumerate(
+            each(partial(train_clip, out=out, seed=seed, patch=patch), range(count), "clips")):
+        targets[i] = target
+        clips.append(clip)
+        captions.append(told)
+        instructions += talks
+    targets.flush()
+    write_lines(out / "annotations.jsonl", clips)
+    for kind, entries in (("caption", captions), ("instruct", instructions)):
+        anno = {"caption": "captions.json", "instruct": "instructions.json"}[kind]
+        write_json(out / anno, entries)
+        write_json(out / f"corpus_{kind}.json", [[anno, "videos", "video"]])
+    write_lines(out / "text.jsonl", each(partial(text_document, seed=seed), range(settings["texts"]), "texts"))
+    (out / "mvbench" / "json").mkdir(parents=True)
+    bench = partial(bench_task, out=out, seed=seed, questions=settings["questions"])
+    write_lines(out / "mvbench" / "annotations.jsonl",
+                (clip for clips in each(bench, list(SCENARIOS), "benchmark") for clip in clips))
+
+
+def build(out, clips=12000, questions=100, texts=40000, seed=0, patch=8, workers=None):
+    """Write a world into `out`, whole or not at all. A finished one of the same settings is kept: returns False.
+
+    Raises ValueError for settings that cannot be, FileExistsError where something else is in the way.
+    """
+    out = Path(out)
+    settings = {"clips": clips, "questions": questions, "texts": texts, "seed": seed, "patch": patch}
+    for name in ("clips", "questions", "texts", "patch"):
+        if settings[name] < 1:
+            raise ValueError(f"--{name} {settings[name]}: expected 1 or more")
+    if UNITS % patch:
+        raise ValueError(f"--patch {patch}: expected a divisor of {UNITS}, the width of the world")
+    if out.exists():
+        meta = out / "meta.json"
+        found = json.loads(meta.read_text())["settings"] if meta.is_file() else None
+        if found == settings:
+            return False
+        raise FileExistsError(f"{out}: holds {f'a world of other settings {found}' if found else 'something else'}; "
+                              f"wanted {settings}. Choose another --out or delete it")
+    part = out.with_name(out.name + ".partial")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    # Workers leave Ctrl-C to the parent, which then throws the unfinished folder away.
+    pool = Pool(workers or os.cpu_count(), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    try:
+        def each(function, values, title):
+            return tqdm(pool.imap(function, values, 1 if title == "benchmark" else 32), title, len(values))
+
+        write_world(part, settings, each)
+        write_json(part / "meta.json", {"settings": settings, "frames": FRAMES, "fps": FPS, "units": UNITS,
+                                        "pixels": PIXELS, "colours": COLOURS, "shapes": SHAPES,
+                                        "activities": ACTIVITIES, "held_out": sorted(HELD_OUT)})
+        part.rename(out)
+    finally:
+        pool.terminate()
+        shutil.rmtree(part, ignore_errors=True)
+    return True
+
+
+def contact_sheet(path, seed=0, columns=4, pixels=96):
+    """One question of each task with eight frames of its clip, for people to judge whether they could answer it."""
+    fonts = [ImageFont.load_default(size) for size in (15, 13)]
+    width, height = 4 * (pixels + 2) + 20, 2 * (pixels + 2) + 120
+    sheet = Image.new("RGB", (columns * width, -(-len(SCENARIOS) // columns) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (task, row) in enumerate(qagen.TASKS.items()):
+        rng = random.Random(f"{seed}/sheet/{task}")
+        (clip, choice), = qagen.benchmark(task, 1, partial(simulate, task, rng, "test"), rng, trials=1)
+        left, top = 10 + i % columns * width, 10 + i // columns * height
+        frames = render(clip, pixels)
+        for k, t in enumerate((0, 2, 4, 6, 8, 10, 12, 14)):
+            sheet.paste(frames[t].convert("RGB"), (left + k % 4 * (pixels + 2), top + 22 + k // 4 * (pixels + 2)))
+        draw.text((left, top), row.name, "black", fonts[0])
+        top += 26 + 2 * (pixels + 2)
+        for line in textwrap.wrap(choice["question"], 60):
+            draw.text((left, top), line, "black", fonts[1])
+            top += 16
+        for k, text in enumerate(choice["candidates"]):
+            ink = "#0a7a2f" if text == choice["answer"] else "#666666"
+            draw.text((left + k % 2 * width // 2, top + k // 2 * 16), f"({'ABCDE'[k]}) {text}", ink, fonts[1])
+    sheet.save(path)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", default="data/toy", help="folder to write; it appears only when it is complete")
+    parser.add_argument("--clips", type=int, default=12000, help="training clips, the 20 scenarios in turn")
+    parser.add_argument("--questions", type=int, default=100, help="questions of each task of the benchmark")
+    parser.add_argument("--texts", type=int, default=40000, help="documents without a video, for the language model")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same bytes")
+    parser.add_argument("--patch", type=int, default=8, help="side of a teacher's patch in a world 48 wide")
+    parser.add_argument("--workers", type=int, default=None, help="processes; default one for each core")
+    parser.add_argument("--sheet", help="also draw one question of each task into this PNG file")
+    args = vars(parser.parse_args(argv))
+    sheet = args.pop("sheet")
+    try:
+        fresh = build(**args)
+        if sheet:
+            contact_sheet(sheet, args["seed"])
+    except KeyboardInterrupt:
+        print("\nstopped; nothing was kept", file=sys.stderr)
+        return 130
+    except (OSError, ValueError) as error:
+        print(f"toyworld.py: {error}", file=sys.stderr)
+        return 2
+    print(f"{args['out']}: {'written' if fresh else 'already there'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

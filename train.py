@@ -6,8 +6,8 @@
     stage 3   tune:     instructions, with LoRA in the LLM                         answers
 
 What a stage trains, on which data and with which loss is a Job; fit() is the loop and knows none of it. Defaults are
-in TrainConfig and, where a stage or preset differs, in RECIPES: nowhere else. It does not evaluate (mvbench.py) and does
-not make data (toyworld.py). Source: paper section 4 and table 10; official tasks/train_{qformer,pt,it}.py.
+in TrainConfig and, where a stage or preset differs, in RECIPES: nowhere else. It does not evaluate (mvbench.py) and
+does not make data (toyworld.py). Source: paper section 4 and table 10; official tasks/train_{qformer,pt,it}.py.
 
 Run:    python train.py --stage 1          # the toy preset; goes on where an interrupted run stopped
 """
@@ -46,7 +46,7 @@ class TrainConfig:
     """Every option of the command line. A value of None or 0 is filled in from RECIPES."""
     stage: int = option(None, "0 stand-ins, 1 align, 2 connect, 3 instruction tuning")
     preset: str = option("toy", f"sizes and recipe: {', '.join(PRESETS)}")
-    data: str = option("data/toy", "folder with corpus_caption.json, corpus_instruct.json (and the toy's text, targets)")
+    data: str = option("data/toy", "folder with corpus_caption.json and corpus_instruct.json (toyworld.py)")
     out: str = option("", "folder of the run (default runs/PRESET); stage N writes OUT/stageN")
     init: str = option("", "checkpoint to start from (default: the stage before, in OUT)")
     llm: str = option("", "folder of the LLM for stages 2 and 3 (default: the one of stage 0, in OUT)")
@@ -168,7 +168,7 @@ def vit_job(cfg):
     targets = np.load(Path(cfg.data) / "targets.npy", mmap_mode="r")       # (clips, frames, L, 3)
     grid = (config.vit.img_size // config.vit.patch_size) ** 2
     if targets.shape[2] != grid:
-        raise ValueError(f"{cfg.data}/targets.npy has {targets.shape[2]} patches a frame, preset {cfg.preset} has {grid}; "
+        raise ValueError(f"{cfg.data}/targets.npy has {targets.shape[2]} patches a frame, preset {cfg.preset} {grid}; "
                          f"make the toy world again with --patch {config.vit.patch_size}")
     frames = data.train_indices(config.train_frames, targets.shape[1], "middle", None)
     model = Teacher(config, [len(meta[key]) for key in ("colours", "shapes", "activities")])

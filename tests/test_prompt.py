@@ -58,7 +58,8 @@ def test_what_the_official_code_refuses_works(golden, tok):
     refused = [case for case in cases if "error" in case and "qa" in case]
     for case in refused:  # questions and answers that end in newlines or spaces
         prompt = conversation_prompt(tok, case["qa"], 14, case["msg"])
-        assert [part.strip() for part in learnt(tok, prompt).split("###")] == [*(qa["a"].strip() for qa in case["qa"]), ""]
+        answers = [qa["a"].strip() for qa in case["qa"]]
+        assert [part.strip() for part in learnt(tok, prompt).split("###")] == [*answers, ""]
     assert len(refused) == 3
 
 

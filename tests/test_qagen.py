@@ -1,0 +1,202 @@
+"""python -m pytest tests/test_qagen.py"""
+
+import random
+from collections import Counter, defaultdict
+from functools import cache, partial
+
+import numpy as np
+import pytest
+
+import qagen
+import toyworld
+
+ROUND = 1  # "equally often" means within one
+QUESTIONS = 60
+
+
+@cache
+def bench(task, count=QUESTIONS):
+    rng = random.Random(f"bench {task}")
+    return qagen.benchmark(task, count, partial(toyworld.simulate, task, rng, "test"), rng)
+
+
+@cache
+def training(task, count=300):
+    """(clip, question) pairs as training has them."""
+    pairs = []
+    for i in range(count):
+        rng = random.Random(f"train {task} {i}")
+        clip = toyworld.simulate(task, rng)
+        pairs.append((clip, qagen.multiple_choice(clip, rng.choice(qagen.read(clip, rng)[1]), rng)))
+    return pairs
+
+
+def test_the_table_has_the_official_twenty_tasks():
+    assert len(qagen.TASKS) == 20 and list(qagen.TASKS) == list(qagen.READERS) == list(toyworld.SCENARIOS)
+    assert len({task.parent for task in qagen.TASKS.values()}) == 9
+    assert all(len(asks) >= 3 for task in qagen.TASKS.values() for asks in task.ask.values())
+    assert [name for name, task in qagen.TASKS.items() if task.bound] == [
+        "action_sequence", "action_prediction", "object_interaction", "action_localization", "episodic_reasoning"]
+
+
+@pytest.mark.parametrize("task", qagen.TASKS)
+def test_letters_and_answers_are_balanced(task):
+    letters, right, offered = Counter(), Counter(), Counter()
+    for _, choice in bench(task):
+        assert len(set(choice["candidates"])) == len(choice["candidates"]) == qagen.TASKS[task].options
+        letters[choice["candidates"].index(choice["answer"])] += 1
+        right[choice["answer"]] += 1
+        offered.update(choice["candidates"])
+    assert len(letters) == qagen.TASKS[task].options and max(letters.values()) - min(letters.values()) <= ROUND
+    if task == "counterfactual_inference":  # offered every time, so right every fourth time
+        assert right.pop("Nothing.") == QUESTIONS // 4
+    if task == "action_antonym":            # offered every time, so right every third time
+        assert right.pop("Not sure.") == QUESTIONS // 3
+    assert max(right.values()) - min(right.values()) <= (2 * ROUND if len(right) > 12 else ROUND)
+
+
+def chance(tasks):
+    return np.mean([1 / qagen.TASKS[task].options for task in tasks])
+
+
+def scored(predict):
+    """Share of right answers over all tasks of a predictor (task, clip, choice) -> {candidate: score}."""
+    hits = []
+    for task in qagen.TASKS:
+        for clip, choice in bench(task):
+            scores = predict(task, clip, choice)
+            best = [c for c in choice["candidates"] if scores[c] == max(scores[d] for d in choice["candidates"])]
+            hits.append((choice["answer"] in best) / len(best))
+    return np.mean(hits)
+
+
+def test_the_text_alone_stays_at_chance():
+    """How often each candidate was right when offered, overall, after this question and at this place in it."""
+    right, offered = Counter(), Counter()
+
+    def clues(task, choice):
+        words, others = choice["question"], tuple(sorted(choice["candidates"]))
+        for one in choice["candidates"]:
+            place = words.lower().find(one.lower().rstrip("."))
+            yield one, [(task, one), (task, words, one), (task, "at", place), (task, others, one)]
+
+    for task in qagen.TASKS:
+        for _, choice in training(task):
+            for candidate, keys in clues(task, choice):
+                offered.update(keys)
+                right.update(keys if candidate == choice["answer"] else ())
+
+    def predict(task, clip, choice):
+        rate = 1 / qagen.TASKS[task].options
+        return {candidate: sum(np.log((right[key] + 9 * rate) / (offered[key] + 9)) for key in keys)
+                for candidate, keys in clues(task, choice)}
+
+    assert abs(scored(predict) - chance(qagen.TASKS)) < 0.04
+
+
+def test_the_middle_frame_alone_stays_at_chance():
+    """What was the answer for the training clips whose middle frame looks most like this one?"""
+    def middle(clip):
+        frame = toyworld.render({**clip, "background": ["light" if name in toyworld.PLAIN else name
+                                                        for name in clip["background"]]}, 24)[8]
+        return np.asarray(frame.convert("RGB"), dtype=np.float32).ravel()
+
+    known = {task: (np.stack([middle(clip) for clip, _ in training(task)]), [choice for _, choice in training(task)])
+             for task in qagen.TASKS}
+
+    def predict(task, clip, choice):
+        frames, choices = known[task]
+        nearest = np.argsort(((frames - middle(clip)) ** 2).sum(1))[:25]
+        scores = defaultdict(float)
+        for other in (choices[i] for i in nearest):
+            for candidate in other["candidates"]:
+                scores[candidate] += (candidate == other["answer"]) - 1 / len(other["candidates"])
+        return scores
+
+    assert abs(scored(predict) - chance(qagen.TASKS)) < 0.04
+
+
+@pytest.mark.parametrize("task", qagen.TASKS)
+def test_the_answer_stands_in_the_caption(task):
+    """Stages 1 and 2 see captions only: what stage 3 asks for must have been told there, in about 40 words."""
+    hints = {"yes": "while the lamp blinks", "no": "while the lamp blinks"}
+    for clip, choice in training(task)[:40]:
+        text = qagen.caption(clip, random.Random(0)).lower()
+        answer = choice["answer"].lower().rstrip(".")
+        parts = hints.get(answer, answer)
+        if task == "egocentric_navigation":
+            assert f"made {len(clip['events'])} move" in text
+        elif task == "scene_transition":
+            first, last = parts.removeprefix("from ").split(" to ")
+            assert text.index(first) < text.index(last)
+        elif task == "character_order":
+            letters = [word for word in text.replace(",", " ").replace(".", " ").split() if word in parts.split(", ")]
+            assert letters[-3:] == parts.split(", ")
+        else:
+            parts = parts.removeprefix("it was ").removeprefix("it goes ").removeprefix("it ")
+            assert parts.removeprefix("under ") in text, (text, answer)
+        assert len(text.split()) <= 45
+
+
+def test_the_language_is_small():
+    rng, words = random.Random(0), set()
+    for task in qagen.TASKS:
+        for clip, _ in training(task):
+            text, turns = qagen.text_documents(clip, rng)
+            for part in (text, *(turn["q"] + " " + turn["a"] for turn in turns)):
+                words.update("".join(c if c.isalnum() else " " for c in part.lower()).split())
+    assert len(words) < 400
+
+
+def test_answers_follow_from_the_annotations():
+    """Derived again by other ways than the readers', for a few tasks."""
+    for clip, choice in bench("moving_direction"):
+        (hero,), way = clip["objects"], choice["answer"].lower().rstrip(".")
+        dx, dy = hero["x"][-1] - hero["x"][0], hero["y"][-1] - hero["y"][0]
+        words = [w for w, on in (("up", dy < -8), ("down", dy > 8), ("left", dx < -8), ("right", dx > 8)) if on]
+        assert "-".join(words or ["stationary"]) == way
+    for clip, choice in bench("object_shuffle"):
+        ball, cups = clip["objects"][0], clip["objects"][1:]
+        under = min(cups, key=lambda cup: abs(cup["x"][0] - ball["x"][0]))  # the one lifted off the ball
+        assert {9: "left", 24: "middle", 39: "right"}[under["x"][-1]] in choice["answer"]
+    for clip, choice in bench("moving_count"):
+        assert choice["answer"] == str(sum(len(set(one["x"] + one["y"])) > 2 for one in clip["objects"]))
+    for clip, choice in bench("action_count"):
+        busy = [label != "still" for label in clip["objects"][0]["activity"]]
+        assert choice["answer"] == str(sum(busy) // 4 + (sum(busy) % 4 > 0))
+    for clip, choice in bench("object_existence"):
+        *things, lamp = clip["objects"]
+        named = next(one for one in things if f"a {one['colour']} {one['shape']}" in choice["question"])
+        lit = [t for t in range(16) if lamp["look"][t] == "lit"]
+        together = any(named["activity"][t] != "still" for t in lit)
+        assert choice["answer"] == ("Not sure." if not lit else "Yes." if together else "No.")
+    for clip, choice in bench("counterfactual_inference"):
+        hero = clip["objects"][0]
+        way = hero["x"][3] - hero["x"][0], hero["y"][3] - hero["y"][0]
+        beyond = [one for one in clip["objects"][1:] if one["shape"] != "block"
+                  and (one["x"][0] - 24) * way[0] + (one["y"][0] - 24) * way[1] > 50]
+        assert choice["answer"] == (qagen.option(qagen.the(beyond[0])) if beyond else "Nothing.")
+
+
+def test_a_clip_of_another_data_set_needs_only_events():
+    """qagen knows nothing of drawing: names and times are enough."""
+    clip = {"scenario": "action_sequence", "duration": 12.5, "objects": [{"colour": "tall", "shape": "man"}],
+            "events": [{"object": 0, "action": "sits down", "start": 8.0, "end": 9.0},
+                       {"object": 0, "action": "opens a door", "start": 0.5, "end": 2.0},
+                       {"object": 0, "action": "reads", "start": 3.0, "end": 7.0}]}
+    text, facts = qagen.read(clip, random.Random(0))
+    assert "opens a door" in text and facts[0].answer == "It sits down." and facts[1].answer == "It opens a door."
+
+
+def test_filters_and_errors():
+    clip, _ = training("action_count")[0]
+    assert qagen.read({**clip, "duration": 60.0}, random.Random(0))[1] == []
+    with pytest.raises(ValueError, match="unknown scenario 'dance'; expected one of action_sequence"):
+        qagen.read({"scenario": "dance", "id": "7"}, random.Random(0))
+
+
+def test_turns_read_as_the_benchmark_asks():
+    choice = {"question": "What?", "candidates": ["It spins.", "It grows."], "answer": "It grows."}
+    turn = qagen.as_turn(choice)
+    assert turn["q"] == "Question: What?\nOptions:\n(A) It spins.\n(B) It grows.\nOnly give the best option."
+    assert turn["a"] == "Best option:(B) It grows."
