@@ -28,7 +28,8 @@ def main():
     if shutil.disk_usage(".").free < 1e9:
         sys.exit("demo.py: less than 1 GB of disk is free here; the toy world and the checkpoints need it")
     total = sum(minutes for *_, minutes in STEPS)
-    print(f"VideoChat2 on the toy world: {len(STEPS)} steps, about {total} minutes on 2 CPU cores.\nStop with Ctrl-C at any time: make demo goes on where it stopped.\n")
+    print(f"VideoChat2 on the toy world: {len(STEPS)} steps, about {total} minutes on 2 CPU cores.\n"
+          "Stop with Ctrl-C at any time: make demo goes on where it stopped.\n")
     for number, (what, command, minutes) in enumerate(STEPS, 1):
         print(f"  {number}. {what:62} about {minutes} min    python {command}")
     times = {}

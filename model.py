@@ -4,7 +4,7 @@
     the projected queries stand in the prompt like Q words of a foreign language; the LLM reads on from there.
 
 This file joins the parts (vit_video, qformer, llama, lora), names the sizes (PRESETS) and says what trains in which
-stage (PARTS, FROZEN). It does not read files (checkpoint.py, data.py), build prompts (prompt.py) or run the loop (train.py).
+stage (PARTS, FROZEN). It does not read files (checkpoint.py, data.py), build prompts (prompt.py) or run the loop.
 
 Source: paper section 4 (figure 4); official models/videochat2_{qformer,pt_vicuna,it_vicuna}.py.
 Try:    python model.py            # every preset's parts with their parameter counts, nothing is allocated

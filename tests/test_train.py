@@ -1,0 +1,159 @@
+"""The whole way at micro size: a world, stages 0 to 3, MVBench, chat, and going on after a stop.
+
+Run: pytest tests/test_train.py
+"""
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import chat
+import checkpoint
+import mvbench
+import toyworld
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world") / "toy"
+    toyworld.build(str(folder), clips=40, questions=2, texts=200, patch=12, workers=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(world, tmp_path_factory):
+    """Every stage of the micro preset, trained for four steps each."""
+    out = tmp_path_factory.mktemp("runs") / "micro"
+    for stage in range(4):
+        train.main(options(world, out, stage))
+    return out
+
+
+def options(world, out, stage, *more):
+    return ["--preset", "micro", "--data", str(world), "--out", str(out), "--stage", str(stage), *more]
+
+
+def weights(folder):
+    return checkpoint.read_tensors(Path(folder) / "model.safetensors")
+
+
+def test_every_stage_leaves_a_checkpoint_and_its_losses(runs):
+    rows = [json.loads(line) for line in (runs / "metrics.jsonl").read_text().splitlines()]
+    assert {row["stage"] for row in rows} == {"stage 0 vit", "stage 0 llm", "stage 1", "stage 2", "stage 3"}
+    assert {"vtc", "vtm", "vtg"} <= set(next(row for row in rows if row["stage"] == "stage 1"))
+    for folder in ("stage0/vit", "stage0/llm", "stage1", "stage2", "stage3"):
+        assert train.finished(runs / folder) and not (runs / folder / "trainer.safetensors").exists()
+
+
+def test_each_stage_trains_what_the_paper_says_and_nothing_else(runs):
+    changed = {}
+    for stage, before in ((1, "stage0/vit"), (2, "stage1"), (3, "stage2")):
+        old, new = weights(runs / before), weights(runs / f"stage{stage}")
+        changed[stage] = {n.split(".")[0] for n in new if n in old and not torch.equal(old[n], new[n])}
+    assert changed[1] == set()                                             # the ViT is all that stage 0 hands on: frozen
+    assert changed[2] == {"vision_encoder", "vision_layernorm", "query_tokens", "qformer"}
+    assert changed[3] == changed[2] | {"extra_query_tokens", "llama_proj"}
+    text_rows = "qformer.bert.encoder.layer.0.intermediate.dense.weight"
+    assert torch.equal(weights(runs / "stage1")[text_rows], weights(runs / "stage2")[text_rows])
+    assert not torch.equal(weights(runs / "stage2")[text_rows], weights(runs / "stage3")[text_rows])
+    lora = [t for n, t in weights(runs / "stage3").items() if "lora_B" in n]
+    assert lora and all(t.abs().sum() > 0 for t in lora)                   # they start at zero
+
+
+def test_no_checkpoint_holds_the_frozen_llm(runs):
+    assert not [n for n in weights(runs / "stage3") if n.startswith("llama_model.") and "lora_" not in n]
+
+
+def test_evaluation_and_its_control(world, runs, capsys):
+    arguments = ["--ckpt", str(runs / "stage3"), "--data", str(world / "mvbench"), "--workers", "0"]
+    mvbench.main(arguments)
+    mvbench.main([*arguments, "--control", "blank"])
+    folder = runs / "stage3" / "mvbench"
+    table = json.loads((folder / "mvbench.json").read_text())
+    assert len(table) == 21 and list(table)[-1] == "Avg"
+    rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 40 and {"question", "candidates", "answer", "prediction", "letter_probabilities"} <= set(rows[0])
+    blank = [json.loads(line) for line in (folder / "predictions.blank.jsonl").read_text().splitlines()]
+    assert [row["media"] for row in blank] == [row["media"] for row in rows]
+    assert [row["letter_probabilities"] for row in blank] != [row["letter_probabilities"] for row in rows]
+    assert "chance" in capsys.readouterr().out
+
+
+def test_an_unreadable_clip_is_counted_and_shown(world, runs, tmp_path, capsys):
+    data = tmp_path / "mvbench"
+    shutil.copytree(world / "mvbench", data)
+    clip = data / "video" / "ssv2_video" / json.loads((data / "json" / "action_antonym.json").read_text())[0]["video"]
+    clip.write_bytes(b"")
+    mvbench.main(["--ckpt", str(runs / "stage3"), "--data", str(data), "--workers", "0", "--only", "Action Antonym",
+                  "--out", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert "1 with an unreadable medium" in printed and clip.name in printed
+
+
+def test_chat_answers_the_same_question_with_the_same_words(world, runs):
+    clip = next((world / "videos").rglob("*.gif"))
+    said = [chat.Chat(runs / "stage3", clip, max_new_tokens=8).ask("What happens?") for _ in range(2)]
+    assert said[0] == said[1]
+
+
+class Stop(KeyboardInterrupt):
+    pass
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_stopped_run_goes_on_to_the_very_same_weights(world, runs, tmp_path, stage, monkeypatch):
+    out = tmp_path / "again"
+    for done in ["stage0", *(f"stage{n}" for n in range(1, stage))]:
+        shutil.copytree(runs / done, out / done)
+    real, steps = train.Log.step, []
+
+    def interrupted(self, step, *rest):
+        real(self, step, *rest)
+        steps.append(step)
+        if len(steps) == 3:
+            raise Stop
+
+    monkeypatch.setattr(train.Log, "step", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(options(world, out, stage))
+    assert stopped.value.code == 130 and not train.finished(out / f"stage{stage}")
+    monkeypatch.setattr(train.Log, "step", real)
+    train.main(options(world, out, stage))
+    once, twice = weights(runs / f"stage{stage}"), weights(out / f"stage{stage}")
+    assert once.keys() == twice.keys() and all(torch.equal(once[n], twice[n]) for n in once)
+
+
+def run(script, *arguments):
+    result = subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], capture_output=True, text=True)
+    return result.returncode, result.stderr.strip().splitlines()
+
+
+def test_errors_are_one_line_with_code_2(world, runs, tmp_path):
+    code, lines = run("train.py", *options(world, tmp_path / "new", 2))
+    assert code == 2 and len(lines) == 1 and "run: python train.py --stage 1" in lines[0]
+    code, lines = run("train.py", "--stage", 1, "--data", tmp_path / "none", "--out", tmp_path / "new")
+    assert code == 2 and "does not exist" in lines[-1] or "is missing" in lines[-1]
+    code, lines = run("train.py", "--stage", 1, "--optimizer", "adam")
+    assert code == 2 and "unrecognized arguments: --optimizer adam" in lines[-1]
+    code, lines = run("train.py", "--stage", 1, "--preset", "toy", "--data", world, "--init", runs / "stage1",
+                      "--out", tmp_path / "new")
+    assert code == 2 and len(lines) == 1 and "is of preset micro, not toy" in lines[0]
+    assert not (tmp_path / "new" / "stage1").exists()                      # nothing half-written
+
+
+def test_damaged_checkpoints_and_missing_videos_are_one_line_too(world, runs, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(runs / "stage3", broken)
+    path = broken / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    code, lines = run("mvbench.py", "--ckpt", broken, "--llm", runs / "stage0" / "llm", "--data", world / "mvbench")
+    assert code == 2 and len(lines) == 1 and "model.safetensors is damaged" in lines[0]
+    code, lines = run("chat.py", "--ckpt", runs / "stage3", "--video", tmp_path / "none.mp4", "--ask", "What?")
+    assert code == 2 and len(lines) == 1 and "none.mp4: no such file" in lines[0]
