@@ -11,7 +11,7 @@ import sys
 import torch
 
 import checkpoint
-import data
+from media import Transform, read_benchmark_clip
 from prompt import chat_prompt, pad_batch
 
 INSTRUCTION = "Watch the video and answer the question.\n"
@@ -26,8 +26,8 @@ class Chat:
             raise ValueError(f"{ckpt} is of stage 1 and cannot speak; chat needs a checkpoint of stage 2 or 3")
         cfg = self.model.cfg
         self.sampling, self.max_new_tokens, self.history = {"temperature": temperature}, max_new_tokens, []
-        clip = data.read_benchmark_clip(media, cfg.eval_frames, None)                          # (T, 3, H, W) uint8
-        video = data.Transform(cfg.vit.img_size, crop=cfg.crop, norm=cfg.eval_norm)(clip)      # (T, 3, H, W)
+        clip = read_benchmark_clip(media, cfg.eval_frames, None)                          # (T, 3, H, W) uint8
+        video = Transform(cfg.vit.img_size, crop=cfg.crop, norm=cfg.eval_norm)(clip)      # (T, 3, H, W)
         qf_ids = torch.tensor([self.wordpiece.encode(INSTRUCTION, sep=True)], device=device)   # (1, S)
         with torch.no_grad():
             vision = self.model.encode(video[None].to(device))                                 # (1, N, C)

@@ -1,12 +1,13 @@
-"""From annotation files to batches: decode, choose frames, crop and normalise, tokenise, pad.
+"""From annotation files to batches: check entries, draw samples, order them, tokenise, pad.
 
     corpus.json -> Source -> entry {"video", "caption" or "QA"} -> sample (video, text) -> batch of tensors
                              drawn by Sampler                      VideoTextData           *Collate
 
 It knows no model, and it forgives nothing silently: a malformed entry is an error that names file and entry; a medium
 that cannot be read has its whole sample replaced and is reported, so that no video ever meets another one's text.
-Formats and frame sampling are the official ones: dataset/__init__.py, pt_dataset.py, it_dataset.py, video_utils.py and,
-for the benchmark, mvbench.ipynb. What a sample is depends on (seed, epoch, index) alone, not on workers or resumes.
+Not here: how a file becomes frames (media.py), how a conversation becomes ids (prompt.py).
+Formats are the official ones: dataset/__init__.py, pt_dataset.py, it_dataset.py. What a sample is depends on (seed,
+epoch, index) alone, not on workers or resumes.
 
     python data.py check corpus.json --decode
 """
@@ -17,204 +18,12 @@ import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import decord
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from media import MediaError, SampleError, read_media, train_frames
 from prompt import CAPTION_INSTRUCTIONS, Prompt, caption_prompt, conversation_prompt, pad_batch
-
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}  # .gif is read as video
-FOLDER_FPS = 3  # of a folder of frames: TVQA's, the only one in MVBench
-NORMS = {       # name: (mean, std) of red, green, blue in 0..1
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-}
-
-
-# ---- which frames ----------------------------------------------------------------------------------------------------
-
-def train_indices(num_frames, n_total, how="rand", rng=None, official=False):
-    """num_frames of n_total frames, one from each of equal intervals: "rand" any of it, "middle" the middle one.
-
-    A shorter video gives all its frames and repeats the last. Source: video_utils.py, get_frame_indices.
-    """
-    edges = np.linspace(0, n_total, min(num_frames, n_total) + 1).astype(int).tolist()
-    spans = [range(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
-    if how == "middle":
-        indices = [(span.start + span.stop - 1) // 2 for span in spans]
-    elif how != "rand":
-        raise ValueError(f"frames are chosen by 'rand' or 'middle', not by {how!r}")
-    elif not official:
-        indices = [rng.choice(span) for span in spans]
-    # QUIRK video_utils.py:53-62: the last frame of an interval is never drawn; where one interval has a single frame,
-    # all frames are drawn at random from the whole video
-    elif min(len(span) for span in spans) > 1:
-        indices = [rng.choice(span[:-1]) for span in spans]
-    else:
-        indices = sorted(rng.sample(range(n_total), len(spans)))
-    return indices + [indices[-1]] * (num_frames - len(indices))
-
-
-def mvbench_indices(num_frames, max_frame, fps, bound=None, first_idx=0):
-    """The benchmark's frames: the middles of equal parts of (start, end) in seconds, or of the whole video.
-
-    May lie beyond the video, where the bound does. Source: mvbench.ipynb, MVBench_dataset.get_index.
-    """
-    start, end = bound or (-100_000, 100_000)
-    start, end = max(first_idx, round(start * fps)), min(round(end * fps), max_frame)
-    part = (end - start) / num_frames
-    return [int(start + part / 2 + round(part * i)) for i in range(num_frames)]
-
-
-def seconds_message(seconds):
-    """What the conversation says of the frames: "The video contains 2 frames sampled at 0.3, 0.9 seconds."."""
-    times = ", ".join(str(round(s, 1)) for s in seconds)
-    return f"The video contains {len(seconds)} frames sampled at {times} seconds."
-
-
-def train_frames(num_frames, how="rand", rng=None, start=None, end=None):
-    """A `choose` for read_media: train_indices within start and end, in seconds."""
-    def choose(first, last, fps):
-        if start is None:
-            return [first + i for i in train_indices(num_frames, last - first + 1, how, rng)]
-        n_total = max(int((end - start) * fps), 1)
-        return [first + int(start * fps) + i for i in train_indices(num_frames, n_total, how, rng)]
-    return choose
-
-
-# ---- reading ---------------------------------------------------------------------------------------------------------
-
-class MediaError(ValueError):
-    """A video, image or folder of frames that cannot be read: "path: reason", in one line."""
-
-    def __str__(self):
-        # subtle: on its way from a worker process the message gets a traceback put before it
-        return super().__str__().strip().split("\n")[-1].removeprefix("data.MediaError: ")
-
-
-def read_media(path, choose):
-    """Frames (T, 3, H, W) uint8 and their times in seconds, of a video, an image (T = 1) or a folder of 00001.jpg ...
-
-    `choose(first, last, fps)` names the frames wanted by their numbers from first to last; numbers outside become the
-    nearest inside. Raises MediaError.
-    """
-    path = Path(path)
-    if path.is_dir():
-        return read_folder(path, choose)
-    if not path.is_file():
-        raise MediaError(f"{path}: no such file")
-    if path.stat().st_size == 0:
-        raise MediaError(f"{path}: the file is empty")
-    if path.suffix.lower() in IMAGE_SUFFIXES:
-        return read_image(path)[None], [0.0]  # (1, 3, H, W)
-    return read_video(path, choose)
-
-
-def read_benchmark_clip(path, num_frames, bound=None):
-    """(T, 3, H, W) uint8: the frames of a medium that MVBench's protocol takes, within bound = (start, end) seconds."""
-    frames, _ = read_media(path, lambda first, last, fps: mvbench_indices(num_frames, last, fps, bound, first))
-    return frames
-
-
-def read_video(path, choose):
-    try:
-        reader = decord.VideoReader(str(path), num_threads=1)  # more threads break on some webm files (decord #246)
-        if len(reader) == 0:
-            raise MediaError(f"{path}: the video has no frames")
-        fps = reader.get_avg_fps()
-        fps = fps if fps > 0 else 1.0  # a GIF of one frame says nan
-        indices = np.clip(choose(0, len(reader) - 1, fps), 0, len(reader) - 1).tolist()
-        if reader.next().shape[2] == 3:
-            frames = reader.get_batch(indices).asnumpy()                                 # (T, H, W, 3)
-        else:
-            frames = np.stack([without_padding(reader[i].asnumpy()) for i in indices])   # (T, H, W, 3)
-    except (RuntimeError, decord.DECORDError) as error:
-        raise MediaError(f"{path}: cannot be decoded as a video") from error
-    frames = torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()                   # (T, 3, H, W)
-    return frames, [i / fps for i in indices]
-
-
-def without_padding(frame):
-    """(H, W, c) -> (H, W, 3). Rows of narrow videos, as of 48 pixels, are padded, which decord takes for channels."""
-    height, width, _ = frame.shape
-    return frame.reshape(height, -1)[:, :3 * width].reshape(height, width, 3)
-
-
-def read_image(path):
-    """(3, H, W) uint8, whatever the file holds: grey, palette, transparency, CMYK."""
-    try:
-        with Image.open(path) as image:
-            pixels = np.array(image.convert("RGB"))          # (H, W, 3)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise MediaError(f"{path}: cannot be decoded as an image") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)         # (3, H, W)
-
-
-def read_folder(path, choose):
-    last = len(list(path.glob("*.jpg")))
-    if last == 0:
-        raise MediaError(f"{path}: the folder has no frames (00001.jpg ...)")
-    indices = np.clip(choose(1, last, FOLDER_FPS), 1, last).tolist()
-    missing = [i for i in indices if not (path / f"{i:05d}.jpg").is_file()]
-    if missing:
-        raise MediaError(f"{path}: the folder of {last} frames lacks {missing[0]:05d}.jpg")
-    frames = [read_image(path / f"{i:05d}.jpg") for i in indices]
-    return torch.stack(frames), [(i - 1) / FOLDER_FPS for i in indices]  # (T, 3, H, W)
-
-
-# ---- pixels ----------------------------------------------------------------------------------------------------------
-
-class Transform:
-    """uint8 (T, 3, H, W) -> normalised float (T, 3, size, size), the same crop for all frames.
-
-    train: a random crop of `scale` of the area, ratio 3/4 to 4/3, resized; flipped by chance if `flip` (off by default,
-    since it turns left into right but not the text). Else short side to `size`, centre crop. crop=False: only resized.
-    """
-
-    def __init__(self, size, train=False, crop=True, norm="imagenet", scale=(0.5, 1.0), flip=False):
-        if norm not in NORMS:
-            raise ValueError(f"norm {norm!r}: expected one of {', '.join(NORMS)}")
-        self.size, self.train, self.crop, self.scale, self.flip = size, train, crop, scale, flip
-        self.mean, self.std = (255 * torch.tensor(values).view(3, 1, 1) for values in NORMS[norm])
-
-    def __call__(self, frames, rng=None):
-        if self.crop and self.train:
-            top, left, height, width = self.random_box(*frames.shape[-2:], rng)
-            frames = frames[..., top:top + height, left:left + width]
-        elif self.crop:
-            frames = self.centre(frames)
-        x = resize(frames, self.size, self.size)          # (T, 3, size, size)
-        if self.train and self.flip and rng.random() < 0.5:
-            x = x.flip(-1)
-        return (x - self.mean) / self.std
-
-    def centre(self, frames):
-        height, width = frames.shape[-2:]
-        short = min(height, width)
-        x = resize(frames, self.size * height // short, self.size * width // short)
-        top, left = (round((side - self.size) / 2) for side in x.shape[-2:])
-        return x[..., top:top + self.size, left:left + self.size]  # (T, 3, size, size)
-
-    def random_box(self, height, width, rng):
-        for _ in range(10):
-            area = height * width * rng.uniform(*self.scale)
-            ratio = (4 / 3) ** rng.uniform(-1, 1)  # width : height, as often wide as tall
-            w, h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
-            if 0 < w <= width and 0 < h <= height:
-                return rng.randint(0, height - h), rng.randint(0, width - w), h, w
-        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))  # very long or tall: the middle
-        return (height - h) // 2, (width - w) // 2, h, w
-
-
-def resize(x, height, width):
-    """Bicubic with antialiasing, rounded to whole levels as an image library would. (T, 3, H, W) -> float."""
-    if x.shape[-2:] == (height, width):
-        return x.float()
-    return F.interpolate(x.float(), (height, width), mode="bicubic", antialias=True).round().clamp(0, 255)
-
 
 # ---- annotations -----------------------------------------------------------------------------------------------------
 
@@ -241,7 +50,7 @@ def load_corpus(corpus):
     sources = []
     for i, item in enumerate(corpus):
         if isinstance(item, list | tuple) and 2 <= len(item) <= 3:
-            item = dict(zip(("anno", "root", "media"), item, strict=False))
+            item = dict(zip(("anno", "root", "media")[:len(item)], item, strict=True))
         if not isinstance(item, dict) or "anno" not in item or set(item) - known:
             raise ValueError(f"{name}: entry {i}: expected [anno, root], [anno, root, medium] or an object of "
                              f"{', '.join(sorted(known))}, found {str(item)[:80]}")
@@ -493,14 +302,24 @@ class InstructCollate:
         return collate_media(samples) | texts
 
     def conversation(self, s):
+        """The sample as a Prompt. Raises SampleError where its instruction leaves no room for the video."""
         message = seconds_message(s["seconds"]) if self.tell_seconds and s["medium"] == "video" else ""
-        return conversation_prompt(self.tok, s["qas"], self.n_video, message, s["medium"], self.style, self.max_text,
-                                   self.train_separators)
+        try:
+            return conversation_prompt(self.tok, s["qas"], self.n_video, message, s["medium"], self.style,
+                                       self.max_text, self.train_separators)
+        except ValueError as error:
+            raise SampleError(f"{s['path']}: {error}") from None
 
     def instruction(self, qa):
         """The first turn's, as the LLM reads it too; the question is never there alone."""
         text = qa.get("i") or ""
         return f"{text} {qa.get('q') or ''}".strip() if text and self.question_in_qformer else text
+
+
+def seconds_message(seconds):
+    """What the conversation says of the frames: "The video contains 2 frames sampled at 0.3, 0.9 seconds."."""
+    times = ", ".join(str(round(s, 1)) for s in seconds)
+    return f"The video contains {len(seconds)} frames sampled at {times} seconds."
 
 
 def make_loader(dataset, sampler, collate, workers=0):

@@ -6,6 +6,9 @@ them. A step that is done is not done again: stop with Ctrl-C and start again at
 Run:    make demo          # or, in a set-up environment: python demo.py
 """
 import json
+import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -41,7 +44,7 @@ def main():
         if code:
             print(f"\ndemo: stopped in step {number} (python {command}); run it again to go on", file=sys.stderr)
             return code
-    (RUN / "demo.json").write_text(json.dumps(times, indent=2))
+    (RUN / "report.md").write_text(report(times))
     print("\nMinutes per step: " + ", ".join(f"{seconds / 60:.1f}" for seconds in times.values())
           + f"; {sum(times.values()) / 60:.1f} in all")
     clip = sorted(Path("data/toy/videos").rglob("*.gif"))[0]
@@ -51,12 +54,44 @@ Where things lie
   runs/toy/stage3                    the model
   runs/toy/stage3/mvbench            every question with its answer (predictions.jsonl), the accuracies (mvbench.json)
   runs/toy/metrics.jsonl             losses of every stage
+  runs/toy/report.md                 the table, the losses and the times of this run
 
 What to try next
   .venv/bin/python chat.py --ckpt runs/toy/stage3 --video {clip} --ask "What happens in the video?"
   .venv/bin/python mvbench.py --ckpt runs/toy/stage2
   .venv/bin/python train.py --help""")
     return 0
+
+
+def report(times):
+    """The run in markdown: where and when, the table with its control, minutes per step, losses per stage."""
+    table, blank, odds = (json.loads((RUN / "stage3" / "mvbench" / f"{name}.json").read_text())
+                          for name in ("mvbench", "mvbench.blank", "chance"))
+    lines = [f"Command `make demo`, commit {told('git', 'rev-parse', '--short', 'HEAD')}, {processor()}, "
+             f"{time.strftime('%Y-%m-%d')}.", "", "| task | accuracy | without video | chance |", "|---|---|---|---|"]
+    lines += [f"| {task} | {table[task]:.1f} | {blank[task]:.1f} | {odds[task]:.1f} |" for task in table]
+    lines += ["", "| step | minutes |", "|---|---|"]
+    lines += [f"| `python {command}` | {seconds / 60:.1f} |" for command, seconds in times.items()]
+    lines += [f"| all | {sum(times.values()) / 60:.1f} |", "", "Loss at ten points of each stage:", ""]
+    rows = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
+    for stage in dict.fromkeys(row["stage"] for row in rows):
+        curve = {row["step"]: row["loss"] for row in rows if row["stage"] == stage}
+        shown = sorted(curve)[::max(1, len(curve) // 10)]
+        lines += [f"- {stage}: " + ", ".join(f"{curve[step]:.3f} ({step})" for step in shown)]
+    return "\n".join(lines) + "\n"
+
+
+def told(*command):
+    """What a command prints, or "unknown" where there is none."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def processor():
+    names = re.findall(r"model name\s*: (.*)", told("cat", "/proc/cpuinfo")) or [platform.processor() or "unknown"]
+    return f"{os.cpu_count()} cores of {names[0]}"
 
 
 def run(command):

@@ -31,6 +31,7 @@ class LlamaConfig:
     eps: float = 1e-6
     rope_theta: float = 1e4
     max_positions: int = 2048     # the length it was trained for; longer inputs are refused
+    init_std: float = 0.02        # 0: by each matrix's width, see init_weights
     checkpoint_layers: bool = False  # training: recompute each layer in the backward pass instead of storing it
 
     def __post_init__(self):
@@ -182,12 +183,16 @@ class Llama(nn.Module):
             "norm": RMSNorm(cfg.width, cfg.eps),
         })
         self.lm_head = nn.Linear(cfg.width, cfg.vocab_size, bias=False)
-        self.apply(self._init_weights)
+        self.init_weights(cfg.init_std)
 
-    @staticmethod
-    def _init_weights(module):
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
+    def init_weights(self, std=0.02):
+        """Normal with this std; 0: each matrix by its own width, as narrow models need it to learn quickly."""
+        for name, p in self.named_parameters():
+            if p.ndim == 2:
+                own = 1.0 if "embed_tokens" in name else p.shape[1] ** -0.5
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    own /= (2 * self.cfg.depth) ** 0.5          # so many branches add up in the stream
+                nn.init.normal_(p, std=std or own)
 
     def embed(self, ids):                                                       # (B, S)
         return self.model["embed_tokens"](ids)                                  # (B, S, D)

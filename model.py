@@ -78,8 +78,8 @@ def toy_config():
         preset="toy",
         vit=ViTConfig(img_size=64, patch_size=16, width=128, depth=4, heads=4, frames=16),
         qformer=QFormerConfig(vocab_size=0, width=128, depth=4, heads=4, ffn=512, vision_width=128, embed_dim=128,
-                              max_positions=256, dropout=0.0, drop_path=0.0),
-        llama=LlamaConfig(vocab_size=0, width=128, depth=4, heads=4, kv_heads=4, ffn=384),
+                              max_positions=256, dropout=0.0, drop_path=0.0, init_std=0.0),
+        llama=LlamaConfig(vocab_size=0, width=128, depth=4, heads=4, kv_heads=4, ffn=384, init_std=0.0),
         n_query=16, n_extra=16, align_frames=16, train_frames=16, eval_frames=16, align_text=64,
         lora_names=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         lora_dropout=0.0, crop=False, tell_seconds=False, eval_norm="imagenet")

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
-import data
+from media import MediaError, Transform, read_benchmark_clip
 from prompt import SYSTEM, mvbench_prompt, pad_batch
 
 LETTERS = "ABCDE"
@@ -141,7 +141,7 @@ class Clips(torch.utils.data.Dataset):
 
     def __init__(self, keys, cfg):
         self.keys, self.frames = keys, cfg.eval_frames
-        self.transform = data.Transform(cfg.vit.img_size, crop=cfg.crop, norm=cfg.eval_norm)
+        self.transform = Transform(cfg.vit.img_size, crop=cfg.crop, norm=cfg.eval_norm)
 
     def __len__(self):
         return len(self.keys)
@@ -149,8 +149,8 @@ class Clips(torch.utils.data.Dataset):
     def __getitem__(self, index):
         media, bound = self.keys[index]
         try:
-            return self.transform(data.read_benchmark_clip(media, self.frames, bound))
-        except data.MediaError as error:
+            return self.transform(read_benchmark_clip(media, self.frames, bound))
+        except MediaError as error:
             return str(error)
 
 
@@ -278,7 +278,8 @@ def main(argv=None):
             f.write(json.dumps(row) + "\n")
             rows.append(row)
     table = score(rows)
-    (out / f"mvbench{suffix}.json").write_text(json.dumps({k: round(v, 2) for k, v in table.items()}, indent=2))
+    for name, numbers in ((f"mvbench{suffix}", table), ("chance", chance(questions))):
+        (out / f"{name}.json").write_text(json.dumps({k: round(v, 2) for k, v in numbers.items()}, indent=2))
     normal = out / "mvbench.json"
     columns = {"chance": chance(questions)}
     if args.control != "none" and normal.is_file():

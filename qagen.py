@@ -406,11 +406,20 @@ def multiple_choice(clip, fact, rng, letter=None):
     return {"question": ask.format(**slots), "candidates": candidates, "answer": fact.answer}
 
 
-def as_turn(choice):
-    """A multiple-choice question as one turn {"i", "q", "a"} of a conversation, in the benchmark's own words."""
-    letter = "ABCDE"[choice["candidates"].index(choice["answer"])]
-    return {"i": SYSTEM, "q": mvbench_question(choice["question"], choice["candidates"]) + ONLY_BEST,
-            "a": f"Best option:({letter}) {choice['answer']}"}
+def as_turn(choice, worked=False):
+    """A multiple-choice question as one turn {"i", "q", "a"} of a conversation, in the benchmark's own words.
+
+    worked: behind each option stands MARKS' word for whether it is right, as in a worked example of a schoolbook.
+    """
+    answer, options = choice["answer"], choice["candidates"]
+    letter = "ABCDE"[options.index(answer)]
+    if worked:
+        options = [f"{option} {MARKS[option == answer]}" for option in options]
+    return {"i": SYSTEM, "q": mvbench_question(choice["question"], options) + ONLY_BEST,
+            "a": f"Best option:({letter}) {answer}"}
+
+
+MARKS = ("no", "yes")  # in lower case they are said nowhere else
 
 
 OPEN = ("Answer the question about the video in a few words.", "Watch the video and answer the question briefly.",
@@ -430,10 +439,17 @@ def conversations(clip, rng, turns=4):
     return [many, [{"i": rng.choice(OPEN), "q": choice["question"], "a": choice["answer"]}]]
 
 
-def text_documents(clip, rng, turns=3):
-    """For a language model that sees no video: (caption, multiple-choice turns whose answers the caption tells)."""
+def text_documents(clip, rng, turns=2):
+    """For a language model that sees no video: (caption, multiple-choice turns whose answers the caption tells).
+
+    Two documents in three are worked examples. Without them the small model does not find out, in any time that a demo
+    has, that a letter stands for the option behind it: it would have to bind letter to option, match option to caption
+    and bring both together before any of the three pays. A mark behind each option pays for the matching alone.
+    """
     text, facts = read(clip, rng)
-    return text, [as_turn(multiple_choice(clip, rng.choice(facts), rng)) for _ in range(turns)]
+    worked, opening = rng.random() < 2 / 3, rng.random() < 1 / 10  # the instruction is long and always the same
+    many = [as_turn(multiple_choice(clip, rng.choice(facts), rng), worked) for _ in range(turns)]
+    return text, [turn if opening else turn | {"i": ""} for turn in many]
 
 
 def benchmark(task, count, draw, rng, trials=24):

@@ -46,6 +46,7 @@ class QFormerConfig:
     embed_dim: int = 768          # of the space in which VTC compares
     vtm_cat_text_cls: bool = True  # VTM judges queries and text's first row; False: the queries alone
     label_smoothing: float = 0.1  # of VTG
+    init_std: float = 0.02        # 0: 1 / sqrt(width) of each matrix, which lets narrow models learn quicker
 
     def __post_init__(self):
         if self.width % self.heads:
@@ -185,10 +186,9 @@ class QFormer(nn.Module):
         self.cls = nn.ModuleDict({"predictions": PredictionHead(cfg)})
         self.apply(self._init_weights)
 
-    @staticmethod
-    def _init_weights(module):
+    def _init_weights(self, module):
         if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
+            nn.init.normal_(module.weight, std=self.cfg.init_std or module.weight.shape[1] ** -0.5)
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 

@@ -17,7 +17,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import checkpoint
-from prompt import VIDEO, conversation_prompt, pad_batch
+from prompt import CAPTION_INSTRUCTIONS, caption_prompt, conversation_prompt, pad_batch
+from qagen import MARKS
 from tokenizer import train_sentencepiece, train_wordpiece
 from vit_video import VisionTransformer
 
@@ -64,12 +65,14 @@ class TextData(torch.utils.data.Dataset):
     """Conversations without a video: where the video's tokens will stand, the caption's words do.
 
     So the LLM learns the language, and to find an option's letter by what it reads in that place, and it cannot learn
-    any answer by heart. Each item is a Prompt; its labels are the caption and the answers.
+    any answer by heart. Each item is a Prompt; its labels are the answers, and the marks of worked
+    examples (qagen.text_documents). One item in four is the request of stage 2, to say the caption again.
     """
 
     def __init__(self, path, tok, style):
         self.documents = [json.loads(line) for line in open(path)]
         self.tok, self.style = tok, style
+        self.marks = {tok.encode(f"It grows. {mark}")[-1] for mark in MARKS}
 
     def __len__(self):
         return len(self.documents)
@@ -77,10 +80,14 @@ class TextData(torch.utils.data.Dataset):
     def __getitem__(self, index):
         caption, qas = self.documents[index]
         words = self.tok.encode(caption)
-        prompt = conversation_prompt(self.tok, qas, n_video=len(words), style=self.style)
-        slot = prompt.ids.index(VIDEO)
-        prompt.ids[slot:slot + len(words)] = words
-        prompt.labels[slot:slot + len(words)] = words
+        if index % 4 == 0:
+            requests = CAPTION_INSTRUCTIONS["video"]
+            prompt = caption_prompt(self.tok, caption, len(words), requests[index // 4 % len(requests)])
+        else:
+            prompt = conversation_prompt(self.tok, qas, len(words), style=self.style)
+        slot = slice(prompt.slot, prompt.slot + len(words))
+        prompt.ids[slot] = words
+        prompt.labels = [i if i in self.marks else label for i, label in zip(prompt.ids, prompt.labels, strict=True)]
         return prompt
 
 

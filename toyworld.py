@@ -1,8 +1,8 @@
-"""A small world of coloured things with exact ground truth, rendered to short video files: the embedded default data.
+"""A small world of coloured things with exact ground truth, kept as short video files: the embedded default data.
 
 Is: 20 simulations, one for each MVBench task; the annotation each of them returns (tracks and events, never pixels);
-the drawing of an annotation as a GIF of 16 frames at 2 fps; the per-patch teacher of stage 0; the writer of it all.
-Is not: language. What is said and asked about an annotation is qagen.py's business, which sees no pixel.
+the writer of a whole world: clips, captions, instructions, the teacher of stage 0, text, and a benchmark.
+Is not: drawing (render.py), nor language: what is said and asked about an annotation is the business of qagen.py.
 Source: MVBench (arXiv 2311.17005v4) section 3 for the tasks; CLEVRER and Something-Else for the taste in worlds.
 
     python toyworld.py --out data/toy --sheet sheet.png
@@ -19,36 +19,32 @@ import random
 import shutil
 import signal
 import sys
-import textwrap
+import time
 from functools import partial
 from itertools import pairwise
 from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import qagen
+from render import (
+    ACTIVITIES,
+    COLOURS,
+    FPS,
+    FRAMES,
+    PIXELS,
+    SHAPES,
+    UNITS,
+    contact_sheet,
+    render,
+    token_targets,
+    write_frames,
+    write_gif,
+)
 
-FRAMES, FPS = 16, 2
-UNITS = 48    # the world is 48 x 48 units, y pointing down; a patch of the teacher is measured in units
-PIXELS = 64   # of the files: decord mistakes rows shorter than 64 pixels for four-channel ones
-
-INKS = {"black": (20, 20, 24), "white": (250, 250, 250), "grey": (130, 130, 138), "red": (222, 40, 40),
-        "green": (30, 165, 70), "blue": (45, 90, 230), "yellow": (250, 215, 40), "purple": (150, 50, 190),
-        "orange": (245, 135, 25), "light": (226, 226, 222), "cream": (240, 230, 210), "mist": (208, 220, 228),
-        "sand": (232, 200, 130), "rust": (190, 140, 80), "sky": (150, 205, 245), "water": (60, 130, 190),
-        "pine": (20, 80, 50), "moss": (130, 165, 110), "brick": (150, 110, 105), "snow": (235, 242, 250)}
-INK = {name: i for i, name in enumerate(INKS)}
-PLAIN = ("light", "cream", "mist")
-
-COLOURS = ("none", *qagen.COLOURS, "grey", "white", "black")
-SHAPES = ("none", *qagen.SHAPES, *qagen.LETTERS, *qagen.POSES, "cup", "ball", "lamp", "wall", "block", "agent",
-          "person", "gift", *qagen.PLACES, "dark")
-ACTIVITIES = ("none", "still", *qagen.DIRECTIONS, "grows", "shrinks", "spins clockwise", "spins counter-clockwise",
-              "blinks", "jumps", "shakes", "wobbles", "bounces", "zigzags", "appears", "disappears", "teleports",
-              "passes through the wall", "stops in mid-fall", "splits in two", "lit")
+PLAIN = ("light", "cream", "mist")  # the backgrounds that mean nothing
 HELD_OUT = {("star", "red"), ("circle", "green"), ("cross", "blue"),
             ("triangle", "yellow"), ("square", "purple"), ("diamond", "orange")}  # training never shows these six
 
@@ -431,151 +427,6 @@ SCENARIOS = {scenario.__name__: scenario for scenario in (
     episodic_reasoning, counterfactual_inference)}
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Drawing. Outlines in units of a thing's radius, y pointing down, turned by its angle, in the ink of their role.
-
-
-def ring(n, radius=1.0, inner=None, start=-90.0, x=0.0, y=0.0):
-    """n corners on a circle; with `inner`, every other one on a smaller circle."""
-    spots = [(math.radians(start + 360 * i / n), inner if inner and i % 2 else radius) for i in range(n)]
-    return [(x + r * math.cos(a), y + r * math.sin(a)) for a, r in spots]
-
-
-def box(x0, y0, x1, y1):
-    return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
-
-
-CROSS = [(-.35, -1), (.35, -1), (.35, -.35), (1, -.35), (1, .35), (.35, .35),
-         (.35, 1), (-.35, 1), (-.35, .35), (-1, .35), (-1, -.35), (-.35, -.35)]
-SPOT = [("mark", ring(8, .24, y=-.5))]  # off the centre, or nobody could see a circle spin
-FORMS = {  # shape -> [(role of the ink, corners)]
-    "circle": [("fill", ring(18))] + SPOT, "square": [("fill", box(-.88, -.88, .88, .88))] + SPOT,
-    "triangle": [("fill", ring(3, 1.15)), ("mark", ring(8, .24, y=-.3))],
-    "star": [("fill", ring(10, 1.15, .5)), ("mark", ring(8, .22, y=-.4))],
-    "cross": [("fill", CROSS)] + SPOT, "diamond": [("fill", [(0, -1.2), (.68, 0), (0, 1.2), (-.68, 0)])] + SPOT,
-    "cup": [("fill", [(-.62, -1), (.62, -1), (.95, 1), (-.95, 1)])], "ball": [("fill", ring(14))],
-    "lamp": [("black", box(-.32, .3, .32, 1)), ("fill", ring(16, .72, y=-.3))],
-    "wall": [("fill", box(-.11, -1.1, .11, 1.1))], "block": [("fill", box(-.16, -1, .16, 1))],
-    "agent": [("fill", [(0, -1.1), (.85, .9), (0, .45), (-.85, .9)])],
-    "person": [("fill", [(-.2, -.35), (.2, -.35), (.42, 1), (-.42, 1)]), ("fill", ring(12, .3, y=-.65))],
-    "gift": [("fill", box(-.9, -.9, .9, .9)), ("black", box(-.2, -.9, .2, .9)), ("black", box(-.9, -.2, .9, .2))],
-}
-LEGS = [[(-.35, 1), (0, .2), (.35, 1)]]
-STROKES = {  # shape -> lines
-    "A": [[(-.7, 1), (0, -1), (.7, 1)], [(-.4, .3), (.4, .3)]],
-    "C": [[(.7, -.7), (.2, -1), (-.4, -.8), (-.7, -.2), (-.7, .2), (-.4, .8), (.2, 1), (.7, .7)]],
-    "H": [[(-.6, -1), (-.6, 1)], [(.6, -1), (.6, 1)], [(-.6, 0), (.6, 0)]],
-    "K": [[(-.55, -1), (-.55, 1)], [(.6, -1), (-.5, .05), (.65, 1)]], "L": [[(-.5, -1), (-.5, 1), (.6, 1)]],
-    "T": [[(-.7, -1), (.7, -1)], [(0, -1), (0, 1)]], "X": [[(-.7, -1), (.7, 1)], [(.7, -1), (-.7, 1)]],
-    "Z": [[(-.65, -1), (.65, -1), (-.65, 1), (.65, 1)]],
-    "raises its arms": [*LEGS, [(0, .2), (0, -.5)], [(-.55, -1), (0, -.3), (.55, -1)]],
-    "spreads its arms": [*LEGS, [(0, .2), (0, -.5)], [(-.9, -.3), (.9, -.3)]],
-    "kneels": [[(-.6, 1), (0, 1), (0, .5), (.45, .5), (.45, 1)], [(0, .5), (0, -.1)], [(0, .1), (.4, .4)]],
-    "bows": [[(-.35, 1), (-.2, .2), (.15, 1)], [(-.2, .2), (.5, -.1)], [(.4, 0), (.4, .55)]],
-    "kicks": [[(0, 1), (0, .2), (.95, -.05)], [(0, .2), (-.15, -.5)], [(-.65, .1), (-.1, -.3), (.5, -.35)]],
-    "lies down": [[(-1, .85), (.4, .85)], [(-.1, .8), (.2, .4)]],
-}
-HEADS = {"raises its arms": (0, -.7), "spreads its arms": (0, -.7), "kneels": (0, -.3), "bows": (.72, -.12),
-         "kicks": (-.2, -.72), "lies down": (.65, .75)}
-FORMS |= {pose: [("fill", ring(12, .24, x=x, y=y))] for pose, (x, y) in HEADS.items()}
-SCENERY = {  # place -> the ink of its ground and [(ink, corners)] upon it, in units
-    "city": ("mist", [("brick", box(0, 12, 9, 48)), ("grey", box(12, 3, 22, 48)), ("brick", box(26, 16, 35, 48)),
-                      ("grey", box(38, 7, 48, 48))]),
-    "desert": ("sand", [("rust", [(0, 40), (14, 28), (30, 40), (40, 32), (48, 38), (48, 48), (0, 48)]),
-                        ("yellow", ring(14, 5, x=39, y=8))]),
-    "sea": ("sky", [("water", box(0, 20, 48, 48)), ("white", [(28, 18), (34, 6), (34, 18)])]),
-    "forest": ("moss", [("pine", [(x - 8, 42), (x, y), (x + 8, 42)]) for x, y in ((6, 10), (20, 3), (34, 8), (45, 4))]),
-    "snow": ("snow", [("grey", [(0, 34), (13, 8), (24, 28), (36, 5), (48, 30), (48, 36), (0, 36)]),
-                      ("white", box(0, 35, 48, 48))]),
-    "dark": ("black", []),
-}
-
-
-def backdrop(name, scale):
-    """A palette image of the background; a name without scenery is the ink of a plain one."""
-    ground, parts = SCENERY.get(name, (name, []))
-    image = Image.new("P", (round(UNITS * scale),) * 2, INK[ground])
-    for ink, corners in parts:
-        ImageDraw.Draw(image).polygon([(x * scale, y * scale) for x, y in corners], fill=INK[ink])
-    return image
-
-
-def paint(draw, one, t, scale, ident=None):
-    """Draw a thing as it is in frame t: in its own inks, or wholly in the ink number `ident`."""
-    look, colour = one["look"][t], INK[one["colour"]]
-    if look == "hidden":
-        return
-    radius, turn = one["size"][t] / 2, math.radians(one["angle"][t])
-    cos, sin = radius * scale * math.cos(turn), radius * scale * math.sin(turn)
-    x, y = one["x"][t] * scale, one["y"][t] * scale
-    inks = {"fill": INK["yellow"] if look == "lit" else colour, "mark": INK["white"], "black": INK["black"]}
-    if ident is not None:
-        inks = dict.fromkeys(inks, ident)
-
-    def spots(points, stretch=1.0):
-        return [(x + stretch * (u * cos - v * sin), y + stretch * (u * sin + v * cos)) for u, v in points]
-
-    for role, corners in FORMS.get(one["shape"], ()):
-        draw.polygon(spots(corners), fill=inks[role], outline=inks["mark" if role == "mark" else "black"])
-        if look == "hollow" and role == "fill":
-            draw.polygon(spots(corners, 0.6), fill=inks["mark"])
-    for line in STROKES.get(one["shape"], ()):
-        draw.line(spots(line), fill=inks["fill"], width=round(radius * scale * (.3 if len(one["shape"]) == 1 else .17)))
-
-
-def render(clip, pixels=PIXELS):
-    """An annotation -> 16 palette images. The hero is painted last and so lies on top."""
-    scale = pixels / UNITS
-    backdrops = {name: backdrop(name, scale) for name in set(clip["background"])}
-    frames = []
-    for t, name in enumerate(clip["background"]):
-        frames.append(backdrops[name].copy())
-        for one in reversed(clip["objects"]):
-            paint(ImageDraw.Draw(frames[-1]), one, t, scale)
-        frames[-1].putpalette(PALETTE)
-    return frames
-
-
-PALETTE = [value for _ in range(2) for rgb in INKS.values() for value in rgb]  # every ink twice
-
-
-def write_gif(frames, path):
-    """subtle: pillow merges equal neighbours; so a corner takes, in every other frame, the second copy of its ink."""
-    corner = (PIXELS - 1, PIXELS - 1)
-    for frame in frames[1::2]:
-        frame.putpixel(corner, frame.getpixel(corner) + len(INKS))
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 // FPS, loop=0, optimize=False)
-
-
-def token_targets(clip, patch=8, frames=None):
-    """The teacher of stage 0: for every patch of the frames (default all), what covers most of it.
-
-    -> (T, L, 3) uint8: indices into COLOURS, SHAPES and ACTIVITIES of the thing with most of the patch's area, if that
-    is a tenth or more; else the background: nothing, or the place as shape.
-    """
-    frames, things, grid = range(FRAMES) if frames is None else frames, clip["objects"], UNITS // patch
-    targets = np.zeros((len(frames), grid * grid, 3), dtype=np.uint8)                     # (T, L, 3)
-    for i, t in enumerate(frames):
-        place = clip["background"][t]
-        targets[i, :, 1] = SHAPES.index(place) if place in SCENERY else 0
-        mask = Image.new("L", (UNITS, UNITS))
-        for number in reversed(range(len(things))):
-            paint(ImageDraw.Draw(mask), things[number], t, 1.0, ident=number + 1)
-        cells = np.asarray(mask).reshape(grid, patch, grid, patch).swapaxes(1, 2)         # (grid, grid, patch, patch)
-        cells = cells.reshape(grid * grid, patch * patch, 1)                              # (L, patch * patch, 1)
-        area = (cells == np.arange(1, len(things) + 1)).sum(1)                            # (L, things)
-        covered = area.max(1, initial=0) >= patch * patch / 10                            # (L,)
-        if covered.any():
-            targets[i, covered] = np.array([classes(one, t) for one in things])[area[covered].argmax(1)]
-    return targets
-
-
-def classes(one, t):
-    """What a thing is in frame t, as indices into COLOURS, SHAPES and ACTIVITIES."""
-    colour = "yellow" if one["look"][t] == "lit" else one["colour"]
-    return COLOURS.index(colour), SHAPES.index(one["shape"]), ACTIVITIES.index(one["activity"][t])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # A world on disk. Every clip has a generator of its own, so that the bytes depend on the seed and not on the workers.
 
 
@@ -611,14 +462,6 @@ def bench_task(task, out, seed, questions):
         clips.append({"id": f"{row.folder}/{name}", **clip})
     write_json(out / "mvbench" / "json" / f"{task}.json", entries)
     return clips
-
-
-def write_frames(frames, folder, fps=3):
-    """A folder of JPEGs at 3 fps, the first of them 00001.jpg: how TVQA comes."""
-    folder.mkdir()
-    for i in range(FRAMES * fps // FPS):
-        frame = frames[i * FPS // fps].convert("RGB")
-        frame.save(folder / f"{i + 1:05d}.jpg", quality=95, subsampling=0)
 
 
 def write_json(path, value):
@@ -657,7 +500,7 @@ def write_world(out, settings, each):
                 (clip for clips in each(bench, list(SCENARIOS), "benchmark") for clip in clips))
 
 
-def build(out, clips=12000, questions=100, texts=40000, seed=0, patch=8, workers=None):
+def build(out, clips=12000, questions=100, texts=40000, seed=0, patch=12, workers=None):
     """Write a world into `out`, whole or not at all. A finished one of the same settings is kept: returns False.
 
     Raises ValueError for settings that cannot be, FileExistsError where something else is in the way.
@@ -683,7 +526,8 @@ def build(out, clips=12000, questions=100, texts=40000, seed=0, patch=8, workers
     pool = Pool(workers or os.cpu_count(), signal.signal, (signal.SIGINT, signal.SIG_IGN))
     try:
         def each(function, values, title):
-            return tqdm(pool.imap(function, values, 1 if title == "benchmark" else 32), title, len(values))
+            done = pool.imap(function, values, 1 if title == "benchmark" else 32)
+            return tqdm(done, title, len(values), disable=not sys.stderr.isatty())
 
         write_world(part, settings, each)
         write_json(part / "meta.json", {"settings": settings, "frames": FRAMES, "fps": FPS, "units": UNITS,
@@ -696,28 +540,12 @@ def build(out, clips=12000, questions=100, texts=40000, seed=0, patch=8, workers
     return True
 
 
-def contact_sheet(path, seed=0, columns=4, pixels=96):
-    """One question of each task with eight frames of its clip, for people to judge whether they could answer it."""
-    fonts = [ImageFont.load_default(size) for size in (15, 13)]
-    width, height = 4 * (pixels + 2) + 20, 2 * (pixels + 2) + 120
-    sheet = Image.new("RGB", (columns * width, -(-len(SCENARIOS) // columns) * height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (task, row) in enumerate(qagen.TASKS.items()):
+def sheet_rows(seed=0):
+    """A question of each task for the contact sheet: (title, clip, question)."""
+    for task, row in qagen.TASKS.items():
         rng = random.Random(f"{seed}/sheet/{task}")
         (clip, choice), = qagen.benchmark(task, 1, partial(simulate, task, rng, "test"), rng, trials=1)
-        left, top = 10 + i % columns * width, 10 + i // columns * height
-        frames = render(clip, pixels)
-        for k, t in enumerate((0, 2, 4, 6, 8, 10, 12, 14)):
-            sheet.paste(frames[t].convert("RGB"), (left + k % 4 * (pixels + 2), top + 22 + k // 4 * (pixels + 2)))
-        draw.text((left, top), row.name, "black", fonts[0])
-        top += 26 + 2 * (pixels + 2)
-        for line in textwrap.wrap(choice["question"], 60):
-            draw.text((left, top), line, "black", fonts[1])
-            top += 16
-        for k, text in enumerate(choice["candidates"]):
-            ink = "#0a7a2f" if text == choice["answer"] else "#666666"
-            draw.text((left + k % 2 * width // 2, top + k // 2 * 16), f"({'ABCDE'[k]}) {text}", ink, fonts[1])
-    sheet.save(path)
+        yield row.name, clip, choice
 
 
 def main(argv=None):
@@ -728,22 +556,23 @@ def main(argv=None):
     parser.add_argument("--questions", type=int, default=100, help="questions of each task of the benchmark")
     parser.add_argument("--texts", type=int, default=40000, help="documents without a video, for the language model")
     parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same bytes")
-    parser.add_argument("--patch", type=int, default=8, help="side of a teacher's patch in a world 48 wide")
+    parser.add_argument("--patch", type=int, default=12, help="side of a teacher's patch in a world 48 wide")
     parser.add_argument("--workers", type=int, default=None, help="processes; default one for each core")
     parser.add_argument("--sheet", help="also draw one question of each task into this PNG file")
     args = vars(parser.parse_args(argv))
-    sheet = args.pop("sheet")
+    sheet, started = args.pop("sheet"), time.monotonic()
     try:
         fresh = build(**args)
         if sheet:
-            contact_sheet(sheet, args["seed"])
+            contact_sheet(list(sheet_rows(args["seed"])), sheet)
     except KeyboardInterrupt:
         print("\nstopped; nothing was kept", file=sys.stderr)
         return 130
     except (OSError, ValueError) as error:
         print(f"toyworld.py: {error}", file=sys.stderr)
         return 2
-    print(f"{args['out']}: {'written' if fresh else 'already there'}")
+    took = f"written in {time.monotonic() - started:.0f} s"
+    print(f"{args['out']}: {took if fresh else 'already there'}")
     return 0
 
 

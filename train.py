@@ -30,6 +30,7 @@ import checkpoint
 import data
 from checkpoint import load_strictly, read_json, read_tensors, save_tensors
 from llama import Llama
+from media import Transform, train_indices
 from model import PRESETS, VideoChat2, lm_loss, set_trainable
 from standins import Teacher, TeacherData, TextData, collate_teacher, collate_text, vocabulary
 from tokenizer import SentencePiece, WordPiece
@@ -142,7 +143,7 @@ def clips(cfg, model_cfg, corpus, frames, how="rand"):
     path = Path(cfg.data) / corpus
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; make the toy world by: python toyworld.py --out {cfg.data}")
-    transform = data.Transform(model_cfg.vit.img_size, train=True, crop=model_cfg.crop, norm=model_cfg.train_norm)
+    transform = Transform(model_cfg.vit.img_size, train=True, crop=model_cfg.crop, norm=model_cfg.train_norm)
     return data.VideoTextData(data.load_corpus(path), frames, transform, how, seed=cfg.seed)
 
 
@@ -170,7 +171,7 @@ def vit_job(cfg):
     if targets.shape[2] != grid:
         raise ValueError(f"{cfg.data}/targets.npy has {targets.shape[2]} patches a frame, preset {cfg.preset} {grid}; "
                          f"make the toy world again with --patch {config.vit.patch_size}")
-    frames = data.train_indices(config.train_frames, targets.shape[1], "middle", None)
+    frames = train_indices(config.train_frames, targets.shape[1], "middle", None)
     model = Teacher(config, [len(meta[key]) for key in ("colours", "shapes", "activities")])
     model.stage, model.cfg = 0, config
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import qagen
+import render
 import toyworld
 
 ROUND = 1  # "equally often" means within one
@@ -97,8 +98,8 @@ def test_the_text_alone_stays_at_chance():
 def test_the_middle_frame_alone_stays_at_chance():
     """What was the answer for the training clips whose middle frame looks most like this one?"""
     def middle(clip):
-        frame = toyworld.render({**clip, "background": ["light" if name in toyworld.PLAIN else name
-                                                        for name in clip["background"]]}, 24)[8]
+        frame = render.render({**clip, "background": ["light" if name in toyworld.PLAIN else name
+                                                      for name in clip["background"]]}, 24)[8]
         return np.asarray(frame.convert("RGB"), dtype=np.float32).ravel()
 
     known = {task: (np.stack([middle(clip) for clip, _ in training(task)]), [choice for _, choice in training(task)])

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import re
 
 import decord
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 import qagen
+import render
 import toyworld
 
 SMALL = dict(clips=40, questions=4, texts=60)
@@ -42,8 +44,8 @@ def test_the_layout_is_complete(world):
         entries = json.loads((world / anno).read_text())
         assert medium == "video" and all((world / root / entry["video"]).is_file() for entry in entries)
     assert len((world / "text.jsonl").read_text().splitlines()) == 60
-    assert np.load(world / "targets.npy", mmap_mode="r").shape == (40, 16, 36, 3)
-    assert json.loads((world / "meta.json").read_text())["activities"] == list(toyworld.ACTIVITIES)
+    assert np.load(world / "targets.npy", mmap_mode="r").shape == (40, 16, 16, 3)  # 48 / 12 = 4 patches a side
+    assert json.loads((world / "meta.json").read_text())["activities"] == list(render.ACTIVITIES)
 
 
 def test_the_benchmark_has_the_official_layout(world):
@@ -57,17 +59,6 @@ def test_the_benchmark_has_the_official_layout(world):
                 assert [p.name for p in sorted(media.iterdir())] == [f"{i:05d}.jpg" for i in range(1, 25)]
             else:
                 assert len(decord.VideoReader(str(media))) == 16
-
-
-@pytest.mark.parametrize("task", qagen.TASKS)
-def test_decord_reads_back_what_was_drawn(task, tmp_path):
-    """Every frame, those that look like the one before as well, in its very colours."""
-    clip, = clips(task, 1)
-    drawn = np.stack([np.asarray(frame.convert("RGB")) for frame in toyworld.render(clip)])
-    toyworld.write_gif(toyworld.render(clip), tmp_path / "clip.gif")
-    reader = decord.VideoReader(str(tmp_path / "clip.gif"), num_threads=1)
-    assert len(reader) == 16 and reader.get_avg_fps() == pytest.approx(2)
-    np.testing.assert_array_equal(reader.get_batch(range(16)).asnumpy(), drawn)
 
 
 def test_same_seed_same_bytes_whatever_the_workers(world, tmp_path):
@@ -93,36 +84,17 @@ def test_things_stay_in_view_and_annotations_are_plain(task):
     for clip in clips(task):
         assert json.loads(json.dumps(clip)) == clip
         for one in clip["objects"]:
-            assert one["shape"] in toyworld.SHAPES and one["colour"] in toyworld.COLOURS
-            assert set(one["activity"]) <= set(toyworld.ACTIVITIES)
+            assert one["shape"] in render.SHAPES and one["colour"] in render.COLOURS
+            assert set(one["activity"]) <= set(render.ACTIVITIES)
             assert all(len(one[key]) == 16 for key in ("x", "y", "size", "angle", "look", "activity"))
             assert all(1 <= c <= 47 for key in "xy" for c, look in zip(one[key], one["look"], strict=True)
                        if look != "hidden")
 
 
-def test_targets_name_the_thing_that_covers_a_patch():
-    one = toyworld.thing("square", "red", 12, 12, size=14)
-    toyworld.act(one, "blinks", 4, 8)
-    clip = {"objects": [one], "background": ["light"] * 8 + ["sea"] * 8}
-    targets = toyworld.token_targets(clip, patch=8).reshape(16, 6, 6, 3)
-    red = toyworld.COLOURS.index("red"), toyworld.SHAPES.index("square")
-    assert targets[0, 1, 1].tolist() == [*red, toyworld.ACTIVITIES.index("still")]
-    assert targets[5, 1, 1].tolist() == [*red, toyworld.ACTIVITIES.index("blinks")]
-    assert targets[0, 4, 4].tolist() == [0, 0, 0]
-    assert targets[12, 4, 4].tolist() == [0, toyworld.SHAPES.index("sea"), 0]
-    assert toyworld.token_targets(clip, patch=16, frames=[0, 9]).shape == (2, 9, 3)
-
-
-def test_a_spin_turns_the_mark_clockwise_on_the_screen():
-    one = toyworld.thing("circle", "red", 24, 24, size=24)
-    toyworld.act(one, "spins clockwise")
-    frame = np.asarray(toyworld.render({"objects": [one], "background": ["light"] * 16}, pixels=96)[1])
-    ys, xs = np.nonzero(frame == toyworld.INK["white"])
-    assert xs.mean() > 48 and one["angle"][:3] == [40, 80, 120]  # from twelve o'clock to the right
-
-
 def test_a_finished_world_is_kept_and_another_is_refused(world, capsys):
     assert toyworld.build(world, **SMALL) is False
+    assert toyworld.main(["--out", str(world), "--clips", "40", "--questions", "4", "--texts", "60"]) == 0
+    assert capsys.readouterr().out == f"{world}: already there\n"
     arguments = ["--out", str(world), "--clips", "41", "--questions", "4", "--texts", "60"]
     assert toyworld.main(arguments) == 2
     message = capsys.readouterr().err
@@ -144,6 +116,9 @@ def test_a_stopped_run_leaves_nothing(tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
-def test_the_contact_sheet_is_a_picture(tmp_path):
-    toyworld.contact_sheet(tmp_path / "sheet.png")
+def test_where_nobody_watches_there_are_no_bars_but_the_time(tmp_path, capsys):
+    settings = ["--clips", "4", "--questions", "1", "--texts", "2", "--workers", "1"]
+    assert toyworld.main(["--out", str(tmp_path / "toy"), *settings, "--sheet", str(tmp_path / "sheet.png")]) == 0
+    out, err = capsys.readouterr()
+    assert re.fullmatch(r".*/toy: written in \d+ s\n", out) and err == ""
     assert Image.open(tmp_path / "sheet.png").width > 1000

@@ -57,7 +57,7 @@ def test_each_stage_trains_what_the_paper_says_and_nothing_else(runs):
     for stage, before in ((1, "stage0/vit"), (2, "stage1"), (3, "stage2")):
         old, new = weights(runs / before), weights(runs / f"stage{stage}")
         changed[stage] = {n.split(".")[0] for n in new if n in old and not torch.equal(old[n], new[n])}
-    assert changed[1] == set()                                             # the ViT is all that stage 0 hands on: frozen
+    assert changed[1] == set()                                # the ViT is all that stage 0 hands on, and it is frozen
     assert changed[2] == {"vision_encoder", "vision_layernorm", "query_tokens", "qformer"}
     assert changed[3] == changed[2] | {"extra_query_tokens", "llama_proj"}
     text_rows = "qformer.bert.encoder.layer.0.intermediate.dense.weight"
@@ -79,7 +79,8 @@ def test_evaluation_and_its_control(world, runs, capsys):
     table = json.loads((folder / "mvbench.json").read_text())
     assert len(table) == 21 and list(table)[-1] == "Avg"
     rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-    assert len(rows) == 40 and {"question", "candidates", "answer", "prediction", "letter_probabilities"} <= set(rows[0])
+    assert len(rows) == 40
+    assert {"question", "candidates", "answer", "prediction", "letter_probabilities"} <= set(rows[0])
     blank = [json.loads(line) for line in (folder / "predictions.blank.jsonl").read_text().splitlines()]
     assert [row["media"] for row in blank] == [row["media"] for row in rows]
     assert [row["letter_probabilities"] for row in blank] != [row["letter_probabilities"] for row in rows]

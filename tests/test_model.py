@@ -1,0 +1,188 @@
+"""The assembled model: official sizes, what trains when, the video's slot, the loss. Run: pytest tests/test_model.py"""
+import pytest
+import torch
+
+from model import PRESETS, VideoChat2, set_trainable
+from prompt import IGNORE, VIDEO
+
+B, S = 3, 16
+TRAINED = {  # stage -> parameters that train, as the official code counts them at the real size
+    1: {"query_tokens": 24_576, "vision_temp_embed": 4_096, "vision_encoder": 0, "vision_layernorm": 2_048,
+        # tied once: bert 182,121,216 + cls 622,651, whose decoder is the word embeddings' own matrix
+        "qformer": 182_743_867,
+        "aligner": 1 + 590_592 + 590_592 + 3_074},  # temp, vision_proj, text_proj, itm_head
+    2: {"query_tokens": 24_576, "extra_query_tokens": 49_152, "vision_encoder": 290_477_056,
+        "vision_layernorm": 2_048, "qformer": 101_598_720, "llama_proj": 3_149_824, "llama_model": 0},
+    3: {"query_tokens": 24_576, "extra_query_tokens": 49_152, "vision_encoder": 290_477_056,
+        "vision_layernorm": 2_048, "qformer": 182_121_216, "llama_proj": 3_149_824, "llama_model": 0,
+        "lora": 8_388_608},
+}
+OFFICIAL = {1: 183_958_846, 2: 395_301_376, 3: 484_212_480}  # all of them together
+QFORMER_CLS = 768 * 768 + 768 + 2 * 768 + 30_523            # dense, LayerNorm and the bias over the vocabulary
+OFFICIAL_TOTAL = {
+    1: 474_435_902,
+    # subtle: officially stage 2 deletes from the Q-Former what has no use without text, and stage 3 its cls. Here the
+    # Q-Former is the same in every stage and set_trainable freezes those parts, so that checkpoints fit each other.
+    2: 7_133_716_992 + (182_743_867 - 101_598_720),
+    3: 7_222_628_096 + QFORMER_CLS,
+}
+
+
+def micro(stage, **changes):
+    """A micro model in which every weight counts: zeros (extra queries, vision_temp_embed, LoRA's B) are filled."""
+    torch.manual_seed(0)
+    cfg = PRESETS["micro"]()
+    cfg.llama.vocab_size, cfg.qformer.vocab_size = 60, 80
+    for name, value in changes.items():
+        setattr(cfg, name, value)
+    model = VideoChat2(cfg, stage)
+    with torch.no_grad():
+        for p in model.parameters():
+            if not p.any():
+                p.normal_(std=0.1)
+    return model.eval()
+
+
+def pixels(model, B=B, T=4):
+    return torch.randn(B, T, 3, model.cfg.vit.img_size, model.cfg.vit.img_size)
+
+
+def batch_of(model, start=2):
+    """Right-padded prompts of 14, 15 and 16 ids; the slot begins at `start`, the last four ids of each are labels."""
+    n = model.cfg.n_query + model.cfg.n_extra
+    ids = torch.randint(3, 60, (B, S))
+    ids[:, start:start + n] = VIDEO
+    labels, mask = torch.full_like(ids, IGNORE), torch.ones_like(ids)
+    for row, length in enumerate((14, 15, 16)):
+        mask[row, length:] = 0
+        labels[row, length - 4:length] = ids[row, length - 4:length]
+    return {"video": pixels(model), "ids": ids, "labels": labels, "mask": mask,
+            "qf_ids": torch.randint(5, 80, (B, 6)), "qf_mask": torch.ones(B, 6, dtype=torch.long)}
+
+
+# ------------------------------------------------------------------------------------------ sizes, and what trains when
+
+@pytest.mark.parametrize("stage", (1, 2, 3))
+def test_parts_have_the_official_parameter_counts(stage):
+    with torch.device("meta"):
+        model = VideoChat2(PRESETS["vicuna-7b"](), stage)
+    rows = set_trainable(model, stage)
+    assert {part: trained for part, _, trained in rows} == TRAINED[stage]
+    assert sum(trained for *_, trained in rows) == OFFICIAL[stage]
+    totals = {part: total for part, total, _ in rows}
+    assert sum(totals.values()) == OFFICIAL_TOTAL[stage] and totals["vision_encoder"] == 290_477_056
+    assert totals.get("llama_model", 0) == (6_738_415_616 if stage > 1 else 0)
+
+
+@pytest.mark.parametrize("stage", (1, 2, 3))
+def test_what_is_set_to_train_gets_a_gradient_and_nothing_else_does(stage):
+    """Counts alone would not see a part that trains but takes no part in the loss, which AdamW would only decay."""
+    model = micro(stage)
+    rows = set_trainable(model, stage)
+    batch = batch_of(model)
+    if stage == 1:
+        words = {"ids": batch["qf_ids"], "mask": batch["qf_mask"], "idx": torch.arange(B)}
+        sum(model.align(batch | words, 4, torch.Generator().manual_seed(0)).values()).backward()
+    else:
+        if stage == 2:
+            batch.pop("qf_ids"), batch.pop("qf_mask")
+        model.loss(batch).backward()
+    for name, p in model.named_parameters():
+        assert (p.grad is not None) == p.requires_grad, name
+    for part, total, trained in rows:
+        params = {n: p for n, p in model.named_parameters() if ("lora" if "lora_" in n else n.split(".")[0]) == part}
+        assert total == sum(p.numel() for p in params.values())
+        assert trained == sum(p.numel() for p in params.values() if p.requires_grad)
+
+
+# --------------------------------------------------------------------------------------------------- what the LLM reads
+
+def test_splice_puts_video_tokens_into_their_places_in_order():
+    model = micro(2)
+    n = model.cfg.n_query + model.cfg.n_extra
+    ids = torch.randint(3, 60, (B, S))
+    starts = (0, 2, S - n)                                                 # another place in every row
+    for row, start in enumerate(starts):
+        ids[row, start:start + n] = VIDEO
+    tokens = torch.randn(B, n, model.cfg.llama.width)
+    embeds = model.splice(ids, tokens)                                     # (B, S, D)
+    for row, start in enumerate(starts):
+        assert torch.equal(embeds[row, start:start + n], tokens[row])
+    words = ids != VIDEO
+    assert torch.equal(embeds[words], model.llama_model.embed(ids[words]))
+
+
+def test_queries_read_video_and_instruction_and_are_as_many_as_the_slot():
+    model = micro(3)
+    batch = batch_of(model)
+    vision = model.encode(batch["video"])                                  # (B, N, C)
+    tokens = model.queries(vision, batch["qf_ids"], batch["qf_mask"])      # (B, Q, D)
+    assert tokens.shape == (B, model.cfg.n_query + model.cfg.n_extra, model.cfg.llama.width)
+    assert not torch.allclose(tokens, model.queries(vision), atol=1e-4)    # without the instruction
+    assert not torch.allclose(tokens, model.queries(vision.roll(1, 0), batch["qf_ids"], batch["qf_mask"]), atol=1e-4)
+
+
+@pytest.mark.parametrize("stage", (2, 3))
+def test_an_image_is_a_video_of_one_frame(stage):
+    model = micro(stage)
+    image = pixels(model, T=1)
+    L = (model.cfg.vit.img_size // model.cfg.vit.patch_size) ** 2
+    assert model.encode(image).shape == (B, L, model.cfg.vit.width)
+    assert model.encode(pixels(model)).shape == (B, 4 * L, model.cfg.vit.width)
+    assert model.loss(batch_of(model) | {"video": image}).isfinite()
+
+
+def test_align_takes_images_and_repeats_them_for_each_temporal_embedding():
+    model = micro(1)
+    words = {"ids": torch.randint(5, 80, (B, 6)), "mask": torch.ones(B, 6, dtype=torch.long), "idx": torch.arange(B)}
+    seen = []
+    model.vision_layernorm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    image = pixels(model, T=1)
+    losses = model.align(words | {"video": image}, 4, torch.Generator().manual_seed(0))
+    assert set(losses) == {"vtc", "vtm", "vtg"} and all(loss.isfinite() for loss in losses.values())
+    one = model.vision_encoder(image)                                      # (B, 1, L, C)
+    frames = [one[:, 0] + model.vision_temp_embed[:, t] for t in range(4)]  # 4 x (B, L, C)
+    torch.testing.assert_close(seen[0], torch.cat(frames, 1))
+
+
+# ------------------------------------------------------------------------------------------------------------- the loss
+
+def test_loss_is_the_cross_entropy_of_the_label_positions():
+    """By hand: each label against the logits of the position before it, mean over the labels of the whole batch."""
+    model = micro(3)
+    batch = batch_of(model)
+    hidden = model.llama_model(model.read(batch), batch["mask"])           # (B, S, D)
+    logp = model.llama_model.lm_head(hidden).log_softmax(-1)               # (B, S, V)
+    terms = [-logp[row, at - 1, batch["labels"][row, at]]
+             for row in range(B) for at in range(1, S) if batch["labels"][row, at] != IGNORE]
+    assert len(terms) == 12
+    torch.testing.assert_close(model.loss(batch), torch.stack(terms).mean())
+
+
+def test_what_lies_behind_the_padding_does_not_count():
+    model = micro(3)
+    batch = batch_of(model)
+    other = batch | {"ids": batch["ids"].where(batch["mask"].bool(), 7)}
+    assert not torch.equal(other["ids"], batch["ids"])
+    torch.testing.assert_close(model.loss(other), model.loss(batch))
+
+
+def test_a_batch_of_text_alone_needs_no_video():
+    model = micro(3)
+    batch = batch_of(model)
+    text = batch | {"video": None, "ids": batch["ids"].masked_fill(batch["ids"] == VIDEO, 5)}
+    assert torch.equal(model.read(text), model.llama_model.embed(text["ids"]))
+    model.loss(text).backward()
+    assert any(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if "lora_" in n)
+    assert model.llama_proj.weight.grad is None or not model.llama_proj.weight.grad.any()
+
+
+def test_a_batch_without_labels_has_loss_zero_and_gradient_zero():
+    """Truncation can cut every answer of a batch; the official loss is then NaN and would spoil every weight."""
+    model = micro(3)
+    set_trainable(model, 3)
+    batch = batch_of(model)
+    loss = model.loss(batch | {"labels": torch.full_like(batch["labels"], IGNORE)})
+    assert loss.item() == 0
+    loss.backward()
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
