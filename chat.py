@@ -3,7 +3,7 @@
 Shows: the whole way from a file to a sentence in twenty lines (Chat). It is no server and keeps nothing.
 Source: official conversation.py and the demo's prompt.
 
-Run:    python chat.py --ckpt runs/toy/stage3 --video data/toy/videos/00000.gif --ask "What happens?"
+Run:    python chat.py --ckpt runs/toy/stage3 --video data/toy/videos/00/00000.gif --ask "What happens?"
 """
 import argparse
 import sys

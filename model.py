@@ -211,7 +211,8 @@ def lm_loss(llama, hidden, labels):
     target = labels[:, 1:]                                                 # (B, S - 1)
     keep = target != IGNORE
     logits = llama.lm_head(hidden[:, :-1][keep]).float()                   # (number of targets, V)
-    return F.cross_entropy(logits, target[keep])
+    total = F.cross_entropy(logits, target[keep], reduction="sum")
+    return total / keep.sum().clamp(min=1)                                 # a batch without targets has loss 0
 
 
 def set_trainable(model, stage):

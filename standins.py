@@ -2,6 +2,7 @@
 
     Teacher       ViT + heads, trained towards the toy world's ground truth, patch by patch
     TextData      the toy world in words, for the small LLaMA: conversations whose video is its caption
+    Drills        short exercises before that, so that it learns what an option's letter is
     vocabulary    the tokenizers' files
 
 With real checkpoints nothing here is needed. The loop is train.py's; source of the idea: UMT (arXiv 2303.16058).
@@ -9,6 +10,8 @@ With real checkpoints nothing here is needed. The loop is train.py's; source of 
 Run:    python train.py --stage 0
 """
 import json
+import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import checkpoint
-from prompt import CAPTION_INSTRUCTIONS, caption_prompt, conversation_prompt, pad_batch
+from prompt import CAPTION_INSTRUCTIONS, IGNORE, Prompt, caption_prompt, conversation_prompt, join, pad_batch
 from qagen import MARKS
 from tokenizer import train_sentencepiece, train_wordpiece
 from vit_video import VisionTransformer
@@ -89,6 +92,58 @@ class TextData(torch.utils.data.Dataset):
         prompt.ids[slot] = words
         prompt.labels = [i if i in self.marks else label for i, label in zip(prompt.ids, prompt.labels, strict=True)]
         return prompt
+
+
+class Drills(torch.utils.data.Dataset):
+    """Short exercises ahead of TextData: which option stands in the text before? Letters and marks are the labels.
+
+        spins grows lamp                          lesson 1: the text is one word, and that is the right option
+        (A) cup no                                lesson 2: the text is several words, a caption or an answer,
+        (B) grows yes                                       and the right option is somewhere in it
+        Best option:(B
+
+    Without them a small LLaMA does not learn in any time that a demo has that a letter stands for the option behind it:
+    it must bind letter to option, match option to text and join the two before any of the three pays. On whole
+    documents it stayed at chance for 700 steps; one word each, with marks, taught it in 300 steps of a tenth the size.
+    """
+
+    def __init__(self, path, tok, lesson, size=64_000):
+        self.tok, self.lesson, self.size = tok, lesson, size
+        documents = [json.loads(line) for line in open(path)][:5000]
+        self.captions = [caption for caption, _ in documents]
+        found = sorted({word for caption in self.captions for word in re.findall("[a-z]+", caption)})
+        self.words = [word for word in found if len(tok.encode(word)) == 1]
+        self.answers = sorted({qa["a"].partition(") ")[2] for _, qas in documents for qa in qas})
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        rng = random.Random(f"{self.lesson} {index}")
+        text, right, wrong = self.exercise(rng)
+        options = rng.sample([right, *wrong], len(wrong) + 1)
+        worked, parts = rng.random() < 0.7, [(text, False)]
+        for letter, option in zip("ABCDE", options, strict=False):
+            parts += [(f"\n({letter}) {option}", False)] + worked * [(f" {MARKS[option == right]}", True)]
+        parts += [("\nBest option:(", False), ("ABCDE"[options.index(right)], True)]
+        prompt = join(self.tok, parts)
+        return Prompt([self.tok.bos_id, *prompt.ids], [IGNORE, *prompt.labels])
+
+    def exercise(self, rng):
+        """-> (text, right option, two to four wrong ones)."""
+        if self.lesson == 1:
+            right, *wrong = rng.sample(self.words, 4)
+            return right, right, wrong
+        n_wrong = rng.randint(2, 4)
+        if rng.random() < 0.25:
+            right, *wrong = rng.sample(self.answers, n_wrong + 1)
+            return f"{rng.choice(self.words)} {right} {rng.choice(self.words)}", right, wrong
+        text = " ".join(rng.sample(self.words, rng.randint(2, 12)))
+        if rng.random() < 1 / 3:
+            text = rng.choice(self.captions)
+        told = set(re.findall("[a-z]+", text))
+        wrong = rng.sample(sorted(set(self.words) - told), n_wrong)
+        return text, rng.choice(sorted(told.intersection(self.words))), wrong
 
 
 def collate_text(prompts):

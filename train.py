@@ -14,7 +14,6 @@ Run:    python train.py --stage 1          # the toy preset; goes on where an in
 import argparse
 import json
 import math
-import random
 import sys
 import time
 from collections.abc import Callable
@@ -32,7 +31,7 @@ from checkpoint import load_strictly, read_json, read_tensors, save_tensors
 from llama import Llama
 from media import Transform, train_indices
 from model import PRESETS, VideoChat2, lm_loss, set_trainable
-from standins import Teacher, TeacherData, TextData, collate_teacher, collate_text, vocabulary
+from standins import Drills, Teacher, TeacherData, TextData, collate_teacher, collate_text, vocabulary
 from tokenizer import SentencePiece, WordPiece
 
 # ------------------------------------------------------------------------------------------------------------- options
@@ -58,6 +57,7 @@ class TrainConfig:
     lr_end: float = option(0.01, "the cosine ends at lr x lr_end")
     warmup: float = option(0.02, "share of the steps in which the learning rate rises from 0")
     weight_decay: float = option(0.02, "AdamW's, on matrices only: not on biases, norms, queries, temperature")
+    beta2: float = option(0.999, "AdamW's second beta")
     clip: float = option(1.0, "gradient norm is cut to this")
     dtype: str = option("fp32", "fp32 or bf16 (autocast; the frozen LLM is then kept in bf16)")
     device: str = option("", "cpu or cuda (default: cuda where there is one)")
@@ -68,16 +68,19 @@ class TrainConfig:
     restart: bool = option(False, "train again from the start although OUT has a checkpoint of this stage")
 
 
+STANDINS = ("vit", "lesson1", "lesson2", "llm")    # what stage 0 trains, one after another
 RECIPES = {  # preset -> stage -> what differs from TrainConfig's defaults; steps that are 0 follow from epochs
     "toy": {
         "vit": dict(steps=1000, batch=32, lr=1e-3),
-        "llm": dict(steps=1500, batch=32, lr=1.5e-3),
+        "lesson1": dict(steps=325, batch=64, lr=1e-3, lr_end=1.0, beta2=0.99, workers=0),
+        "lesson2": dict(steps=250, batch=64, lr=1e-3, lr_end=1.0, beta2=0.99, workers=0),
+        "llm": dict(steps=400, batch=32, lr=1e-3, beta2=0.99, workers=0),
         1: dict(steps=400, batch=32, lr=1e-3),
         2: dict(steps=700, batch=32, lr=1e-3),
         3: dict(steps=700, batch=16, lr=1e-3),
     },
     "micro": {stage: dict(steps=4, batch=4, lr=1e-3, log_every=1, save_every=2, workers=0)
-              for stage in ("vit", "llm", 1, 2, 3)},
+              for stage in (*STANDINS, 1, 2, 3)},
     "paper": {
         1: dict(epochs=10, batch=2048, lr=1e-4, warmup=0.1, dtype="bf16", workers=8),
         2: dict(epochs=1, batch=512, lr=1e-4, warmup=0.2, dtype="bf16", workers=8),
@@ -133,9 +136,9 @@ class Job:
 
 def jobs(cfg, given):
     """The jobs of a stage, one after another: stage 0 has two."""
-    makers = {0: (("vit", vit_job), ("llm", llm_job))}.get(cfg.stage, ((cfg.stage, stage_job),))
-    for name, make in makers:
-        yield make, recipe(cfg, given, name)
+    for name in STANDINS if cfg.stage == 0 else (cfg.stage,):
+        make = {"vit": vit_job}.get(name, stage_job if cfg.stage else llm_job)
+        yield make, name, recipe(cfg, given, name)
 
 
 def clips(cfg, model_cfg, corpus, frames, how="rand"):
@@ -161,7 +164,7 @@ def model_config(cfg):
     return config
 
 
-def vit_job(cfg):
+def vit_job(cfg, name):
     """Stage 0a: the video ViT learns what covers each patch."""
     config = model_config(cfg)
     _, vocab = toy_vocabulary(cfg)
@@ -170,7 +173,7 @@ def vit_job(cfg):
     grid = (config.vit.img_size // config.vit.patch_size) ** 2
     if targets.shape[2] != grid:
         raise ValueError(f"{cfg.data}/targets.npy has {targets.shape[2]} patches a frame, preset {cfg.preset} {grid}; "
-                         f"make the toy world again with --patch {config.vit.patch_size}")
+                         f"make the toy world again with --patch {48 * config.vit.patch_size // config.vit.img_size}")
     frames = train_indices(config.train_frames, targets.shape[1], "middle", None)
     model = Teacher(config, [len(meta[key]) for key in ("colours", "shapes", "activities")])
     model.stage, model.cfg = 0, config
@@ -183,12 +186,18 @@ def vit_job(cfg):
     return Job("stage 0 vit", Path(cfg.out) / "stage0" / "vit", model, dataset, collate_teacher, model.losses, write)
 
 
-def llm_job(cfg):
-    """Stage 0b: the small LLaMA learns the toy world's language, without videos."""
+def llm_job(cfg, name):
+    """Stage 0b: the small LLaMA learns the toy world's language, without videos, in two lessons and then at large."""
     config = model_config(cfg)
     tokenizer_model, _ = toy_vocabulary(cfg)
-    model = Llama(config.llama)
-    dataset = TextData(Path(cfg.data) / "text.jsonl", SentencePiece(str(tokenizer_model)), config.style)
+    text, tok = Path(cfg.data) / "text.jsonl", SentencePiece(str(tokenizer_model))
+    folder = Path(cfg.out) / "stage0"
+    if name == "lesson1":
+        model, dataset = Llama(config.llama), Drills(text, tok, lesson=1)
+    elif name == "lesson2":
+        (model, _), dataset = checkpoint.load_llm(folder / "lesson1"), Drills(text, tok, lesson=2)
+    else:
+        (model, _), dataset = checkpoint.load_llm(folder / "lesson2"), TextData(text, tok, config.style)
 
     def loss(batch):
         return {"lm": lm_loss(model, model(model.embed(batch["ids"]), batch["mask"]), batch["labels"])}
@@ -196,7 +205,7 @@ def llm_job(cfg):
     def write(folder):
         checkpoint.write_llm(model, tokenizer_model, folder)
 
-    return Job("stage 0 llm", Path(cfg.out) / "stage0" / "llm", model, dataset, collate_text, loss, write)
+    return Job(f"stage 0 {name}", folder / name, model, dataset, collate_text, loss, write)
 
 
 FRESH = {1: ("query_tokens", "qformer.", "vision_temp_embed", "aligner.", "vision_layernorm."),  # begin at random
@@ -222,9 +231,9 @@ def finished(folder):
     return not path.is_file() or read_json(path)["done"]
 
 
-def stage_job(cfg):
+def stage_job(cfg, stage):
     """Stages 1 to 3: the model of the stage, filled from the stage before, on captions or instructions."""
-    stage, start = cfg.stage, previous(cfg)
+    start = previous(cfg)
     config, _ = checkpoint.read_config(start)
     if config.preset != cfg.preset:
         raise ValueError(f"{start} is of preset {config.preset}, not {cfg.preset}; choose another --preset or --init")
@@ -280,15 +289,15 @@ def make_optimizer(model, cfg):
         if p.requires_grad:
             (plain if p.ndim < 2 or "query_tokens" in name or name.endswith("temp") else decay).append(p)
     groups = [{"params": decay, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.999), fused=True)
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
 
 
 def fit(job, cfg):
     """Trains a job to the end; an interrupted one goes on where its last checkpoint stands."""
-    torch.manual_seed(cfg.seed)
     model = job.model.to(cfg.device).train()
     optimizer = make_optimizer(model, cfg)
     sampler = data.Sampler(job.dataset, cfg.batch, seed=cfg.seed)
+    torch.manual_seed(cfg.seed)
     cfg.steps = cfg.steps or cfg.epochs * len(sampler)
     first = 0 if cfg.restart else load_trainer(job, optimizer, cfg)
     sampler.skip_to(first)
@@ -408,9 +417,9 @@ def load_trainer(job, optimizer, cfg):
 
 def main(argv=None):
     cfg, given = parse(argv)
-    random.seed(cfg.seed)
-    for make, settings in jobs(cfg, given):
-        job = make(settings)
+    for make, name, settings in jobs(cfg, given):
+        torch.manual_seed(cfg.seed)                                        # of the initial weights
+        job = make(settings, name)
         if finished(job.folder) and job.folder.is_dir() and not cfg.restart:
             print(f"{job.name}: already trained, in {job.folder} (--restart trains it again)")
             continue

@@ -159,12 +159,18 @@ def test_loss_is_the_cross_entropy_of_the_label_positions():
     torch.testing.assert_close(model.loss(batch), torch.stack(terms).mean())
 
 
-def test_what_lies_behind_the_padding_does_not_count():
+def test_left_padding_does_not_change_the_answer():
+    """Prompts of different lengths are answered together: the short one as if it were alone."""
     model = micro(3)
     batch = batch_of(model)
-    other = batch | {"ids": batch["ids"].where(batch["mask"].bool(), 7)}
-    assert not torch.equal(other["ids"], batch["ids"])
-    torch.testing.assert_close(model.loss(other), model.loss(batch))
+    embeds = model.read(batch)[:1, :14].detach()                           # (1, 14, D), the first row without padding
+    padded = torch.cat([torch.randn(1, 3, embeds.shape[-1]), embeds], 1)   # (1, 17, D)
+    mask = torch.ones(1, 17, dtype=torch.long)
+    mask[:, :3] = 0
+    rows, logits = model.answer(embeds, mask[:, 3:], 4, ())
+    rows_padded, logits_padded = model.answer(padded, mask, 4, ())
+    assert rows == rows_padded and len(rows[0]) == 4
+    torch.testing.assert_close(logits_padded, logits)
 
 
 def test_a_batch_of_text_alone_needs_no_video():
