@@ -37,7 +37,8 @@ class Config:
     qformer: QFormerConfig = field(default_factory=QFormerConfig)
     llama: LlamaConfig = field(default_factory=LlamaConfig)
     n_query: int = 32               # learned in stage 1
-    n_extra: int = 64               # added in stages 2 and 3, starting at zero: the LLM then reads 32 + 64 = 96 tokens
+    n_extra: int = 64               # added in stages 2 and 3: the LLM then reads 32 + 64 = 96 tokens
+    extra_std: float = 0.0          # they start at zero, and only dropout tells them apart: without it, not all zero
     align_frames: int = 4           # frames of a clip in stage 1, the length of vision_temp_embed
     train_frames: int = 8           # frames of a clip in stages 2 and 3
     eval_frames: int = 16           # frames of a clip in MVBench and chat
@@ -80,7 +81,7 @@ def toy_config():
         qformer=QFormerConfig(vocab_size=0, width=128, depth=4, heads=4, ffn=512, vision_width=128, embed_dim=128,
                               max_positions=256, dropout=0.0, drop_path=0.0, init_std=0.0),
         llama=LlamaConfig(vocab_size=0, width=128, depth=4, heads=4, kv_heads=4, ffn=384, init_std=0.0),
-        n_query=16, n_extra=16, align_frames=16, train_frames=16, eval_frames=16, align_text=64,
+        n_query=16, n_extra=16, extra_std=0.02, align_frames=16, train_frames=16, eval_frames=16, align_text=64,
         lora_names=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         lora_dropout=0.0, crop=False, tell_seconds=False, eval_norm="imagenet")
 
@@ -140,7 +141,7 @@ class VideoChat2(nn.Module):
             self.vision_temp_embed = nn.Parameter(torch.zeros(1, cfg.align_frames, 1, C))
             self.aligner = Aligner(cfg.qformer)
         if "connect" in parts:
-            self.extra_query_tokens = nn.Parameter(torch.zeros(1, cfg.n_extra, E))
+            self.extra_query_tokens = nn.Parameter(torch.zeros(1, cfg.n_extra, E).normal_(std=cfg.extra_std))
             self.llama_proj = nn.Linear(E, D)
         if "llm" in parts:
             self.llama_model = Llama(cfg.llama)

@@ -14,6 +14,7 @@ Run:    python train.py --stage 1          # the toy preset; goes on where an in
 import argparse
 import json
 import math
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -74,8 +75,8 @@ RECIPES = {  # preset -> stage -> what differs from TrainConfig's defaults; step
         "vit": dict(steps=1000, batch=32, lr=1e-3),
         "lesson1": dict(steps=325, batch=64, lr=1e-3, lr_end=1.0, beta2=0.99, workers=0),
         "lesson2": dict(steps=250, batch=64, lr=1e-3, lr_end=1.0, beta2=0.99, workers=0),
-        "llm": dict(steps=400, batch=32, lr=1e-3, beta2=0.99, workers=0),
-        1: dict(steps=400, batch=32, lr=1e-3),
+        "llm": dict(steps=600, batch=32, lr=1e-3, beta2=0.99, workers=0),
+        1: dict(steps=350, batch=32, lr=1e-3),
         2: dict(steps=700, batch=32, lr=1e-3),
         3: dict(steps=700, batch=16, lr=1e-3),
     },
@@ -305,8 +306,7 @@ def fit(job, cfg):
     print(f"{job.name}: {cfg.steps} steps of {cfg.batch} from {len(job.dataset):,} samples, {cfg.dtype} on {cfg.device}"
           + (f", going on from step {first}" if first else ""), *job.notes, sep="\n", flush=True)
     log = Log(job, cfg, first)
-    step = first
-    try:
+    with StopSignal() as stop:
         for step, batch in zip(range(first, cfg.steps), forever(batches, sampler), strict=False):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, cfg)
@@ -321,14 +321,34 @@ def fit(job, cfg):
             log.step(step, total, losses, norm, batch)
             for line in batch["bad"]:
                 log.bar.write(f"unreadable, another sample took its place: {line}")
-            if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
+            if step + 1 < cfg.steps and (stop.number or (step + 1) % cfg.save_every == 0):
                 save(job, optimizer, cfg, step + 1)
-    except KeyboardInterrupt:
-        save(job, optimizer, cfg, step)
-        print(f"\nstopped; the same command goes on from step {step}")
-        sys.exit(130)
+            if stop.number:
+                print(f"\nstopped; the same command goes on from step {step + 1}")
+                sys.exit(128 + stop.number)
     save(job, optimizer, cfg, cfg.steps)
     print(f"{job.name}: done in {log.minutes():.1f} min, written to {job.folder}", flush=True)
+
+
+class StopSignal:
+    """Within it, Ctrl-C and SIGTERM only set `number`, so that the step is finished and saved; a second
+    Ctrl-C is not held.
+    """
+
+    number = 0
+
+    def __enter__(self):
+        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, _):
+        if self.number:
+            raise KeyboardInterrupt
+        self.number = number
+
+    def __exit__(self, *_):
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
 
 
 def forever(loader, sampler):

@@ -1,0 +1,81 @@
+"""What stage 0 learns from. Run: pytest tests/test_standins.py"""
+import json
+import random
+import re
+
+import pytest
+import torch
+
+import qagen
+import standins
+import toyworld
+from prompt import IGNORE
+from tokenizer import SentencePiece
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """text.jsonl of 200 documents, and the tokenizer made from it."""
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    path.write_text("\n".join(toyworld.text_document(i, 0) for i in range(200)) + "\n")
+    model, _ = standins.vocabulary(path, path.parent / "tokenizers", size=600)
+    return path, SentencePiece(str(model))
+
+
+def trained(tok, prompt):
+    return tok.decode([label for label in prompt.labels if label != IGNORE])
+
+
+@pytest.mark.parametrize("lesson", [1, 2])
+def test_a_drill_s_answer_is_the_one_option_that_its_text_tells(text, lesson):
+    path, tok = text
+    drills = standins.Drills(path, tok, lesson)
+    marked = 0
+    for index in range(60):
+        shown = tok.decode([i for i in drills[index].ids if i != tok.bos_id])
+        said, options, letter = re.fullmatch(r"(.*?)\n(\(A\).*)\nBest option:\((.)", shown, re.S).groups()
+        rows = re.findall(r"\((.)\) (.*?)( yes| no)?(?:\n|$)", options)
+        told = [row[0] for row in rows if re.search(rf"(?<!\w){re.escape(row[1])}(?!\w)", said)]
+        assert letter in told and (told == [letter] or lesson == 2)
+        if rows[0][2]:
+            marked += 1
+            assert [row[0] for row in rows if row[2] == " yes"] == [letter]
+            assert trained(tok, drills[index]) == " ".join(row[2].strip() for row in rows) + letter
+        else:
+            assert trained(tok, drills[index]) == letter
+    assert 20 < marked < 60
+
+
+def test_documents_train_answers_and_marks_and_never_the_question(text):
+    path, tok = text
+    documents, data = [json.loads(line) for line in path.read_text().splitlines()], standins.TextData(*text, "vicuna")
+    caption, _ = documents[4]
+    assert trained(tok, data[4]) == f"{caption}###"                        # every fourth says the caption again
+    for index in (1, 2, 3, 5, 6, 7):
+        said = trained(tok, data[index])
+        for turn in documents[index][1]:
+            assert turn["a"] in said and "Question" not in said
+        assert ("yes" in said.split()) == (" yes\n" in documents[index][1][0]["q"])
+
+
+def test_the_answer_of_a_document_stands_in_its_caption():
+    rng = random.Random(0)
+    clip = toyworld.simulate("character_order", rng)
+    caption, turns = qagen.text_documents(clip, rng)
+    order = turns[0]["a"].partition(") ")[2]
+    assert all(letter in caption for letter in order.split(", "))
+
+
+def test_the_teacher_s_loss_falls_when_its_heads_are_right():
+    """By hand: one-hot logits on the true classes cost less than uniform ones, which cost log(n) each."""
+    from model import micro_config
+    teacher = standins.Teacher(micro_config(), [3, 4, 5])
+    for head in teacher.heads:
+        torch.nn.init.zeros_(head.weight)
+        torch.nn.init.zeros_(head.bias)
+    batch = {"video": torch.randn(2, 4, 3, 64, 64), "targets": torch.zeros(2, 4, 16, 3, dtype=torch.long)}
+    uniform = teacher.losses(batch)
+    assert {k: round(v.exp().item()) for k, v in uniform.items()} == {"colour": 3, "shape": 4, "activity": 5}
+    for head in teacher.heads:
+        head.bias.data[0] = 9.0
+    assert all(v < 0.01 for v in teacher.losses(batch).values())
