@@ -439,17 +439,15 @@ def conversations(clip, rng, turns=4):
     return [many, [{"i": rng.choice(OPEN), "q": choice["question"], "a": choice["answer"]}]]
 
 
-def text_documents(clip, rng, turns=2):
+def text_documents(clip, rng, turns=1):
     """For a language model that sees no video: (caption, multiple-choice turns whose answers the caption tells).
 
-    Two documents in three are worked examples. Without them the small model does not find out, in any time that a demo
-    has, that a letter stands for the option behind it: it would have to bind letter to option, match option to caption
-    and bring both together before any of the three pays. A mark behind each option pays for the matching alone.
+    Two documents in three are worked examples, with MARKS: standins.School says why.
     """
     text, facts = read(clip, rng)
-    worked, opening = rng.random() < 2 / 3, rng.random() < 1 / 10  # the instruction is long and always the same
+    worked = rng.random() < 2 / 3
     many = [as_turn(multiple_choice(clip, rng.choice(facts), rng), worked) for _ in range(turns)]
-    return text, [turn if opening else turn | {"i": ""} for turn in many]
+    return text, [turn | {"i": ""} for turn in many]  # the instruction is long and always the same
 
 
 def benchmark(task, count, draw, rng, trials=24):

@@ -1,8 +1,7 @@
 """Stage 0: stand-ins for what the real system takes ready-made, a ViT that sees (UMT-L), an LLM that speaks (Vicuna).
 
     Teacher       ViT + heads, trained towards the toy world's ground truth, patch by patch
-    TextData      the toy world in words, for the small LLaMA: conversations whose video is its caption
-    Drills        short exercises before that, so that it learns what an option's letter is
+    School        the toy world in words, for the small LLaMA: drills, then conversations whose video is its caption
     vocabulary    the tokenizers' files
 
 With real checkpoints nothing here is needed. The loop is train.py's; source of the idea: UMT (arXiv 2303.16058).
@@ -20,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import checkpoint
-from prompt import CAPTION_INSTRUCTIONS, IGNORE, Prompt, caption_prompt, conversation_prompt, join, pad_batch
+from prompt import CAPTION_INSTRUCTIONS, IGNORE, SYSTEM, Prompt, caption_prompt, conversation_prompt, join, pad_batch
 from qagen import MARKS
 from tokenizer import train_sentencepiece, train_wordpiece
 from vit_video import VisionTransformer
@@ -64,63 +63,63 @@ class TeacherData(torch.utils.data.Dataset):
         return sample
 
 
-class TextData(torch.utils.data.Dataset):
-    """Conversations without a video: where the video's tokens will stand, the caption's words do.
+class School(torch.utils.data.Dataset):
+    """Texts from which the small LLaMA learns to read; an epoch is a lesson, and each item is a Prompt.
 
-    So the LLM learns the language, and to find an option's letter by what it reads in that place, and it cannot learn
-    any answer by heart. Each item is a Prompt; its labels are the answers, and the marks of worked
-    examples (qagen.text_documents). One item in four is the request of stage 2, to say the caption again.
+        epochs 0-2   grows                   a word and four options, of which it is one
+                     (A) cup no
+                     (B) grows yes
+                     Best option:(B
+        epochs 3-7   the same, and the right option stands somewhere in 2, 4, .. words, in an answer or a caption
+        from then on conversations about a caption, and one batch in four of the former kind
+
+    In the conversations the caption stands where the video's tokens will, so that the LLM learns the language and to
+    find an option's letter by what it reads in that place, but no answer by heart. Labels: answers, and the marks "no"
+    and "yes" of worked examples. One conversation in five is stage 2's request, to say the caption again.
+
+    Lessons and marks are needed: to find the letter, the model must bind letter to option, match option to text, and
+    join the two before any of the three pays. On conversations alone it stayed at chance for 700 steps; the marks pay
+    for the matching alone, and on single words all three take 300 steps of a tenth the size.
     """
 
-    def __init__(self, path, tok, style):
+    def __init__(self, path, tok, style, epoch_size):
         self.documents = [json.loads(line) for line in open(path)]
-        self.tok, self.style = tok, style
+        self.tok, self.style, self.epoch_size, self.epoch = tok, style, epoch_size, 0
         self.marks = {tok.encode(f"It grows. {mark}")[-1] for mark in MARKS}
+        found = {word for caption, _ in self.documents[:5000] for word in re.findall("[a-z]+", caption)}
+        self.words = [word for word in sorted(found) if len(tok.encode(word)) == 1]
+        self.answers = sorted({qa["a"].partition(") ")[2] for _, qas in self.documents[:5000] for qa in qas})
 
     def __len__(self):
-        return len(self.documents)
+        return self.epoch_size
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def groups(self):
+        """For the Sampler: long and short texts do not share a batch."""
+        short = self.epoch_size // 4
+        return [("short", 1.0, range(short)), ("long", 1.0, range(short, self.epoch_size))]
 
     def __getitem__(self, index):
-        caption, qas = self.documents[index]
+        rng = random.Random(f"{self.epoch} {index}")
+        if self.epoch > 7 and index >= self.epoch_size // 4:
+            return self.conversation(*rng.choice(self.documents), rng)
+        return self.drill(*(self.one_word(rng) if self.epoch < 3 else self.many_words(rng)), rng)
+
+    def conversation(self, caption, qas, rng):
         words = self.tok.encode(caption)
-        if index % 4 == 0:
-            requests = CAPTION_INSTRUCTIONS["video"]
-            prompt = caption_prompt(self.tok, caption, len(words), requests[index // 4 % len(requests)])
+        if rng.random() < 0.2:
+            prompt = caption_prompt(self.tok, caption, len(words), rng.choice(CAPTION_INSTRUCTIONS["video"]))
         else:
+            if rng.random() < min(0.8, 0.4 * (self.epoch - 8)):            # fewer and fewer marks
+                qas = [qa | {"q": re.sub(f" ({'|'.join(MARKS)})\n", "\n", qa["q"])} for qa in qas]
             prompt = conversation_prompt(self.tok, qas, len(words), style=self.style)
-        slot = slice(prompt.slot, prompt.slot + len(words))
-        prompt.ids[slot] = words
+        prompt.ids[prompt.slot:prompt.slot + len(words)] = words
         prompt.labels = [i if i in self.marks else label for i, label in zip(prompt.ids, prompt.labels, strict=True)]
         return prompt
 
-
-class Drills(torch.utils.data.Dataset):
-    """Short exercises ahead of TextData: which option stands in the text before? Letters and marks are the labels.
-
-        spins grows lamp                          lesson 1: the text is one word, and that is the right option
-        (A) cup no                                lesson 2: the text is several words, a caption or an answer,
-        (B) grows yes                                       and the right option is somewhere in it
-        Best option:(B
-
-    Without them a small LLaMA does not learn in any time that a demo has that a letter stands for the option behind it:
-    it must bind letter to option, match option to text and join the two before any of the three pays. On whole
-    documents it stayed at chance for 700 steps; one word each, with marks, taught it in 300 steps of a tenth the size.
-    """
-
-    def __init__(self, path, tok, lesson, size=64_000):
-        self.tok, self.lesson, self.size = tok, lesson, size
-        documents = [json.loads(line) for line in open(path)][:5000]
-        self.captions = [caption for caption, _ in documents]
-        found = sorted({word for caption in self.captions for word in re.findall("[a-z]+", caption)})
-        self.words = [word for word in found if len(tok.encode(word)) == 1]
-        self.answers = sorted({qa["a"].partition(") ")[2] for _, qas in documents for qa in qas})
-
-    def __len__(self):
-        return self.size
-
-    def __getitem__(self, index):
-        rng = random.Random(f"{self.lesson} {index}")
-        text, right, wrong = self.exercise(rng)
+    def drill(self, text, right, wrong, rng):
         options = rng.sample([right, *wrong], len(wrong) + 1)
         worked, parts = rng.random() < 0.7, [(text, False)]
         for letter, option in zip("ABCDE", options, strict=False):
@@ -129,18 +128,19 @@ class Drills(torch.utils.data.Dataset):
         prompt = join(self.tok, parts)
         return Prompt([self.tok.bos_id, *prompt.ids], [IGNORE, *prompt.labels])
 
-    def exercise(self, rng):
-        """-> (text, right option, two to four wrong ones)."""
-        if self.lesson == 1:
-            right, *wrong = rng.sample(self.words, 4)
-            return right, right, wrong
-        n_wrong = rng.randint(2, 4)
-        if rng.random() < 0.25:
+    def one_word(self, rng):
+        """-> (text, right option, wrong ones), as many_words."""
+        right, *wrong = rng.sample(self.words, 4)
+        return right, right, wrong
+
+    def many_words(self, rng):
+        n_wrong, kind = rng.randint(2, 4), rng.random()
+        if kind < 0.25 and self.epoch > 4:
             right, *wrong = rng.sample(self.answers, n_wrong + 1)
             return f"{rng.choice(self.words)} {right} {rng.choice(self.words)}", right, wrong
-        text = " ".join(rng.sample(self.words, rng.randint(2, 12)))
-        if rng.random() < 1 / 3:
-            text = rng.choice(self.captions)
+        text = " ".join(rng.sample(self.words, rng.randint(1, min(12, 2 ** (self.epoch - 2)))))
+        if kind > 0.75 and self.epoch > 5:
+            text = rng.choice(self.documents)[0]
         told = set(re.findall("[a-z]+", text))
         wrong = rng.sample(sorted(set(self.words) - told), n_wrong)
         return text, rng.choice(sorted(told.intersection(self.words))), wrong
@@ -165,6 +165,7 @@ def vocabulary(text, folder, size=1000):
             raise FileNotFoundError(f"{text} does not exist; make it by: python toyworld.py --out {text.parent}")
         documents = [json.loads(line) for line in open(text)]
         texts = [text for caption, qas in documents for text in (caption, *(qa[k] for qa in qas for k in "iqa"))]
+        texts += 1000 * [SYSTEM]                                           # the benchmark's prompt has words of its own
         with checkpoint.whole_folder(folder) as temporary:
             train_sentencepiece(texts, str(temporary / "tokenizer.model"), vocab_size=size)
             train_wordpiece(texts, str(temporary / "vocab.txt"))

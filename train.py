@@ -32,7 +32,7 @@ from checkpoint import load_strictly, read_json, read_tensors, save_tensors
 from llama import Llama
 from media import Transform, train_indices
 from model import PRESETS, VideoChat2, lm_loss, set_trainable
-from standins import Drills, Teacher, TeacherData, TextData, collate_teacher, collate_text, vocabulary
+from standins import School, Teacher, TeacherData, collate_teacher, collate_text, vocabulary
 from tokenizer import SentencePiece, WordPiece
 
 # ------------------------------------------------------------------------------------------------------------- options
@@ -69,13 +69,11 @@ class TrainConfig:
     restart: bool = option(False, "train again from the start although OUT has a checkpoint of this stage")
 
 
-STANDINS = ("vit", "lesson1", "lesson2", "llm")    # what stage 0 trains, one after another
+STANDINS = ("vit", "llm")    # what stage 0 trains, one after another
 RECIPES = {  # preset -> stage -> what differs from TrainConfig's defaults; steps that are 0 follow from epochs
     "toy": {
         "vit": dict(steps=1000, batch=32, lr=1e-3),
-        "lesson1": dict(steps=325, batch=64, lr=1e-3, lr_end=1.0, beta2=0.99, workers=0),
-        "lesson2": dict(steps=250, batch=64, lr=1e-3, lr_end=1.0, beta2=0.99, workers=0),
-        "llm": dict(steps=600, batch=32, lr=1e-3, beta2=0.99, workers=0),
+        "llm": dict(epochs=13, batch=64, lr=1e-3, beta2=0.99, workers=0),
         1: dict(steps=350, batch=32, lr=1e-3),
         2: dict(steps=700, batch=32, lr=1e-3),
         3: dict(steps=700, batch=16, lr=1e-3),
@@ -188,17 +186,12 @@ def vit_job(cfg, name):
 
 
 def llm_job(cfg, name):
-    """Stage 0b: the small LLaMA learns the toy world's language, without videos, in two lessons and then at large."""
+    """Stage 0b: the small LLaMA learns to read, without videos."""
     config = model_config(cfg)
     tokenizer_model, _ = toy_vocabulary(cfg)
+    model = Llama(config.llama)
     text, tok = Path(cfg.data) / "text.jsonl", SentencePiece(str(tokenizer_model))
-    folder = Path(cfg.out) / "stage0"
-    if name == "lesson1":
-        model, dataset = Llama(config.llama), Drills(text, tok, lesson=1)
-    elif name == "lesson2":
-        (model, _), dataset = checkpoint.load_llm(folder / "lesson1"), Drills(text, tok, lesson=2)
-    else:
-        (model, _), dataset = checkpoint.load_llm(folder / "lesson2"), TextData(text, tok, config.style)
+    dataset = School(text, tok, config.style, epoch_size=100 * cfg.batch)
 
     def loss(batch):
         return {"lm": lm_loss(model, model(model.embed(batch["ids"]), batch["mask"]), batch["labels"])}
@@ -206,7 +199,7 @@ def llm_job(cfg, name):
     def write(folder):
         checkpoint.write_llm(model, tokenizer_model, folder)
 
-    return Job(f"stage 0 {name}", folder / name, model, dataset, collate_text, loss, write)
+    return Job(f"stage 0 {name}", Path(cfg.out) / "stage0" / name, model, dataset, collate_text, loss, write)
 
 
 FRESH = {1: ("query_tokens", "qformer.", "vision_temp_embed", "aligner.", "vision_layernorm."),  # begin at random
@@ -321,7 +314,9 @@ def fit(job, cfg):
             log.step(step, total, losses, norm, batch)
             for line in batch["bad"]:
                 log.bar.write(f"unreadable, another sample took its place: {line}")
-            if step + 1 < cfg.steps and (stop.number or (step + 1) % cfg.save_every == 0):
+            if step + 1 == cfg.steps:
+                break
+            if stop.number or (step + 1) % cfg.save_every == 0:
                 save(job, optimizer, cfg, step + 1)
             if stop.number:
                 print(f"\nstopped; the same command goes on from step {step + 1}")
@@ -449,6 +444,8 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit("\nstopped at once; what the last checkpoint holds is kept")
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
