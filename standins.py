@@ -86,7 +86,7 @@ class School(torch.utils.data.Dataset):
         self.documents = [json.loads(line) for line in open(path)]
         self.tok, self.style, self.epoch_size, self.epoch = tok, style, epoch_size, 0
         self.marks = {tok.encode(f"It grows. {mark}")[-1] for mark in MARKS}
-        found = {word for caption, _ in self.documents[:5000] for word in re.findall("[a-z]+", caption)}
+        found = {word for caption, _ in self.documents[:5000] for word in re.findall(r"\b[a-z]+\b", caption)}
         self.words = [word for word in sorted(found) if len(tok.encode(word)) == 1]
         self.answers = sorted({qa["a"].partition(") ")[2] for _, qas in self.documents[:5000] for qa in qas})
 
@@ -141,7 +141,7 @@ class School(torch.utils.data.Dataset):
         text = " ".join(rng.sample(self.words, rng.randint(1, min(12, 2 ** (self.epoch - 2)))))
         if kind > 0.75 and self.epoch > 5:
             text = rng.choice(self.documents)[0]
-        told = set(re.findall("[a-z]+", text))
+        told = set(re.findall(r"\b[a-z]+\b", text))
         wrong = rng.sample(sorted(set(self.words) - told), n_wrong)
         return text, rng.choice(sorted(told.intersection(self.words))), wrong
 

@@ -1,5 +1,4 @@
 """What stage 0 learns from. Run: pytest tests/test_standins.py"""
-import json
 import random
 import re
 
@@ -26,36 +25,54 @@ def trained(tok, prompt):
     return tok.decode([label for label in prompt.labels if label != IGNORE])
 
 
-@pytest.mark.parametrize("lesson", [1, 2])
-def test_a_drill_s_answer_is_the_one_option_that_its_text_tells(text, lesson):
+@pytest.mark.parametrize("epoch", [0, 3, 7])
+def test_a_drill_s_answer_is_the_one_option_that_its_text_tells(text, epoch):
     path, tok = text
-    drills = standins.Drills(path, tok, lesson)
+    school = standins.School(path, tok, "vicuna", epoch_size=80)
+    school.set_epoch(epoch)
     marked = 0
-    for index in range(60):
-        shown = tok.decode([i for i in drills[index].ids if i != tok.bos_id])
+    for index in range(80):
+        shown = tok.decode([i for i in school[index].ids if i != tok.bos_id])
         said, options, letter = re.fullmatch(r"(.*?)\n(\(A\).*)\nBest option:\((.)", shown, re.S).groups()
         rows = re.findall(r"\((.)\) (.*?)( yes| no)?(?:\n|$)", options)
         told = [row[0] for row in rows if re.search(rf"(?<!\w){re.escape(row[1])}(?!\w)", said)]
-        assert letter in told and (told == [letter] or lesson == 2)
+        assert letter in told and (told == [letter] or epoch == 7)
         if rows[0][2]:
             marked += 1
             assert [row[0] for row in rows if row[2] == " yes"] == [letter]
-            assert trained(tok, drills[index]) == " ".join(row[2].strip() for row in rows) + letter
+            assert trained(tok, school[index]) == " ".join(row[2].strip() for row in rows) + letter
         else:
-            assert trained(tok, drills[index]) == letter
-    assert 20 < marked < 60
+            assert trained(tok, school[index]) == letter
+    assert 30 < marked < 80
 
 
-def test_documents_train_answers_and_marks_and_never_the_question(text):
+def test_conversations_train_answers_and_marks_and_never_the_question(text):
     path, tok = text
-    documents, data = [json.loads(line) for line in path.read_text().splitlines()], standins.TextData(*text, "vicuna")
-    caption, _ = documents[4]
-    assert trained(tok, data[4]) == f"{caption}###"                        # every fourth says the caption again
-    for index in (1, 2, 3, 5, 6, 7):
-        said = trained(tok, data[index])
-        for turn in documents[index][1]:
-            assert turn["a"] in said and "Question" not in said
-        assert ("yes" in said.split()) == (" yes\n" in documents[index][1][0]["q"])
+    school, rng = standins.School(path, tok, "vicuna", epoch_size=80), random.Random(0)
+    kinds = set()
+    for epoch in (8, 12):
+        school.set_epoch(epoch)
+        for caption, turns in school.documents[:60]:
+            said = trained(tok, school.conversation(caption, turns, rng))
+            if said == f"{caption}###":
+                kinds.add("caption")
+                continue
+            marks = [word for word in said.split() if word in ("yes", "no")]
+            kinds.add(f"epoch {epoch} {'marked' if marks else 'plain'}")
+            assert all(turn["a"] in said for turn in turns) and "Question" not in said
+            assert not marks or marks.count("yes") == len(turns)
+    assert {"caption", "epoch 8 marked", "epoch 8 plain", "epoch 12 plain"} <= kinds
+
+
+def test_an_epoch_is_a_lesson_and_the_same_one_every_time(text):
+    path, tok = text
+    school, again = (standins.School(path, tok, "vicuna", epoch_size=40) for _ in range(2))
+    for epoch in (0, 5, 9):
+        school.set_epoch(epoch)
+        again.set_epoch(epoch)
+        assert [school[i].ids for i in range(40)] == [again[i].ids for i in range(40)]
+    longest = {epoch: max(len(school[i].ids) for i in range(40)) for epoch in (0, 9) if school.set_epoch(epoch) is None}
+    assert longest[0] < longest[9] / 2
 
 
 def test_the_answer_of_a_document_stands_in_its_caption():
