@@ -439,7 +439,7 @@ def conversations(clip, rng, turns=4):
     return [many, [{"i": rng.choice(OPEN), "q": choice["question"], "a": choice["answer"]}]]
 
 
-def text_documents(clip, rng, turns=2):
+def text_documents(clip, rng, turns=1):
     """For a language model that sees no video: (caption, multiple-choice turns whose answers the caption tells).
 
     Two documents in three are worked examples, with MARKS: standins.School says why.

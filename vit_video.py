@@ -32,6 +32,7 @@ class ViTConfig:
     frames: int = 4               # the position table is made for so many and stretched in time for others
     eps: float = 1e-6
     pos_table: str = "sinusoid"   # or "resized14": see position_table
+    init_std: float = 0.02        # 0: 1 / sqrt(width) of each matrix, which lets narrow models learn quicker
     checkpoint_blocks: bool = False  # training: recompute each block in the backward pass instead of storing it
 
     def __post_init__(self):
@@ -162,10 +163,9 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
         self.apply(self._init_weights)
 
-    @staticmethod
-    def _init_weights(module):
+    def _init_weights(self, module):
         if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.trunc_normal_(module.weight, std=self.cfg.init_std or module.weight.shape[1] ** -0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
