@@ -5,6 +5,7 @@ them. A step that is done is not done again: stop with Ctrl-C and start again at
 
 Run:    make demo          # or, in a set-up environment: python demo.py
 """
+import argparse
 import json
 import os
 import platform
@@ -28,6 +29,7 @@ STEPS = [  # what it is, the command, its minutes on 2 CPU cores
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     if shutil.disk_usage(".").free < 1e9:
         sys.exit("demo.py: less than 1 GB of disk is free here; the toy world and the checkpoints need it")
     total = sum(minutes for *_, minutes in STEPS)
