@@ -42,7 +42,8 @@ class Teacher(nn.Module):
         """video (B, T, 3, H, W), targets (B, T, L, 3) -> {"colour", "shape", "activity"}: weighted cross-entropies.
 
         Nine patches in ten are background, which is class 0 of each head and soon learned; at equal weight they drown
-        the rest (single heroes' shapes were then right on 25 to 36 % after 25,000 clips). A background patch weighs a tenth of a covered one.
+        the rest (single heroes' shapes were then right on 25 to 36 % after 25,000 clips). A background patch weighs a
+        tenth of a covered one.
         """
         x = self.norm(self.vision_encoder(batch["video"])).flatten(0, 2)   # (B*N, C)
         targets = batch["targets"].flatten(0, 2)                           # (B*N, 3)
