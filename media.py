@@ -31,13 +31,16 @@ def train_indices(num_frames, n_total, how="rand", rng=None, official=False):
     """num_frames of n_total frames, one from each of equal intervals: "rand" any of it, "middle" the middle one.
 
     A shorter video gives all its frames and repeats the last. Source: video_utils.py, get_frame_indices.
+    "mvbench" takes the frames that the benchmark will take.
     """
+    if how == "mvbench":
+        return mvbench_indices(num_frames, n_total - 1, fps=1)
     edges = np.linspace(0, n_total, min(num_frames, n_total) + 1).astype(int).tolist()
     spans = [range(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
     if how == "middle":
         indices = [(span.start + span.stop - 1) // 2 for span in spans]
     elif how != "rand":
-        raise ValueError(f"frames are chosen by 'rand' or 'middle', not by {how!r}")
+        raise ValueError(f"frames are chosen by 'rand', 'middle' or 'mvbench', not by {how!r}")
     elif not official:
         indices = [rng.choice(span) for span in spans]
     # QUIRK video_utils.py:53-62: the last frame of an interval is never drawn; where one interval has a single frame,

@@ -49,6 +49,7 @@ class Config:
     lora_alpha: int = 32
     lora_dropout: float = 0.1
     style: str = "vicuna"           # how a conversation is written: prompt.py
+    train_choice: str = "rand"      # which frames of a clip training takes: media.train_indices
     tell_seconds: bool = True       # stage 3 says at which seconds the frames were taken
     crop: bool = True               # random resized crop in training, centre crop in evaluation
     train_norm: str = "imagenet"    # QUIRK dataset/__init__.py:37 trains with ImageNet's mean and std ...
@@ -77,13 +78,13 @@ def toy_config():
     """64-pixel clips of coloured shapes: 8 frames x 16 patches = 128 tokens; about 3 million parameters in all."""
     return Config(
         preset="toy",
-        vit=ViTConfig(img_size=64, patch_size=16, width=128, depth=4, heads=4, frames=8, init_std=0.0),
+        vit=ViTConfig(img_size=64, patch_size=16, width=128, depth=3, heads=4, frames=8, init_std=0.0),
         qformer=QFormerConfig(vocab_size=0, width=128, depth=4, heads=4, ffn=512, vision_width=128, embed_dim=128,
                               max_positions=256, dropout=0.0, drop_path=0.0, init_std=0.0),
         llama=LlamaConfig(vocab_size=0, width=128, depth=4, heads=4, kv_heads=4, ffn=384, init_std=0.0),
         n_query=16, n_extra=16, extra_std=0.02, align_frames=8, train_frames=8, eval_frames=8, align_text=64,
         lora_names=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        lora_dropout=0.0, crop=False, tell_seconds=False, eval_norm="imagenet")
+        lora_dropout=0.0, crop=False, tell_seconds=False, eval_norm="imagenet", train_choice="mvbench")
 
 
 def micro_config():

@@ -24,6 +24,7 @@ ACTIONS = ("grows", "shrinks", "spins", "blinks", "jumps", "shakes")
 LOCAL_ACTIONS = ("spins", "jumps", "shakes", "wobbles")
 COUNTED_ACTIONS = ("jumps", "blinks")
 FINE_ACTIONS = ("spins clockwise", "spins counter-clockwise", "wobbles", "bounces", "zigzags")
+PLAYS = (*DIRECTIONS, "grows", "shrinks", "blinks", "jumps", "shakes", *FINE_ACTIONS, "rests")
 SURPRISES = ("teleports", "passes through the wall", "stops in mid-fall", "splits in two")
 ANTONYMS = {"size": ("grows", "shrinks"), "presence": ("appears", "disappears"), "height": ("rises", "falls")}
 PLACES = ("city", "desert", "sea", "forest", "snow")
@@ -145,6 +146,12 @@ TASKS = {  # official name of the json file -> task, in the order of the publish
 }
 
 
+PLAYGROUND = Task(  # of training alone, never of the benchmark: what everything does that can be done
+    "Playground", "Action", "", 4, "what the others do, and what nobody does", {
+        "does": ("What does {hero} do?", "What is {hero} doing?", "Which of these does {hero} do?")})
+ROWS = TASKS | {"playground": PLAYGROUND}
+
+
 @dataclass(frozen=True)
 class Fact:
     """Something to ask for: the kind of question, its answer and exactly as many wrong options as the task has."""
@@ -178,6 +185,15 @@ def listing(words):
 
 def but(pool, *taken):
     return [entry for entry in pool if entry not in taken]
+
+
+def by_place(things):
+    """In the order of reading, by where they are on average: an order at random would be a guess for who sees them."""
+    def place(one):
+        x, y = (sum(one[key]) / len(one[key]) for key in "xy")
+        return y > 24, x
+
+    return sorted(things, key=place)
 
 
 def in_order(clip, *actions):
@@ -296,7 +312,7 @@ def action_count(clip, rng):
 
 
 def moving_count(clip, rng):
-    moving = [the(clip["objects"][e["object"]]) for e in clip["events"]]
+    moving = [the(one) for one in by_place([clip["objects"][e["object"]] for e in clip["events"]])]
     count = str(len(moving))
     return [f"{count} of {len(clip['objects'])} objects {'moves' if count == '1' else 'move'}: {listing(moving)}."], [
         Fact("count", count, but("1234", count))]
@@ -304,7 +320,7 @@ def moving_count(clip, rng):
 
 def moving_attribute(clip, rng):
     mover = clip["objects"][clip["events"][0]["object"]]
-    resting = [one for one in clip["objects"] if one is not mover]
+    resting = by_place([one for one in clip["objects"] if one is not mover])
     return [f"{the(mover)} moves. {upper(listing([the(one) for one in resting]))} do not move."], [
         Fact(kind, option(mover[kind]), [option(one[kind]) for one in rng.sample(resting, 2)])
         for kind in ("colour", "shape")]
@@ -368,11 +384,26 @@ def counterfactual_inference(clip, rng):
              ([*others, "nothing"].index(answer), answer))]
 
 
+def deed(play):
+    return f"moves {play}" if play in DIRECTIONS else play
+
+
+def playground(clip, rng):
+    """What each of them does, and what the others do as wrong options."""
+    deeds = {the(clip["objects"][e["object"]]): deed(e["action"]) for e in clip["events"]}
+    facts = []
+    for one, does in deeds.items():
+        others = but(dict.fromkeys(deeds.values()), does)
+        others += rng.sample(but(map(deed, PLAYS), *deeds.values()), 3 - len(others))
+        facts.append(Fact("does", option(f"it {does}"), [option(f"it {other}") for other in others], {"hero": one}))
+    return [" ".join(upper(f"{the(one)} {deeds[the(one)]}.") for one in by_place(clip["objects"]))], facts
+
+
 READERS = {reader.__name__: reader for reader in (
     action_sequence, action_prediction, action_antonym, fine_grained_action, unexpected_action, object_existence,
     object_interaction, object_shuffle, moving_direction, action_localization, scene_transition, action_count,
     moving_count, moving_attribute, state_change, fine_grained_pose, character_order, egocentric_navigation,
-    episodic_reasoning, counterfactual_inference)}
+    episodic_reasoning, counterfactual_inference, playground)}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Questions. The filters, the shuffling, and what stages 1 to 3 and the benchmark read.
@@ -381,14 +412,14 @@ READERS = {reader.__name__: reader for reader in (
 def acceptable(clip, fact):
     """The paper's filters: clips of 5 to 35 s, options all different and of the number that the task has."""
     options = {fact.answer, *fact.wrong}
-    return 5 <= clip["duration"] <= 35 and len(options) == 1 + len(fact.wrong) == TASKS[clip["scenario"]].options
+    return 5 <= clip["duration"] <= 35 and len(options) == 1 + len(fact.wrong) == ROWS[clip["scenario"]].options
 
 
 def read(clip, rng):
     """An annotation -> (one caption, [facts]). Raises ValueError for a scenario that is no task."""
     if clip.get("scenario") not in READERS:
         raise ValueError(f"annotation {clip.get('id', '?')}: unknown scenario {clip.get('scenario')!r}; "
-                         f"expected one of {', '.join(TASKS)}")
+                         f"expected one of {', '.join(ROWS)}")
     captions, facts = READERS[clip["scenario"]](clip, rng)
     return upper(rng.choice(captions)), [fact for fact in facts if acceptable(clip, fact)]
 
@@ -399,7 +430,7 @@ def caption(clip, rng):
 
 def multiple_choice(clip, fact, rng, letter=None):
     """A fact -> {"question", "candidates", "answer"}; the answer is candidate number `letter`, or any."""
-    ask = rng.choice(TASKS[clip["scenario"]].ask[fact.kind])
+    ask = rng.choice(ROWS[clip["scenario"]].ask[fact.kind])
     slots = fact.slots | {"Hero": upper(fact.slots.get("hero", ""))}
     candidates = rng.sample(fact.wrong, len(fact.wrong))
     candidates.insert(rng.randrange(len(fact.wrong) + 1) if letter is None else letter, fact.answer)
@@ -431,6 +462,8 @@ def conversations(clip, rng, turns=4):
     """For stage 3: a conversation of `turns` multiple-choice questions; for one clip in three an open one as well."""
     text, facts = read(clip, rng)
     many = [as_turn(multiple_choice(clip, facts[i % len(facts)], rng)) for i in range(turns)]
+    if rng.random() < 0.5:
+        many[0]["q"] = SYSTEM + many[0]["q"]  # as the benchmark asks
     if rng.random() > 1 / 3:
         return [many]
     if rng.random() < 0.5:
@@ -439,7 +472,7 @@ def conversations(clip, rng, turns=4):
     return [many, [{"i": rng.choice(OPEN), "q": choice["question"], "a": choice["answer"]}]]
 
 
-def text_documents(clip, rng, turns=1):
+def text_documents(clip, rng, turns=2):
     """For a language model that sees no video: (caption, multiple-choice turns whose answers the caption tells).
 
     Two documents in three are worked examples, with MARKS: standins.School says why.

@@ -1,7 +1,8 @@
 """A small world of coloured things with exact ground truth, kept as short video files: the embedded default data.
 
-Is: 20 simulations, one for each MVBench task; the annotation each of them returns (tracks and events, never pixels);
-the writer of a whole world: clips, captions, instructions, the teacher of stage 0, text, and a benchmark.
+Is: 20 simulations, one for each MVBench task, and a playground; the annotation each of them returns (tracks and
+events, never pixels); the writer of a whole world: clips, captions, instructions, the teacher of stage 0, text, and
+a benchmark.
 Is not: drawing (render.py), nor language: what is said and asked about an annotation is the business of qagen.py.
 Source: MVBench (arXiv 2311.17005v4) section 3 for the tasks; CLEVRER and Something-Else for the taste in worlds.
 
@@ -63,16 +64,21 @@ def wave(k):
     return abs(k % 8 - 4) / 2 - 1
 
 
+def quarters(k):
+    """A quarter turn more every two frames: a thing that turns stands no more aslant in any frame than one at rest."""
+    return 90 * (k // 2 + 1)
+
+
 ACTS = {  # what frame k of n adds to x, y and angle, multiplies size by, or puts in the place of the look
     "grows": lambda k, n: {"size": 1 + 0.6 * (k + 1) / n},
     "shrinks": lambda k, n: {"size": 1 - 0.45 * (k + 1) / n},
-    "spins": lambda k, n: {"angle": 72 * (k + 1)},  # after 4 frames and one of rest it stands as before
-    "spins clockwise": lambda k, n: {"angle": 40 * (k + 1)},
-    "spins counter-clockwise": lambda k, n: {"angle": -40 * (k + 1)},
+    "spins": lambda k, n: {"angle": quarters(k)},
+    "spins clockwise": lambda k, n: {"angle": quarters(k)},
+    "spins counter-clockwise": lambda k, n: {"angle": -quarters(k)},
     "blinks": lambda k, n: {"look": "hollow" if k % 4 < 2 else "plain"},
     "jumps": lambda k, n: {"y": -10 if k % 4 < 2 else 0},
     "shakes": lambda k, n: {"x": 6 if k % 4 < 2 else -6},
-    "wobbles": lambda k, n: {"angle": 38 * math.sin(math.pi * (k + 1) / 3)},
+    "wobbles": lambda k, n: {"angle": quarters(k) % 180},
     "bounces": lambda k, n: {"y": 6 - 12 * abs(math.sin(math.pi * k / 4))},
     "zigzags": lambda k, n: {"x": 20 * k / (n - 1) - 10, "y": 6 * (abs(k % 4 - 2) - 1)},
 }
@@ -144,7 +150,7 @@ def near(rng, spread, x=24, y=24):
 
 
 def simulate(scenario, rng, split="train"):
-    """One clip of a scenario (a key of qagen.TASKS) as an annotation, a plain dict that JSON can hold.
+    """One clip of a scenario (a key of qagen.ROWS) as an annotation, a plain dict that JSON can hold.
 
     {"scenario", "duration" in seconds, "background": a name per frame, "objects": [things], "events": [events], ...}
     """
@@ -161,8 +167,33 @@ def simulate(scenario, rng, split="train"):
 # that it stands for would say so, the background and one more fact.
 
 
+def playground(rng, cast):
+    """No task: one to three things, each of which does something all the time. Here a ViT learns to see movement.
+
+    In one clip of four they only go straight ahead or rest; in one of five they are letters.
+    """
+    n = rng.choice((1, 2, 3))
+    spots = rng.sample([(12, 12), (36, 12), (12, 36), (36, 36)], n) if rng.random() < 0.5 or n > 1 else [(24, 24)]
+    plays = (*qagen.DIRECTIONS, "rests") if rng.random() < 0.25 else qagen.PLAYS
+    things = [thing(*pair, *near(rng, 3, *spot), size=rng.uniform(12, 16))
+              for pair, spot in zip(cast(n), spots, strict=True)]
+    if rng.random() < 0.2:
+        for one, letter in zip(things, rng.sample(qagen.LETTERS, n), strict=True):
+            one["shape"] = letter
+    events = []
+    for who, one in enumerate(things):
+        action = rng.choice(plays)
+        if action in qagen.DIRECTIONS:
+            (x, y), (dx, dy) = (one["x"][0], one["y"][0]), step(action, 9)
+            path(one, (0, x - dx, y - dy), (15, x + dx, y + dy))
+        elif action != "rests":
+            act(one, action)
+        events.append(event(action, 0, who=who))
+    return {"objects": things, "events": events}
+
+
 def action_sequence(rng, cast):
-    hero = thing(*cast(1)[0], *near(rng, 4), size=rng.uniform(13, 15))
+    hero = thing(*cast(1)[0], *near(rng, 2), size=rng.uniform(13, 15))
     actions = rng.sample(qagen.ACTIONS, 3)
     return {"objects": [hero],
             "events": [act(hero, action, start, start + 4) for action, start in zip(actions, (1, 6, 11), strict=True)]}
@@ -181,7 +212,7 @@ def action_prediction(rng, cast):
 
 
 def action_antonym(rng, cast):
-    (x, y), scale = near(rng, 5), rng.uniform(0.8, 1.2)
+    (x, y), scale = near(rng, 3), rng.uniform(0.8, 1.2)
     hero, pair, turn = thing(*cast(1)[0], x, y, size=16 * scale), rng.choice(list(qagen.ANTONYMS)), rng.randrange(3)
     ramp = np.interp(range(FRAMES), (3, 12), ((-1, 1), (1, -1), (0, 0))[turn])
     change = rng.choice((5, 10))
@@ -198,8 +229,12 @@ def action_antonym(rng, cast):
 
 
 def fine_grained_action(rng, cast):
-    hero = thing(*cast(1)[0], *near(rng, 7), size=15, angle=rng.randrange(360))
-    return {"objects": [hero], "events": [act(hero, rng.choice(qagen.FINE_ACTIONS), -rng.randrange(4))]}
+    hero = thing(*cast(1)[0], *near(rng, 3), size=15, angle=90 * rng.randrange(4))
+    action = rng.choice(qagen.FINE_ACTIONS)
+    if action not in ("bounces", "zigzags"):  # it stands where those two could be in a frame
+        offset = rng.choice((6, 0, -3, -6))
+        hero["y"] = [y + offset for y in hero["y"]]
+    return {"objects": [hero], "events": [act(hero, action, -rng.randrange(4))]}
 
 
 def unexpected_action(rng, cast):
@@ -274,14 +309,14 @@ def object_shuffle(rng, cast):
 
 
 def moving_direction(rng, cast):
-    way, (x, y) = rng.choice((*qagen.DIRECTIONS, None)), near(rng, 6)
+    way, (x, y) = rng.choice((*qagen.DIRECTIONS, None)), near(rng, 3)
     hero, (dx, dy) = thing(*cast(1)[0], x, y), step(way, 12) if way else (0, 0)
     path(hero, (0, x - dx, y - dy), (15, x + dx, y + dy))
     return {"objects": [hero], "events": [event(way, 0)] if way else []}
 
 
 def action_localization(rng, cast):
-    hero = thing(*cast(1)[0], *near(rng, 5), size=15, angle=rng.randrange(360))
+    hero = thing(*cast(1)[0], *near(rng, 2), size=15, angle=90 * rng.randrange(4))
     span = rng.choice(((1, 5), (6, 10), (11, 15), (1, 15)))
     return {"objects": [hero], "events": [act(hero, rng.choice(qagen.LOCAL_ACTIONS), *span)]}
 
@@ -293,7 +328,7 @@ def scene_transition(rng, cast):
 
 def action_count(rng, cast):
     """Four turns of four frames, in some of which it acts; in frames 7 and 8 it never does."""
-    hero, action = thing(*cast(1)[0], *near(rng, 5)), rng.choice(qagen.COUNTED_ACTIONS)
+    hero, action = thing(*cast(1)[0], *near(rng, 2)), rng.choice(qagen.COUNTED_ACTIONS)
     turns = sorted(rng.sample(range(4), rng.randint(1, 4)))
     return {"objects": [hero], "events": [act(hero, action, 4 * turn + 1, 4 * turn + 5) for turn in turns]}
 
@@ -344,15 +379,15 @@ def fine_grained_pose(rng, cast):
             break
     spans = [(0, 3), (3, 6), (6, 9), (9, 12), (12, 16)]
     x, y = near(rng, 2)
-    figures = [thing(pose, "black", x, y, size=38) for pose in poses]
+    figures = [thing(pose, "black", x, y, size=26) for pose in poses]
     for i, figure in enumerate(figures):
         show(figure, *(span for span, pose in zip(spans, order, strict=True) if pose == i))
     return {"objects": figures, "events": [event(poses[i], *span, i) for i, span in zip(order, spans, strict=True)]}
 
 
 def character_order(rng, cast):
-    spans, (x, y), colour = [(0, 3), (4, 7), (10, 14)], near(rng, 4), rng.choice(qagen.COLOURS)
-    letters = [thing(letter, colour, x, y, size=26) for letter in rng.sample(qagen.LETTERS, 3)]
+    spans, (x, y), colour = [(0, 3), (4, 7), (10, 14)], near(rng, 2), rng.choice(qagen.COLOURS)
+    letters = [thing(letter, colour, x, y, size=16) for letter in rng.sample(qagen.LETTERS, 3)]
     for letter, span in zip(letters, spans, strict=True):
         show(letter, span)
     return {"objects": letters, "events": [event("shows", *span, i) for i, span in enumerate(spans)]}
@@ -424,7 +459,14 @@ SCENARIOS = {scenario.__name__: scenario for scenario in (
     action_sequence, action_prediction, action_antonym, fine_grained_action, unexpected_action, object_existence,
     object_interaction, object_shuffle, moving_direction, action_localization, scene_transition, action_count,
     moving_count, moving_attribute, state_change, fine_grained_pose, character_order, egocentric_navigation,
-    episodic_reasoning, counterfactual_inference)}
+    episodic_reasoning, counterfactual_inference, playground)}
+
+
+def training_scenario(index, share):
+    """One clip in `share` is of the playground, the others are of the 20 tasks in turn."""
+    if index % share == 0:
+        return "playground"
+    return list(qagen.TASKS)[(index - index // share - 1) % len(qagen.TASKS)]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A world on disk. Every clip has a generator of its own, so that the bytes depend on the seed and not on the workers.
@@ -433,7 +475,7 @@ SCENARIOS = {scenario.__name__: scenario for scenario in (
 def train_clip(index, out, seed, patch):
     """Write one training clip; return all that the files of the world say about it."""
     rng, video = random.Random(f"{seed}/train/{index}"), f"{index // 1000:02d}/{index:05d}.gif"
-    clip = {"id": video} | simulate(list(SCENARIOS)[index % len(SCENARIOS)], rng)
+    clip = {"id": video} | simulate(training_scenario(index, share=2), rng)
     write_gif(render(clip), out / "videos" / video)
     talks = [{"video": video, "QA": turns} for turns in qagen.conversations(clip, rng)]
     return clip, {"video": video, "caption": qagen.caption(clip, rng)}, talks, token_targets(clip, patch)
@@ -442,7 +484,7 @@ def train_clip(index, out, seed, patch):
 def text_document(index, seed):
     """One line of text.jsonl: [caption, turns of a conversation]."""
     rng = random.Random(f"{seed}/text/{index}")
-    text, turns = qagen.text_documents(simulate(list(SCENARIOS)[index % len(SCENARIOS)], rng), rng)
+    text, turns = qagen.text_documents(simulate(training_scenario(index, share=4), rng), rng)
     return json.dumps([text, turns])
 
 
@@ -497,10 +539,10 @@ def write_world(out, settings, each):
     (out / "mvbench" / "json").mkdir(parents=True)
     bench = partial(bench_task, out=out, seed=seed, questions=settings["questions"])
     write_lines(out / "mvbench" / "annotations.jsonl",
-                (clip for clips in each(bench, list(SCENARIOS), "benchmark") for clip in clips))
+                (clip for clips in each(bench, list(qagen.TASKS), "benchmark") for clip in clips))
 
 
-def build(out, clips=12000, questions=100, texts=40000, seed=0, patch=12, workers=None):
+def build(out, clips=24000, questions=100, texts=40000, seed=0, patch=12, workers=None):
     """Write a world into `out`, whole or not at all. A finished one of the same settings is kept: returns False.
 
     Raises ValueError for settings that cannot be, FileExistsError where something else is in the way.
@@ -552,7 +594,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="data/toy", help="folder to write; it appears only when it is complete")
-    parser.add_argument("--clips", type=int, default=12000, help="training clips, the 20 scenarios in turn")
+    parser.add_argument("--clips", type=int, default=24000,
+                        help="training clips, half of them of the playground, half of the tasks in turn")
     parser.add_argument("--questions", type=int, default=100, help="questions of each task of the benchmark")
     parser.add_argument("--texts", type=int, default=40000, help="documents without a video, for the language model")
     parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same bytes")

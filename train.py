@@ -72,8 +72,8 @@ class TrainConfig:
 STANDINS = ("vit", "llm")    # what stage 0 trains, one after another
 RECIPES = {  # preset -> stage -> what differs from TrainConfig's defaults; steps that are 0 follow from epochs
     "toy": {
-        "vit": dict(steps=1000, batch=32, lr=1e-3),
-        "llm": dict(epochs=15, batch=64, lr=1e-3, beta2=0.99, workers=0),
+        "vit": dict(steps=8000, batch=8, lr=1.5e-3, beta2=0.99, log_every=100, save_every=1000),
+        "llm": dict(epochs=15, batch=32, lr=1e-3, beta2=0.99, workers=0, log_every=50),
         1: dict(steps=200, batch=32, lr=1e-3),
         2: dict(steps=400, batch=32, lr=1e-3),
         3: dict(steps=350, batch=16, lr=1e-3),
@@ -140,13 +140,13 @@ def jobs(cfg, given):
         yield make, name, recipe(cfg, given, name)
 
 
-def clips(cfg, model_cfg, corpus, frames, how="rand"):
-    """VideoTextData of one corpus file in the data folder, with the model's pixels; how frames are drawn: data.py."""
+def clips(cfg, model_cfg, corpus, frames):
+    """VideoTextData of one corpus file in the data folder, with the model's frames and pixels."""
     path = Path(cfg.data) / corpus
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; make the toy world by: python toyworld.py --out {cfg.data}")
     transform = Transform(model_cfg.vit.img_size, train=True, crop=model_cfg.crop, norm=model_cfg.train_norm)
-    return data.VideoTextData(data.load_corpus(path), frames, transform, how, seed=cfg.seed)
+    return data.VideoTextData(data.load_corpus(path), frames, transform, model_cfg.train_choice, seed=cfg.seed)
 
 
 def toy_vocabulary(cfg):
@@ -173,15 +173,15 @@ def vit_job(cfg, name):
     if targets.shape[2] != grid:
         raise ValueError(f"{cfg.data}/targets.npy has {targets.shape[2]} patches a frame, preset {cfg.preset} {grid}; "
                          f"make the toy world again with --patch {48 * config.vit.patch_size // config.vit.img_size}")
-    frames = train_indices(config.train_frames, targets.shape[1], "middle", None)
+    frames = train_indices(config.train_frames, targets.shape[1], config.train_choice)
     model = Teacher(config, [len(meta[key]) for key in ("colours", "shapes", "activities")])
     model.stage, model.cfg = 0, config
 
     def write(folder):
         checkpoint.write_model(model, folder, vocab)
 
-    videos = clips(cfg, config, "corpus_caption.json", config.train_frames, how="middle")
-    dataset = TeacherData(videos, targets, frames)
+    videos = clips(cfg, config, "corpus_caption.json", config.train_frames)
+    dataset = TeacherData(videos, targets, Path(cfg.data) / "annotations.jsonl", frames, epoch_size=100 * cfg.batch)
     return Job("stage 0 vit", Path(cfg.out) / "stage0" / "vit", model, dataset, collate_teacher, model.losses, write)
 
 
@@ -191,7 +191,7 @@ def llm_job(cfg, name):
     tokenizer_model, _ = toy_vocabulary(cfg)
     model = Llama(config.llama)
     text, tok = Path(cfg.data) / "text.jsonl", SentencePiece(str(tokenizer_model))
-    dataset = School(text, tok, config.style, epoch_size=100 * cfg.batch)
+    dataset = School(text, tok, config.style, epoch_size=150 * cfg.batch)
 
     def loss(batch):
         return {"lm": lm_loss(model, model(model.embed(batch["ids"]), batch["mask"]), batch["labels"])}
@@ -358,10 +358,11 @@ def to_device(batch, device):
 
 
 class Log:
-    """One line per log_every steps on the console, every step's numbers in metrics.jsonl."""
+    """One line per log_every steps, with the mean losses since the last one; the same numbers in metrics.jsonl."""
 
     def __init__(self, job, cfg, first):
         self.job, self.cfg, self.first, self.begun, self.last = job, cfg, first, time.time(), time.time()
+        self.window = []                                                   # losses since the last line
         self.bar = tqdm(total=cfg.steps, initial=first, disable=not sys.stderr.isatty(), leave=False)
         self.path = Path(cfg.out) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -372,18 +373,20 @@ class Log:
 
     def step(self, step, total, losses, norm, batch):
         self.bar.update()
+        self.window.append({k: v.detach() for k, v in {"loss": total, **losses}.items()})
         if (step + 1) % self.cfg.log_every and step + 1 < self.cfg.steps:
             return
         now = time.time()
         n = min(self.cfg.log_every, step + 1 - self.first)
         seconds = (now - self.last) / n
         self.last = now
-        row = {"stage": self.job.name, "step": step + 1, "loss": total.item(),
-               **{k: v.item() for k, v in losses.items()}, "lr": learning_rate(step, self.cfg), "grad": norm.item(),
-               "ms": round(1000 * seconds, 1), "clips_per_s": round(self.cfg.batch / seconds, 1)}
+        means = {k: torch.stack([row[k] for row in self.window]).mean().item() for k in self.window[0]}
+        self.window = []
+        row = {"stage": self.job.name, "step": step + 1, **means, "lr": learning_rate(step, self.cfg),
+               "grad": norm.item(), "ms": round(1000 * seconds, 1), "clips_per_s": round(self.cfg.batch / seconds, 1)}
         with open(self.path, "a") as f:
             f.write(json.dumps(row) + "\n")
-        parts = "".join(f" | {k} {v.item():.3f}" for k, v in losses.items()) if len(losses) > 1 else ""
+        parts = "".join(f" | {k} {means[k]:.3f}" for k in losses) if len(losses) > 1 else ""
         eta = (now - self.begun) / (step + 1 - self.first) * (self.cfg.steps - step - 1)
         self.bar.write(f"{self.job.name} | step {step + 1}/{self.cfg.steps} | loss {row['loss']:.3f}{parts} "
                        f"| lr {row['lr']:.1e} | grad {row['grad']:.2f} | {row['ms']:.0f} ms "

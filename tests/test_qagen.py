@@ -33,7 +33,8 @@ def training(task, count=300):
 
 
 def test_the_table_has_the_official_twenty_tasks():
-    assert len(qagen.TASKS) == 20 and list(qagen.TASKS) == list(qagen.READERS) == list(toyworld.SCENARIOS)
+    assert len(qagen.TASKS) == 20 and list(qagen.ROWS) == list(qagen.READERS) == list(toyworld.SCENARIOS)
+    assert list(qagen.ROWS) == [*qagen.TASKS, "playground"]
     assert len({task.parent for task in qagen.TASKS.values()}) == 9
     assert all(len(asks) >= 3 for task in qagen.TASKS.values() for asks in task.ask.values())
     assert [name for name, task in qagen.TASKS.items() if task.bound] == [
@@ -139,9 +140,20 @@ def test_the_answer_stands_in_the_caption(task):
         assert len(text.split()) <= 45
 
 
+def test_the_playground_tells_what_each_does_from_top_left_to_bottom_right():
+    red, blue, green = ({"shape": "star", "colour": colour, "x": [x] * 16, "y": [y] * 16}
+                        for colour, x, y in (("red", 36, 36), ("blue", 36, 12), ("green", 12, 12)))
+    clip = {"scenario": "playground", "duration": 8.0, "objects": [red, blue, green],
+            "events": [{"object": i, "action": action} for i, action in enumerate(("up-left", "grows", "rests"))]}
+    text, facts = qagen.read(clip, random.Random(0))
+    assert text == "The green star rests. The blue star grows. The red star moves up-left."
+    assert [fact.answer for fact in facts] == ["It moves up-left.", "It grows.", "It rests."]
+    assert all(fact.wrong[:2] == [other.answer for other in facts if other is not fact] for fact in facts)
+
+
 def test_the_language_is_small():
     rng, words = random.Random(0), set()
-    for task in qagen.TASKS:
+    for task in qagen.ROWS:
         for clip, _ in training(task):
             text, turns = qagen.text_documents(clip, rng)
             for part in (text, *(turn["q"] + " " + turn["a"] for turn in turns)):

@@ -1,14 +1,16 @@
 """What stage 0 learns from. Run: pytest tests/test_standins.py"""
+import json
 import random
 import re
 
+import numpy as np
 import pytest
 import torch
 
 import qagen
 import standins
 import toyworld
-from prompt import IGNORE
+from prompt import IGNORE, SYSTEM
 from tokenizer import SentencePiece
 
 
@@ -17,7 +19,7 @@ def text(tmp_path_factory):
     """text.jsonl of 200 documents, and the tokenizer made from it."""
     path = tmp_path_factory.mktemp("text") / "text.jsonl"
     path.write_text("\n".join(toyworld.text_document(i, 0) for i in range(200)) + "\n")
-    model, _ = standins.vocabulary(path, path.parent / "tokenizers", size=600)
+    model, _ = standins.vocabulary(path, path.parent / "tokenizers", size=800)
     return path, SentencePiece(str(model))
 
 
@@ -53,13 +55,15 @@ def test_conversations_train_answers_and_marks_and_never_the_question(text):
     for epoch in (8, 12):
         school.set_epoch(epoch)
         for caption, turns in school.documents[:60]:
-            said = trained(tok, school.conversation(caption, turns, rng))
+            prompt = school.conversation(caption, turns, rng, system=epoch == 12)
+            said = trained(tok, prompt)
             if said == f"{caption}###":
                 kinds.add("caption")
                 continue
             marks = [word for word in said.split() if word in ("yes", "no")]
             kinds.add(f"epoch {epoch} {'marked' if marks else 'plain'}")
             assert all(turn["a"] in said for turn in turns) and "Question" not in said
+            assert tok.decode(prompt.ids).count(SYSTEM.strip()) == (2 if epoch == 12 else 0)
             assert not marks or marks.count("yes") == len(turns)
     assert {"caption", "epoch 8 marked", "epoch 8 plain", "epoch 12 plain"} <= kinds
 
@@ -84,7 +88,7 @@ def test_the_answer_of_a_document_stands_in_its_caption():
 
 
 def test_the_teacher_s_loss_falls_when_its_heads_are_right():
-    """By hand: one-hot logits on the true classes cost less than uniform ones, which cost log(n) each."""
+    """By hand: logits on the true classes cost less than uniform ones, which cost log(n), and activity twice that."""
     from model import micro_config
     teacher = standins.Teacher(micro_config(), [3, 4, 5])
     for head in teacher.heads:
@@ -92,7 +96,29 @@ def test_the_teacher_s_loss_falls_when_its_heads_are_right():
         torch.nn.init.zeros_(head.bias)
     batch = {"video": torch.randn(2, 4, 3, 64, 64), "targets": torch.zeros(2, 4, 16, 3, dtype=torch.long)}
     uniform = teacher.losses(batch)
-    assert {k: round(v.exp().item()) for k, v in uniform.items()} == {"colour": 3, "shape": 4, "activity": 5}
+    assert {k: round(v.exp().item()) for k, v in uniform.items()} == {"colour": 3, "shape": 4, "activity": 5 ** 2}
     for head in teacher.heads:
         head.bias.data[0] = 9.0
     assert all(v < 0.01 for v in teacher.losses(batch).values())
+
+
+def test_the_teacher_begins_with_straight_lines(tmp_path):
+    scenarios = ["playground", "playground", "moving_count", "playground"]
+    plays = [["right", "rests"], ["right", "grows"], ["moves"], ["up-left"]]
+    (tmp_path / "annotations.jsonl").write_text("".join(
+        json.dumps({"scenario": s, "events": [{"action": a} for a in p]}) + "\n"
+        for s, p in zip(scenarios, plays, strict=True)))
+
+    class Clips(list):
+        def set_epoch(self, epoch):
+            pass
+
+    targets = np.arange(4 * 16 * 2 * 3).reshape(4, 16, 2, 3) % 250
+    clips = Clips({"idx": i} for i in range(4))
+    data = standins.TeacherData(clips, targets, tmp_path / "annotations.jsonl", [0, 2], epoch_size=40)
+    for epoch, expected in ((0, {0, 3}), (6, {0, 3}), (7, {0, 1, 2, 3})):
+        data.set_epoch(epoch)
+        drawn = [data[i] for i in range(40)]
+        assert {sample["idx"] for sample in drawn} == expected
+        assert all(sample["targets"].equal(torch.from_numpy(targets[sample["idx"]][[0, 2]])) for sample in drawn)
+    assert sum(sample["idx"] == 2 for sample in drawn) == 20  # as many of the tasks as of the playground
