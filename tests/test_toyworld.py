@@ -37,7 +37,9 @@ def test_the_layout_is_complete(world):
     lines = (world / "annotations.jsonl").read_text().splitlines()
     captions = json.loads((world / "captions.json").read_text())
     instructions = json.loads((world / "instructions.json").read_text())
-    assert len(lines) == len(captions) == 40 and {e["video"] for e in instructions} == {c["video"] for c in captions}
+    assert len(lines) == len(captions) == 40
+    # of the playground's clips, every second one, only a quarter are talked about
+    assert {e["video"] for e in instructions} == {c["video"] for i, c in enumerate(captions) if i % 2 or i % 8 == 0}
     assert all(set(turn) == {"i", "q", "a"} for entry in instructions for turn in entry["QA"])
     for kind in ("caption", "instruct"):
         (anno, root, medium), = json.loads((world / f"corpus_{kind}.json").read_text())
