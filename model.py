@@ -78,7 +78,8 @@ def toy_config():
     """64-pixel clips of coloured shapes: 8 frames x 16 patches = 128 tokens; about 3 million parameters in all."""
     return Config(
         preset="toy",
-        vit=ViTConfig(img_size=64, patch_size=16, width=128, depth=3, heads=4, frames=8, init_std=0.0),
+        vit=ViTConfig(img_size=64, patch_size=16, width=128, depth=3, heads=4, frames=8, init_std=0.0,
+                      pos_scale=2.0),
         qformer=QFormerConfig(vocab_size=0, width=128, depth=4, heads=4, ffn=512, vision_width=128, embed_dim=128,
                               max_positions=256, dropout=0.0, drop_path=0.0, init_std=0.0),
         llama=LlamaConfig(vocab_size=0, width=128, depth=4, heads=4, kv_heads=4, ffn=384, init_std=0.0),

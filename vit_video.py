@@ -32,6 +32,7 @@ class ViTConfig:
     frames: int = 4               # the position table is made for so many and stretched in time for others
     eps: float = 1e-6
     pos_table: str = "sinusoid"   # or "resized14": see position_table
+    pos_scale: float = 1.0        # positions are multiplied by it: see VisionTransformer.positions
     init_std: float = 0.02        # 0: 1 / sqrt(width) of each matrix, which lets narrow models learn quicker
     checkpoint_blocks: bool = False  # training: recompute each block in the backward pass instead of storing it
 
@@ -170,10 +171,15 @@ class VisionTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def positions(self, T, device):
+        """(T, L, C) to be added to the patches.
+
+        pos_scale: trained from nothing, patches grow (eighteenfold within 9,000 steps of the toy) and the fixed table
+        is lost among them, and with it where and when a patch is. Trained weights know a scale of 1.
+        """
         cfg = self.cfg
         table = position_table(cfg.frames, cfg.grid, cfg.width, cfg.pos_table, T, device)   # (T, L, C)
         # the weights' dtype, not the patches': under autocast the residual stream then stays in float32
-        return table.to(self.patch_embed.proj.weight.dtype)
+        return cfg.pos_scale * table.to(self.patch_embed.proj.weight.dtype)
 
     def forward(self, video):
         size = self.cfg.img_size

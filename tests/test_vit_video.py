@@ -113,6 +113,12 @@ def test_residual_stream_stays_float32_under_autocast_and_bfloat16_when_cast():
     assert vit.bfloat16()(clip().bfloat16()).dtype == torch.bfloat16
 
 
+def test_positions_grow_with_their_scale():
+    cfg = ViTConfig(img_size=32, patch_size=16, width=32, depth=1, heads=2, frames=2)
+    once, thrice = (VisionTransformer(replace(cfg, pos_scale=scale)).positions(2, "cpu") for scale in (1.0, 3.0))
+    assert torch.equal(thrice, 3 * once)
+
+
 def test_a_model_from_the_meta_device_has_its_positions():
     """Positions in a buffer would stay on meta, or be garbage, once real weights are assigned."""
     real = VisionTransformer(TINY)
