@@ -42,6 +42,11 @@ class Teacher(nn.Module):
         sizes = [*classes, cfg.vit.grid ** 2, cfg.train_frames]
         self.heads = nn.ModuleList([nn.Linear(cfg.vit.width, n) for n in sizes])
 
+    def classify(self, video):
+        """video (B, T, 3, H, W) -> the most probable class of each head, (B, T, L) each."""
+        x = self.norm(self.vision_encoder(video))                          # (B, T, L, C)
+        return [head(x).argmax(-1) for head in self.heads]
+
     def losses(self, batch):
         """video (B, T, 3, H, W), targets (B, T, L, 3) -> weighted cross-entropies of each head, by name.
 

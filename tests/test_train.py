@@ -16,6 +16,8 @@ import torch
 import chat
 import checkpoint
 import mvbench
+import probe
+import qagen
 import toyworld
 import train
 
@@ -53,6 +55,16 @@ def test_every_stage_leaves_a_checkpoint_and_its_losses(runs):
     assert {"vtc", "vtm", "vtg"} <= set(next(row for row in rows if row["stage"] == "stage 1"))
     for folder in ("stage0/vit", "stage0/llm", "stage1", "stage2", "stage3"):
         assert train.finished(runs / folder) and not (runs / folder / "trainer.safetensors").exists()
+
+
+def test_the_probe_asks_every_part_of_a_run(runs, world, tmp_path, capsys):
+    table = probe.probe(runs, world, count=2)
+    assert set(table) == set(probe.COLUMNS) and all(list(column) == list(qagen.TASKS) for column in table.values())
+    assert all(0 <= share <= 1 for column in table.values() for share in column.values())
+    shutil.copytree(runs / "stage0", tmp_path / "half" / "stage0")
+    assert probe.main(["--run", str(tmp_path / "half"), "--data", str(world), "--clips", "1"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 22 and len(shown[-1].split()) == 1 + 4  # mean, the eye's three and the reader
 
 
 def test_each_stage_trains_what_the_paper_says_and_nothing_else(runs):
