@@ -18,11 +18,11 @@ from pathlib import Path
 
 RUN = Path("runs/toy")
 STEPS = [  # what it is, the command, its minutes on 2 CPU cores
-    ("make the toy world: 12,000 clips and a benchmark", "toyworld.py --out data/toy", 1),
-    ("stage 0: stand-ins, a ViT that sees and a LLaMA that speaks", "train.py --stage 0", 12),
-    ("stage 1: align, Q-Former and text", "train.py --stage 1", 2),
+    ("make the toy world: 24,000 clips and a benchmark", "toyworld.py --out data/toy", 1),
+    ("stage 0: stand-ins, a ViT that sees and a LLaMA that speaks", "train.py --stage 0", 15),
+    ("stage 1: align, Q-Former and text", "train.py --stage 1", 4),
     ("stage 2: connect, captions through the frozen LLaMA", "train.py --stage 2", 3),
-    ("stage 3: tune on instructions, with LoRA", "train.py --stage 3", 4),
+    ("stage 3: tune on instructions, with LoRA", "train.py --stage 3", 5),
     ("MVBench: 20 tasks", "mvbench.py --ckpt runs/toy/stage3", 1),
     ("MVBench without the video", "mvbench.py --ckpt runs/toy/stage3 --control blank", 1),
 ]

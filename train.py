@@ -72,8 +72,8 @@ class TrainConfig:
 STANDINS = ("vit", "llm")    # what stage 0 trains, one after another
 RECIPES = {  # preset -> stage -> what differs from TrainConfig's defaults; steps that are 0 follow from epochs
     "toy": {
-        "vit": dict(steps=5000, batch=8, lr=1.5e-3, beta2=0.99, log_every=100, save_every=1000),
-        "llm": dict(epochs=13, batch=32, lr=1e-3, beta2=0.99, workers=0, log_every=50),
+        "vit": dict(steps=4000, batch=8, lr=1.5e-3, beta2=0.99, log_every=100, save_every=1000),
+        "llm": dict(epochs=15, batch=32, lr=1e-3, beta2=0.99, workers=0, log_every=50),
         1: dict(steps=900, batch=16, lr=1e-3, beta2=0.99),
         2: dict(steps=900, batch=16, lr=1e-3, beta2=0.99),
         3: dict(steps=400, batch=16, lr=1e-3, beta2=0.99),
