@@ -7,12 +7,13 @@ Run:    python chat.py --ckpt runs/toy/stage3 --video data/toy/videos/00/00000.g
 """
 import argparse
 import sys
+from functools import partial
 
 import torch
 
 import checkpoint
 from media import Transform, read_benchmark_clip
-from prompt import chat_prompt, pad_batch
+from prompt import answer_text, chat_prompt, is_complete, pad_batch
 
 INSTRUCTION = "Watch the video and answer the question.\n"
 
@@ -39,14 +40,11 @@ class Chat:
         n_video = self.tokens.shape[1]
         prompt = chat_prompt(self.tok, self.history, question, n_video, INSTRUCTION, style=self.model.cfg.style)
         ids, _, mask = (t.to(self.model.device) for t in pad_batch([prompt], self.tok.eos_id, side="left"))
-        rows, _ = self.model.answer(self.model.splice(ids, self.tokens), mask, self.max_new_tokens, self.complete,
-                                    **self.sampling)
-        answer = self.tok.decode([i for i in rows[0] if i != self.tok.eos_id]).split("###")[0].strip()
+        rows, _ = self.model.answer(self.model.splice(ids, self.tokens), mask, self.max_new_tokens,
+                                    partial(is_complete, self.tok), **self.sampling)
+        answer = answer_text(self.tok, rows[0])
         self.history.append((question, answer))
         return answer
-
-    def complete(self, ids):
-        return ids[-1] == self.tok.eos_id or "###" in self.tok.decode(ids[-4:])
 
 
 def main(argv=None):

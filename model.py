@@ -156,15 +156,19 @@ class VideoChat2(nn.Module):
 
     # ---- stage 1
 
+    def encode_timed(self, video):
+        """video (B, T, 3, H, W) -> patch features (B, N, C) with stage 1's vision_temp_embed."""
+        x = self.vision_encoder(video)                                     # (B, T, L, C)
+        # subtle: an image (T = 1) is repeated to align_frames by broadcasting, as in videochat2_qformer.py:177
+        x = (x + self.vision_temp_embed).flatten(1, 2)                     # (B, N, C)
+        return self.vision_layernorm(x)
+
     def align(self, batch, dec_id, generator=None):
         """Stage 1: {"vtc", "vtm", "vtg"} of video (B, T, 3, H, W) and caption ids, mask (B, S), idx (B,).
 
         dec_id: id of [DEC], which opens a caption to be generated. generator: draws the hard negatives.
         """
-        x = self.vision_encoder(batch["video"])                            # (B, T, L, C)
-        # subtle: an image (T = 1) is repeated to align_frames by broadcasting, as in videochat2_qformer.py:177
-        x = (x + self.vision_temp_embed).flatten(1, 2)                     # (B, N, C)
-        vision = self.vision_layernorm(x)                                  # (B, N, C)
+        vision = self.encode_timed(batch["video"])                         # (B, N, C)
         return self.aligner.losses(self.qformer, self.query_tokens, vision, batch["ids"], batch["mask"], batch["idx"],
                                    dec_id, generator=generator)
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import checkpoint
 from media import MediaError, Transform, read_benchmark_clip
-from prompt import SYSTEM, mvbench_prompt, pad_batch
+from prompt import SYSTEM, answer_text, is_complete, mvbench_prompt, pad_batch
 
 LETTERS = "ABCDE"
 
@@ -154,6 +154,11 @@ class Clips(torch.utils.data.Dataset):
             return str(error)
 
 
+def letter_ids(tok):
+    """The ids that name the options, behind a bracket."""
+    return [tok.encode(f"({letter}")[-1] for letter in LETTERS]
+
+
 class Answerer:
     """A model with its tokenizers; answers questions about clips, a batch at a time."""
 
@@ -163,7 +168,7 @@ class Answerer:
         self.n_video = cfg.n_query + cfg.n_extra
         # the Q-Former reads the system prompt, not the question: paper table 11
         self.qf_ids = torch.tensor([wordpiece.encode(SYSTEM, cfg.qformer.max_positions, sep=True, truncate="left")])
-        self.letter_ids = [tok.encode(f"({letter}")[-1] for letter in LETTERS]
+        self.letter_ids = letter_ids(tok)
 
     @torch.no_grad()
     def look(self, video):
@@ -187,12 +192,10 @@ class Answerer:
 
     def complete(self, ids):
         """An answer ends at ### or </s>, and only its first line counts."""
-        text = self.tok.decode(ids[-4:])
-        return ids[-1] == self.tok.eos_id or "###" in text or "\n" in text.lstrip()
+        return is_complete(self.tok, ids) or "\n" in self.tok.decode(ids[-4:]).lstrip()
 
     def first_line(self, ids):
-        text = self.tok.decode([i for i in ids if i != self.tok.eos_id])
-        return text.split("###")[0].strip().split("\n")[0]
+        return answer_text(self.tok, ids).split("\n")[0]
 
 
 def evaluate(answerer, questions, batch=32, workers=1):

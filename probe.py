@@ -14,6 +14,7 @@ import argparse
 import json
 import random
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,16 @@ import torch
 import checkpoint
 import qagen
 from media import Transform, mvbench_indices, read_benchmark_clip
-from prompt import CAPTION_INSTRUCTIONS, IGNORE, caption_prompt, mvbench_prompt, pad_batch
+from mvbench import letter_ids
+from prompt import (
+    CAPTION_INSTRUCTIONS,
+    IGNORE,
+    answer_text,
+    caption_prompt,
+    is_complete,
+    mvbench_prompt,
+    pad_batch,
+)
 from render import ACTIVITIES, COLOURS, FPS, FRAMES, SHAPES, UNITS, token_targets
 from standins import Teacher
 
@@ -53,19 +63,8 @@ def frames_seen(task, count):
     return mvbench_indices(count, FRAMES - 1, FPS)
 
 
-def eye(folder, data, clips):
-    """-> {task: (colour, shape, activity)}: share of covered patches that are right."""
-    cfg, _ = checkpoint.read_config(folder)
-    teacher = Teacher(cfg, [len(COLOURS), len(SHAPES), len(ACTIVITIES)]).eval()
-    checkpoint.load_strictly(teacher, checkpoint.read_tensors(folder / "model.safetensors"), folder)
-    patch, found = UNITS // cfg.vit.grid, {}
-    for task, some in clips.items():
-        frames = frames_seen(task, cfg.eval_frames)
-        targets = torch.from_numpy(np.stack([token_targets(clip, patch, frames) for clip in some])).long()
-        said = teacher.classify(look(cfg, data, some))                                 # 3 x (B, T, L)
-        covered = targets[..., 1] > 0                                                  # (B, T, L)
-        found[task] = [(said[i] == targets[..., i])[covered].float().mean().item() for i in range(3)]
-    return found
+def told(clip):
+    return qagen.caption(clip, random.Random(0))
 
 
 def in_place(said, wanted):
@@ -74,75 +73,95 @@ def in_place(said, wanted):
     return sum(a == b for a, b in zip(said, wanted, strict=False)) / len(wanted)
 
 
-def bridge(folder, data, clips, longest=60):
-    """-> {task: share of word pieces in place} of what stage 1's Q-Former says, word after most probable word."""
-    model, wordpiece, _ = checkpoint.load_model(folder)
-    found = {}
-    for task, some in clips.items():
-        vision = model.vision_encoder(look(model.cfg, data, some)) + model.vision_temp_embed   # (B, T, L, C)
-        vision = model.vision_layernorm(vision.flatten(1, 2))                                  # (B, N, C)
-        query = model.query_tokens.expand(len(some), -1, -1)                                   # (B, Q, E)
-        _, past = model.qformer(query, vision=vision, return_past=True)
-        ids = torch.full((len(some), 1), wordpiece.dec_id)                                     # (B, 1)
-        for _ in range(longest):
-            logits = model.qformer.caption_logits(ids, torch.ones_like(ids), past)             # (B, S, V)
-            ids = torch.cat((ids, logits[:, -1:].argmax(-1)), 1)
-        wanted = [wordpiece.encode(qagen.caption(clip, random.Random(0)), longest)[1:] for clip in some]
-        found[task] = np.mean([in_place(*pair) for pair in zip(ids[:, 1:].tolist(), wanted, strict=True)])
-    return found
+# Each part asked about one task: what its loader returned, the world's folder, the task, some clips -> share or shares.
 
 
-def voice(folder, data, clips, longest=60):
-    """-> {task: share of words in place} of the caption that the LLM reads out of stage 2's queries."""
-    model, _, tok = checkpoint.load_model(folder)
+def load_teacher(folder):
+    cfg, _ = checkpoint.read_config(folder)
+    teacher = Teacher(cfg, [len(COLOURS), len(SHAPES), len(ACTIVITIES)]).eval()
+    checkpoint.load_strictly(teacher, checkpoint.read_tensors(folder / "model.safetensors"), folder)
+    return teacher, cfg
+
+
+def eye(loaded, data, task, clips):
+    """-> (colour, shape, activity): share of covered patches that are right."""
+    teacher, cfg = loaded
+    frames = frames_seen(task, cfg.eval_frames)
+    targets = np.stack([token_targets(clip, UNITS // cfg.vit.grid, frames) for clip in clips])
+    targets = torch.from_numpy(targets).long()                                                 # (B, T, L, 3)
+    said = teacher.classify(look(cfg, data, clips))                                            # (B, T, L) each
+    covered = targets[..., 1] > 0                                                              # (B, T, L)
+    return [(said[i] == targets[..., i])[covered].float().mean().item() for i in range(3)]
+
+
+def bridge(loaded, data, task, clips, longest=60):
+    """-> share of word pieces in place of what stage 1's Q-Former says, word after most probable word."""
+    model, wordpiece, _ = loaded
+    vision = model.encode_timed(look(model.cfg, data, clips))                                  # (B, N, C)
+    query = model.query_tokens.expand(len(clips), -1, -1)                                      # (B, Q, E)
+    _, past = model.qformer(query, vision=vision, return_past=True)
+    ids = torch.full((len(clips), 1), wordpiece.dec_id)                                        # (B, 1)
+    for _ in range(longest):
+        logits = model.qformer.caption_logits(ids, torch.ones_like(ids), past)                 # (B, S, V)
+        ids = torch.cat((ids, logits[:, -1:].argmax(-1)), 1)
+    return np.mean([in_place(row[1:], wordpiece.encode(told(clip), longest)[1:])
+                    for row, clip in zip(ids.tolist(), clips, strict=True)])
+
+
+def voice(loaded, data, task, clips, longest=60):
+    """-> share of words in place of the caption that the LLM reads out of stage 2's queries."""
+    model, _, tok = loaded
     asked = caption_prompt(tok, "", model.cfg.n_query + model.cfg.n_extra, CAPTION_INSTRUCTIONS["video"][0])
     ids = [i for i, label in zip(asked.ids, asked.labels, strict=True) if label == IGNORE]
-    found = {}
-    for task, some in clips.items():
-        tokens = model.queries(model.encode(look(model.cfg, data, some)))                      # (B, Q, D)
-        batch = torch.tensor([ids] * len(some))                                                # (B, S)
-        rows, _ = model.answer(model.splice(batch, tokens), torch.ones_like(batch), longest,
-                               lambda row: "###" in tok.decode(row[-6:]))
-        said = [tok.decode(row).split("###")[0].split() for row in rows]
-        wanted = [qagen.caption(clip, random.Random(0)).split() for clip in some]
-        found[task] = np.mean([in_place(*pair) for pair in zip(said, wanted, strict=True)])
-    return found
+    ids = torch.tensor([ids] * len(clips))                                                     # (B, S)
+    tokens = model.queries(model.encode(look(model.cfg, data, clips)))                         # (B, Q, D)
+    rows, _ = model.answer(model.splice(ids, tokens), torch.ones_like(ids), longest, partial(is_complete, tok))
+    return np.mean([in_place(answer_text(tok, row).split(), told(clip).split())
+                    for row, clip in zip(rows, clips, strict=True)])
 
 
-def reader(folder, data, clips):
-    """-> {task: share of questions} that the LLM answers right with the true caption in the video's place."""
-    model, tok = checkpoint.load_llm(folder)
-    letters = [tok.encode(f"({letter}")[-1] for letter in "ABCDE"]
-    found = {}
-    for task, some in clips.items():
-        questions = json.loads((Path(data) / "mvbench" / "json" / f"{task}.json").read_text())[:len(some)]
-        prompts = []
-        for clip, q in zip(some, questions, strict=True):
-            words = tok.encode(qagen.caption(clip, random.Random(0)))
-            prompt = mvbench_prompt(tok, q["question"], q["candidates"], len(words))
-            prompt.ids[prompt.slot:prompt.slot + len(words)] = words
-            prompts.append(prompt)
-        ids, _, mask = pad_batch(prompts, tok.eos_id, side="left")
-        _, logits = model.generate(model.embed(ids), mask, 1, first_logits=True)               # (B, V)
-        found[task] = np.mean([q["candidates"][row[:len(q["candidates"])].argmax()] == q["answer"]
-                               for q, row in zip(questions, logits[:, letters], strict=True)])
-    return found
+def reader(loaded, data, task, clips):
+    """-> share of questions that the LLM answers right with the true caption in the video's place."""
+    model, tok = loaded
+    questions = json.loads((Path(data) / "mvbench" / "json" / f"{task}.json").read_text())[:len(clips)]
+    prompts = []
+    for clip, q in zip(clips, questions, strict=True):
+        words = tok.encode(told(clip))
+        prompts.append(mvbench_prompt(tok, q["question"], q["candidates"], len(words)))
+        prompts[-1].fill(words)
+    ids, _, mask = pad_batch(prompts, tok.eos_id, side="left")
+    _, logits = model.generate(model.embed(ids), mask, 1, first_logits=True)                   # (B, V)
+    return np.mean([q["candidates"][row[:len(q["candidates"])].argmax()] == q["answer"]
+                    for q, row in zip(questions, logits[:, letter_ids(tok)], strict=True)])
+
+
+PARTS = {  # column -> the part's folder in a run, how it is loaded, how it is asked
+    "eye": ("stage0/vit", load_teacher, eye),
+    "bridge": ("stage1", checkpoint.load_model, bridge),
+    "voice": ("stage2", checkpoint.load_model, voice),
+    "reader": ("stage0/llm", checkpoint.load_llm, reader),
+}
 
 
 @torch.no_grad()
 def probe(run, data, count):
     """-> {column: {task: share}} of the parts that the run has."""
     clips, table = benchmark_clips(data, count), {}
-    for column, part, ask in (("eye", "stage0/vit", eye), ("bridge", "stage1", bridge), ("voice", "stage2", voice),
-                              ("reader", "stage0/llm", reader)):
+    for column, (part, load, ask) in PARTS.items():
         folder = Path(run) / part
         if (folder / "config.json").is_file():
             print(f"asking the {column} ...", file=sys.stderr)
-            table[column] = ask(folder, data, clips)
+            loaded = load(folder)
+            table[column] = {task: ask(loaded, data, task, some) for task, some in clips.items()}
     if "eye" in table:
         seen = table.pop("eye")
         table |= {name: {task: three[i] for task, three in seen.items()} for i, name in enumerate(COLUMNS[:3])}
     return table
+
+
+def print_row(title, shares):
+    """shares: {column: share}; a column that is missing stays empty."""
+    print(f"{title:26}" + "".join(f"{100 * shares[name]:10.0f}" if name in shares else f"{'':10}" for name in COLUMNS))
 
 
 def main(argv=None):
@@ -153,11 +172,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     table = probe(args.run, args.data, args.clips)
     print(f"{'':26}" + "".join(f"{name:>10}" for name in COLUMNS))
-    means = {name: {"mean": np.nanmean(list(column.values()))} for name, column in table.items()}
-    for task in (*qagen.TASKS, "mean"):
-        source = means if task == "mean" else table
-        cells = [f"{100 * source[name][task]:10.0f}" if name in table else f"{'':10}" for name in COLUMNS]
-        print(f"{qagen.TASKS[task].name if task in qagen.TASKS else 'mean':26}" + "".join(cells))
+    for task, row in qagen.TASKS.items():
+        print_row(row.name, {name: column[task] for name, column in table.items()})
+    print_row("mean", {name: np.nanmean(list(column.values())) for name, column in table.items()})
     return 0
 
 

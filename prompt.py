@@ -50,6 +50,10 @@ class Prompt:
         """Index of the first video token; ValueError in a prompt without video."""
         return self.ids.index(VIDEO)
 
+    def fill(self, ids):
+        """Puts the ids of a text in the video's place, which must be as long."""
+        self.ids[self.slot:self.slot + len(ids)] = ids
+
 
 def join(tok, parts):
     """One tokenisation of `parts`, a list of (text, trained): an id is trained if its last character's part is."""
@@ -171,6 +175,16 @@ def chat_prompt(tok, history, question, n_video, instruction="", medium="video",
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
+
+def is_complete(tok, ids):
+    """Whether new ids end an answer: by </s> or ###."""
+    return ids[-1] == tok.eos_id or "###" in tok.decode(ids[-4:])
+
+
+def answer_text(tok, ids):
+    """New ids -> the answer without what ended it."""
+    return tok.decode([i for i in ids if i != tok.eos_id]).split("###")[0].strip()
+
 
 def pad_batch(prompts, pad_id, side="right"):
     """ids, labels, mask (1: token, 0: padding), all (B, S) of torch.long, S the longest rounded up to a multiple of 8.

@@ -24,6 +24,7 @@ ACTIONS = ("grows", "shrinks", "spins", "blinks", "jumps", "shakes")
 LOCAL_ACTIONS = ("spins", "jumps", "shakes", "wobbles")
 COUNTED_ACTIONS = ("jumps", "blinks")
 FINE_ACTIONS = ("spins clockwise", "spins counter-clockwise", "wobbles", "bounces", "zigzags")
+STRAIGHT = (*DIRECTIONS, "rests")
 PLAYS = (*DIRECTIONS, "grows", "shrinks", "blinks", "jumps", "shakes", *FINE_ACTIONS, "rests")
 SURPRISES = ("teleports", "passes through the wall", "stops in mid-fall", "splits in two")
 ANTONYMS = {"size": ("grows", "shrinks"), "presence": ("appears", "disappears"), "height": ("rises", "falls")}
@@ -416,7 +417,7 @@ def acceptable(clip, fact):
 
 
 def read(clip, rng):
-    """An annotation -> (one caption, [facts]). Raises ValueError for a scenario that is no task."""
+    """An annotation -> (one caption, [facts]). Raises ValueError for a scenario without a reader."""
     if clip.get("scenario") not in READERS:
         raise ValueError(f"annotation {clip.get('id', '?')}: unknown scenario {clip.get('scenario')!r}; "
                          f"expected one of {', '.join(ROWS)}")

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 import checkpoint
 from prompt import CAPTION_INSTRUCTIONS, IGNORE, SYSTEM, Prompt, caption_prompt, conversation_prompt, join, pad_batch
-from qagen import DIRECTIONS, MARKS
+from qagen import MARKS, STRAIGHT
 from tokenizer import train_sentencepiece, train_wordpiece
 from vit_video import VisionTransformer
 
@@ -89,7 +89,7 @@ class TeacherData(torch.utils.data.Dataset):
                 self.lessons[2].append(index)
             else:
                 self.lessons[1].append(index)
-                if all(e["action"] in (*DIRECTIONS, "rests") for e in clip["events"]):
+                if all(e["action"] in STRAIGHT for e in clip["events"]):
                     self.lessons[0].append(index)
 
     def __len__(self):
@@ -166,7 +166,7 @@ class School(torch.utils.data.Dataset):
             if system:                                                     # twice, as the benchmark says it
                 qas = [qas[0] | {"i": SYSTEM, "q": SYSTEM + qas[0]["q"]}, *qas[1:]]
             prompt = conversation_prompt(self.tok, qas, len(words), style=self.style)
-        prompt.ids[prompt.slot:prompt.slot + len(words)] = words
+        prompt.fill(words)
         prompt.labels = [i if i in self.marks else label for i, label in zip(prompt.ids, prompt.labels, strict=True)]
         return prompt
 

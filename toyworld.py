@@ -174,7 +174,7 @@ def playground(rng, cast):
     """
     n = rng.choice((1, 2, 3))
     spots = rng.sample([(12, 12), (36, 12), (12, 36), (36, 36)], n) if rng.random() < 0.5 or n > 1 else [(24, 24)]
-    plays = (*qagen.DIRECTIONS, "rests") if rng.random() < 0.25 else qagen.PLAYS
+    plays = qagen.STRAIGHT if rng.random() < 0.25 else qagen.PLAYS
     things = [thing(*pair, *near(rng, 3, *spot), size=rng.uniform(12, 16))
               for pair, spot in zip(cast(n), spots, strict=True)]
     if rng.random() < 0.2:
@@ -477,9 +477,8 @@ def train_clip(index, out, seed, patch):
     rng, video = random.Random(f"{seed}/train/{index}"), f"{index // 1000:02d}/{index:05d}.gif"
     clip = {"id": video} | simulate(training_scenario(index, share=2), rng)
     write_gif(render(clip), out / "videos" / video)
-    talks = [{"video": video, "QA": turns} for turns in qagen.conversations(clip, rng)]
-    if clip["scenario"] == "playground" and index % 8:
-        talks = []  # stage 3 is for the tasks
+    asked = clip["scenario"] != "playground" or index % 8 == 0  # stage 3 is for the tasks
+    talks = [{"video": video, "QA": turns} for turns in qagen.conversations(clip, rng)] if asked else []
     return clip, {"video": video, "caption": qagen.caption(clip, rng)}, talks, token_targets(clip, patch)
 
 
