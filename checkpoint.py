@@ -34,9 +34,10 @@ LLM_PREFIX = "llama_model."
 
 
 @contextmanager
-def whole_folder(folder):
+def whole_folder(folder, replace=True):
     """Gives a temporary folder to fill; it takes the place of `folder` only when the block ends without an error.
 
+    Without `replace`, a folder that another process has finished meanwhile stays.
     subtle: every file is flushed to the disk before the rename; a crash leaves the old folder or the new one.
     """
     folder = Path(folder)
@@ -50,9 +51,10 @@ def whole_folder(folder):
                 with open(path, "rb+") as f:
                     os.fsync(f.fileno())
         old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-        if folder.exists():
+        if folder.exists() and replace:
             folder.rename(old)
-        temporary.rename(folder)
+        if not folder.exists():
+            temporary.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,7 +1,8 @@
 """From nothing to a model that watches videos, in one go: the toy world, stages 0 to 3, and its MVBench.
 
-Runs the same commands that one would type (STEPS), one after another, each in a process of its own, and adds nothing to
-them. A step that is done is not done again: stop with Ctrl-C and start again at will.
+Runs the same commands that one would type (STEPS), each in a process of its own, and adds nothing to them. What does
+not need each other runs side by side, on half of the cores each. A command that is done is not done again: stop with
+Ctrl-C and start again at will.
 
 Run:    make demo          # or, in a set-up environment: python demo.py
 """
@@ -13,18 +14,21 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 RUN = Path("runs/toy")
-STEPS = [  # what it is, the command, its minutes on 2 CPU cores
-    ("make the toy world: 24,000 clips and a benchmark", "toyworld.py --out data/toy", 1),
-    ("stage 0: stand-ins, a ViT that sees and a LLaMA that speaks", "train.py --stage 0", 15),
-    ("stage 1: align, Q-Former and text", "train.py --stage 1", 4),
-    ("stage 2: connect, captions through the frozen LLaMA", "train.py --stage 2", 3),
-    ("stage 3: tune on instructions, with LoRA", "train.py --stage 3", 5),
-    ("MVBench: 20 tasks", "mvbench.py --ckpt runs/toy/stage3", 1),
-    ("MVBench without the video", "mvbench.py --ckpt runs/toy/stage3 --control blank", 1),
+STEPS = [  # what it is, its lanes of commands (side by side, each one command after another), minutes on 2 CPU cores
+    ("make the toy world: 24,000 clips and a benchmark", [["toyworld.py --out data/toy"]], 1),
+    ("stage 0: a LLaMA that reads | stage 0: a ViT that sees, stage 1: align", [
+        ["train.py --stage 0 --only llm"],
+        ["train.py --stage 0 --only vit", "train.py --stage 1"]], 12),
+    ("stage 2: connect, captions through the frozen LLaMA", [["train.py --stage 2"]], 4),
+    ("stage 3: tune on instructions, with LoRA", [["train.py --stage 3"]], 6),
+    ("MVBench: 20 tasks | the same without the video", [
+        ["mvbench.py --ckpt runs/toy/stage3"],
+        ["mvbench.py --ckpt runs/toy/stage3 --control blank"]], 1),
 ]
 
 
@@ -35,16 +39,16 @@ def main():
     total = sum(minutes for *_, minutes in STEPS)
     print(f"VideoChat2 on the toy world: {len(STEPS)} steps, about {total} minutes on 2 CPU cores.\n"
           "Stop with Ctrl-C at any time: make demo goes on where it stopped.\n")
-    for number, (what, command, minutes) in enumerate(STEPS, 1):
-        print(f"  {number}. {what:62} about {minutes} min    python {command}")
+    for number, (what, _, minutes) in enumerate(STEPS, 1):
+        print(f"  {number}. {what:71} about {minutes} min")
     times = {}
-    for number, (what, command, _) in enumerate(STEPS, 1):
-        print(f"\n=== {number}/{len(STEPS)} {what}\n$ python {command}", flush=True)
+    for number, (what, lanes, _) in enumerate(STEPS, 1):
+        print(f"\n=== {number}/{len(STEPS)} {what}", flush=True)
         begun = time.time()
-        code = run([sys.executable, *command.split()])
-        times[command] = round(time.time() - begun, 1)
+        code = run(lanes)
+        times[what] = time.time() - begun
         if code:
-            print(f"\ndemo: stopped in step {number} (python {command}); run it again to go on", file=sys.stderr)
+            print(f"\ndemo: stopped in step {number}; run it again to go on", file=sys.stderr)
             return code
     (RUN / "report.md").write_text(report(times))
     print("\nMinutes per step: " + ", ".join(f"{seconds / 60:.1f}" for seconds in times.values())
@@ -73,7 +77,7 @@ def report(times):
              f"{time.strftime('%Y-%m-%d')}.", "", "| task | accuracy | without video | chance |", "|---|---|---|---|"]
     lines += [f"| {task} | {table[task]:.1f} | {blank[task]:.1f} | {odds[task]:.1f} |" for task in table]
     lines += ["", "| step | minutes |", "|---|---|"]
-    lines += [f"| `python {command}` | {seconds / 60:.1f} |" for command, seconds in times.items()]
+    lines += [f"| {what.replace('|', 'and')} | {seconds / 60:.1f} |" for what, seconds in times.items()]
     lines += [f"| all | {sum(times.values()) / 60:.1f} |", "", "Loss at ten points of each stage:", ""]
     rows = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
     for stage in dict.fromkeys(row["stage"] for row in rows):
@@ -96,14 +100,35 @@ def processor():
     return f"{os.cpu_count()} cores of {names[0]}"
 
 
-def run(command):
-    """Runs one step in the foreground; Ctrl-C reaches it too, and it is given the time to save."""
-    process = subprocess.Popen(command)
-    while True:
+def run(lanes):
+    """Runs the lanes of one step -> the first exit status that is not 0. Ctrl-C reaches the commands too (they are in
+    the same process group), and they are given the time to save."""
+    codes = []
+    threads = [threading.Thread(target=run_lane, args=(lane, len(lanes), codes)) for lane in lanes]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
         try:
-            return process.wait()
+            for thread in threads:
+                thread.join()
         except KeyboardInterrupt:
             continue
+    return next((code for code in codes if code), 0)
+
+
+def run_lane(lane, lanes, codes):
+    """Commands one after another, as long as each succeeds. Of several lanes, each gets its share of the cores, and
+    hands its lines on whole; a progress bar has the screen for itself only where there is one lane."""
+    env = os.environ | ({"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // lanes))} if lanes > 1 else {})
+    for command in lane:
+        print(f"$ python {command}", flush=True)
+        process = subprocess.Popen([sys.executable, *command.split()], env=env, text=True,
+                                   **(dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT) if lanes > 1 else {}))
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+        codes.append(process.wait())
+        if codes[-1]:
+            return
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def toy_config():
         vit=ViTConfig(img_size=64, patch_size=16, width=128, depth=3, heads=4, frames=8, init_std=0.0,
                       pos_scale=2.0),
         qformer=QFormerConfig(vocab_size=0, width=128, depth=4, heads=4, ffn=512, vision_width=128, embed_dim=128,
-                              max_positions=256, dropout=0.0, drop_path=0.0, init_std=0.0),
+                              cross_every=1, max_positions=256, dropout=0.0, drop_path=0.0, init_std=0.0),
         llama=LlamaConfig(vocab_size=0, width=128, depth=4, heads=4, kv_heads=4, ffn=384, init_std=0.0),
         n_query=16, n_extra=16, extra_std=0.02, align_frames=8, train_frames=8, eval_frames=8, align_text=64,
         lora_names=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
@@ -163,14 +163,15 @@ class VideoChat2(nn.Module):
         x = (x + self.vision_temp_embed).flatten(1, 2)                     # (B, N, C)
         return self.vision_layernorm(x)
 
-    def align(self, batch, dec_id, generator=None):
+    def align(self, batch, dec_id, generator=None, captions_only=False):
         """Stage 1: {"vtc", "vtm", "vtg"} of video (B, T, 3, H, W) and caption ids, mask (B, S), idx (B,).
 
         dec_id: id of [DEC], which opens a caption to be generated. generator: draws the hard negatives.
+        captions_only: "vtg" alone.
         """
         vision = self.encode_timed(batch["video"])                         # (B, N, C)
         return self.aligner.losses(self.qformer, self.query_tokens, vision, batch["ids"], batch["mask"], batch["idx"],
-                                   dec_id, generator=generator)
+                                   dec_id, generator=generator, captions_only=captions_only)
 
     # ---- stages 2 and 3
 

@@ -459,10 +459,13 @@ OPEN = ("Answer the question about the video in a few words.", "Watch the video 
 DESCRIBE = ("Describe the video.", "Say what happens in the video.", "Give a short description of the video.")
 
 
-def conversations(clip, rng, turns=4):
-    """For stage 3: a conversation of `turns` multiple-choice questions; for one clip in three an open one as well."""
+def conversations(clip, rng, turns=2):
+    """For stage 3: a conversation of multiple-choice questions; for one clip in three an open one as well.
+
+    At most `turns`, and no fact twice: the second answer could be read off the first.
+    """
     text, facts = read(clip, rng)
-    many = [as_turn(multiple_choice(clip, facts[i % len(facts)], rng)) for i in range(turns)]
+    many = [as_turn(multiple_choice(clip, fact, rng)) for fact in rng.sample(facts, min(turns, len(facts)))]
     if rng.random() < 0.5:
         many[0]["q"] = SYSTEM + many[0]["q"]  # as the benchmark asks
     if rng.random() > 1 / 3:
@@ -480,7 +483,7 @@ def text_documents(clip, rng, turns=2):
     """
     text, facts = read(clip, rng)
     worked = rng.random() < 2 / 3
-    many = [as_turn(multiple_choice(clip, rng.choice(facts), rng), worked) for _ in range(turns)]
+    many = [as_turn(multiple_choice(clip, fact, rng), worked) for fact in rng.sample(facts, min(turns, len(facts)))]
     return text, [turn | {"i": ""} for turn in many]  # the instruction is long and always the same
 
 

@@ -20,8 +20,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import checkpoint
-from prompt import CAPTION_INSTRUCTIONS, IGNORE, SYSTEM, Prompt, caption_prompt, conversation_prompt, join, pad_batch
-from qagen import MARKS, STRAIGHT
+from prompt import CAPTION_INSTRUCTIONS, SYSTEM, VIDEO, caption_prompt, conversation_prompt, pad_batch
+from qagen import MARKS, STRAIGHT, as_turn
 from tokenizer import train_sentencepiece, train_wordpiece
 from vit_video import VisionTransformer
 
@@ -108,30 +108,34 @@ class TeacherData(torch.utils.data.Dataset):
         return sample
 
 
+DRILL = ("Which of these is there?", "What is told of?", "Which one is it?")
+
+
 class School(torch.utils.data.Dataset):
     """Texts from which the small LLaMA learns to read; an epoch is a lesson, and each item is a Prompt.
 
-        epochs 0-2   grows                   a word and four options, of which it is one
+        epochs 0-2   grows                        a word in the video's place, of which one option speaks
+                     Question: Which one is it?
+                     Options:
                      (A) cup no
                      (B) grows yes
-                     Best option:(B
-        epochs 3-7   the same, and the right option stands somewhere in 2, 4, .. words, in an answer or a caption
+                     Best option:(B) grows
+        epochs 3-7   the right option stands somewhere in 2, 4, .. words, in an answer or a caption
         from then on conversations about a caption, and one batch in four of the former kind
 
-    In the conversations the caption stands where the video's tokens will, so that the LLM learns the language and to
-    find an option's letter by what it reads in that place, but no answer by heart. Labels: answers, and the marks "no"
-    and "yes" of worked examples. One conversation in five is stage 2's request, to say the caption again.
+    All of it is written as the benchmark is, with the caption where the video's tokens will stand, so that the LLM
+    learns the language and to find an option's letter by what it reads in that place, but no answer by heart. One
+    batch in five has the benchmark's long system prompt from epoch 4 on. Labels: answers, and the marks "no" and "yes"
+    of worked examples. One conversation in five is stage 2's request, to say the caption again.
 
     Lessons and marks are needed: to find the letter, the model must bind letter to option, match option to text, and
     join the two before any of the three pays. On conversations it was still at chance when stopped, after 300 steps
-    without marks and 400 with them; on single words with marks all three took 300 steps of a fifth the tokens. Lessons
-    3 to 7 must not be cut short: with two of them, drills were still at a loss of 0.27 when conversations began (with
-    five: 0.03), and after 1,170 steps of conversations questions were still at chance.
+    without marks and 400 with them; on single words with marks all three took 300 steps of a fifth the tokens.
     """
 
-    def __init__(self, path, tok, style, epoch_size):
+    def __init__(self, path, tok, style, n_video, epoch_size):
         self.documents = [json.loads(line) for line in open(path)]
-        self.tok, self.style, self.epoch_size, self.epoch = tok, style, epoch_size, 0
+        self.tok, self.style, self.n_video, self.epoch_size, self.epoch = tok, style, n_video, epoch_size, 0
         self.marks = {tok.encode(f"It grows. {mark}")[-1] for mark in MARKS}
         found = {word for caption, _ in self.documents[:5000] for word in re.findall(r"\b[a-z]+\b", caption)}
         self.words = [word for word in sorted(found) if len(tok.encode(word)) == 1]
@@ -144,40 +148,43 @@ class School(torch.utils.data.Dataset):
         self.epoch = epoch
 
     def groups(self):
-        """For the Sampler: drills, conversations, and those with the benchmark's long system prompt share no batch."""
-        ends = (0, self.epoch_size // 4, self.epoch_size * 7 // 8, self.epoch_size)
+        """For the Sampler: drills, conversations, and those with the long system prompt share no batch."""
+        ends = (0, self.epoch_size // 4, self.epoch_size * 4 // 5, self.epoch_size)
         kinds = ("drill", "talk", "system")
         return [(kind, 1.0, range(*span)) for kind, span in zip(kinds, pairwise(ends), strict=True)]
 
     def __getitem__(self, index):
         rng = random.Random(f"{self.epoch} {index}")
-        if self.epoch > 7 and index >= self.epoch_size // 4:
-            system = self.epoch > 10 and index >= self.epoch_size * 7 // 8
-            return self.conversation(*rng.choice(self.documents), rng, system)
-        return self.drill(*(self.one_word(rng) if self.epoch < 3 else self.many_words(rng)), rng)
-
-    def conversation(self, caption, qas, rng, system):
-        words = self.tok.encode(caption)
-        if rng.random() < 0.2:
-            prompt = caption_prompt(self.tok, caption, len(words), rng.choice(CAPTION_INSTRUCTIONS["video"]))
+        talk, system = self.epoch > 7 and index >= self.epoch_size // 4, index >= self.epoch_size * 4 // 5
+        caption, qas = self.document(rng) if talk else self.drill(rng)
+        words, soft = self.tok.encode(caption), self.epoch > 13 and rng.random() < 0.5
+        length = max(len(words), self.n_video) if soft else len(words)
+        if talk and rng.random() < 0.2:
+            prompt = caption_prompt(self.tok, caption, length, rng.choice(CAPTION_INSTRUCTIONS["video"]))
         else:
-            if rng.random() < min(0.8, 0.4 * (self.epoch - 8)):            # fewer and fewer marks
-                qas = [qa | {"q": re.sub(f" ({'|'.join(MARKS)})\n", "\n", qa["q"])} for qa in qas]
-            if system:                                                     # twice, as the benchmark says it
+            if system and self.epoch > 6:                                  # twice, as the benchmark says it
                 qas = [qas[0] | {"i": SYSTEM, "q": SYSTEM + qas[0]["q"]}, *qas[1:]]
-            prompt = conversation_prompt(self.tok, qas, len(words), style=self.style)
-        prompt.fill(words)
+            prompt = conversation_prompt(self.tok, qas, length, style=self.style)
+        begin = prompt.slot
+        for place, word in zip(sorted(rng.sample(range(length), len(words))), words, strict=True):
+            prompt.ids[begin + place] = word
         prompt.labels = [i if i in self.marks else label for i, label in zip(prompt.ids, prompt.labels, strict=True)]
+        prompt.soft = range(begin, begin + length * soft)
         return prompt
 
-    def drill(self, text, right, wrong, rng):
-        options = rng.sample([right, *wrong], len(wrong) + 1)
-        worked, parts = rng.random() < 0.7, [(text, False)]
-        for letter, option in zip("ABCDE", options, strict=False):
-            parts += [(f"\n({letter}) {option}", False)] + worked * [(f" {MARKS[option == right]}", True)]
-        parts += [("\nBest option:(", False), ("ABCDE"[options.index(right)], True)]
-        prompt = join(self.tok, parts)
-        return Prompt([self.tok.bos_id, *prompt.ids], [IGNORE, *prompt.labels])
+    def document(self, rng):
+        """-> (caption, turns), with fewer marks from epoch to epoch."""
+        caption, qas = rng.choice(self.documents)
+        if rng.random() < min(0.8, 0.4 * (self.epoch - 8)):
+            qas = [qa | {"q": re.sub(f" ({'|'.join(MARKS)})\n", "\n", qa["q"])} for qa in qas]
+        return caption, qas
+
+    def drill(self, rng):
+        """-> (words, [turn]), as document."""
+        text, right, wrong = self.one_word(rng) if self.epoch < 3 else self.many_words(rng)
+        choice = {"question": rng.choice(DRILL), "candidates": rng.sample([right, *wrong], len(wrong) + 1),
+                  "answer": right}
+        return text, [as_turn(choice, worked=rng.random() < 0.7) | {"i": ""}]
 
     def one_word(self, rng):
         """-> (text, right option, wrong ones), as many_words."""
@@ -199,8 +206,22 @@ class School(torch.utils.data.Dataset):
 
 
 def collate_text(prompts):
+    """-> ids (B, S) with VIDEO where nothing is said, labels, mask, soft (B, S): 1 where a word stands for a video."""
     ids, labels, mask = pad_batch(prompts, pad_id=0)
-    return {"ids": ids, "labels": labels, "mask": mask, "bad": []}
+    soft = torch.zeros_like(mask)
+    for row, prompt in zip(soft, prompts, strict=True):
+        row[prompt.soft.start:prompt.soft.stop] = 1
+    return {"ids": ids, "labels": labels, "mask": mask, "soft": soft, "bad": []}
+
+
+def soft_embed(llama, ids, soft):
+    """Embeds ids (B, S) -> (B, S, D), blurred where soft (B, S) is 1; VIDEO becomes noise alone.
+
+    A large LLM understands vectors that lie near a word's (soft prompts); a small one must be taught to.
+    """
+    embeds = llama.embed(ids.clamp(min=0)) * (ids != VIDEO).unsqueeze(-1)             # (B, S, D)
+    strength = soft * 0.7 * torch.rand(len(ids), 1, device=ids.device)                # (B, S), words have about 1
+    return embeds + strength.unsqueeze(-1) * torch.randn_like(embeds)
 
 
 def collate_teacher(samples):
@@ -218,7 +239,7 @@ def vocabulary(text, folder, size=1000):
         documents = [json.loads(line) for line in open(text)]
         texts = [text for caption, qas in documents for text in (caption, *(qa[k] for qa in qas for k in "iqa"))]
         texts += 1000 * [SYSTEM]                                           # the benchmark's prompt has words of its own
-        with checkpoint.whole_folder(folder) as temporary:
+        with checkpoint.whole_folder(folder, replace=False) as temporary:
             train_sentencepiece(texts, str(temporary / "tokenizer.model"), vocab_size=size)
             train_wordpiece(texts, str(temporary / "vocab.txt"))
     return folder / "tokenizer.model", folder / "vocab.txt"

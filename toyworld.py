@@ -462,20 +462,18 @@ SCENARIOS = {scenario.__name__: scenario for scenario in (
     episodic_reasoning, counterfactual_inference, playground)}
 
 
-def training_scenario(index, share):
-    """One clip in `share` is of the playground, the others are of the 20 tasks in turn."""
-    if index % share == 0:
-        return "playground"
-    return list(qagen.TASKS)[(index - index // share - 1) % len(qagen.TASKS)]
+def scenario_of(index, playground):
+    """The 20 tasks in turn, or the playground."""
+    return "playground" if playground else list(qagen.TASKS)[index % len(qagen.TASKS)]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A world on disk. Every clip has a generator of its own, so that the bytes depend on the seed and not on the workers.
 
 
-def train_clip(index, out, seed, patch):
-    """Write one training clip; return all that the files of the world say about it."""
+def train_clip(index, count, out, seed, patch):
+    """Write training clip `index` of `count`; return all that the files of the world say about it."""
     rng, video = random.Random(f"{seed}/train/{index}"), f"{index // 1000:02d}/{index:05d}.gif"
-    clip = {"id": video} | simulate(training_scenario(index, share=2), rng)
+    clip = {"id": video} | simulate(scenario_of(index, playground=index >= count / 2), rng)
     write_gif(render(clip), out / "videos" / video)
     asked = clip["scenario"] != "playground" or index % 8 == 0  # stage 3 is for the tasks
     talks = [{"video": video, "QA": turns} for turns in qagen.conversations(clip, rng)] if asked else []
@@ -485,7 +483,7 @@ def train_clip(index, out, seed, patch):
 def text_document(index, seed):
     """One line of text.jsonl: [caption, turns of a conversation]."""
     rng = random.Random(f"{seed}/text/{index}")
-    text, turns = qagen.text_documents(simulate(training_scenario(index, share=4), rng), rng)
+    text, turns = qagen.text_documents(simulate(scenario_of(3 * index // 4, playground=index % 4 == 0), rng), rng)
     return json.dumps([text, turns])
 
 
@@ -523,19 +521,22 @@ def write_world(out, settings, each):
     for i in range(-(-count // 1000)):
         (out / "videos" / f"{i:02d}").mkdir(parents=True)
     targets = np.lib.format.open_memmap(out / "targets.npy", "w+", np.uint8, (count, FRAMES, (UNITS // patch) ** 2, 3))
-    clips, captions, instructions = [], [], []
+    clips, captions, playground, instructions = [], [], [], []
     for i, (clip, told, talks, target) in enumerate(
-            each(partial(train_clip, out=out, seed=seed, patch=patch), range(count), "clips")):
+            each(partial(train_clip, count=count, out=out, seed=seed, patch=patch), range(count), "clips")):
         targets[i] = target
         clips.append(clip)
-        captions.append(told)
+        (playground if clip["scenario"] == "playground" else captions).append(told)
         instructions += talks
     targets.flush()
     write_lines(out / "annotations.jsonl", clips)
-    for kind, entries in (("caption", captions), ("instruct", instructions)):
-        anno = {"caption": "captions.json", "instruct": "instructions.json"}[kind]
-        write_json(out / anno, entries)
-        write_json(out / f"corpus_{kind}.json", [[anno, "videos", "video"]])
+    write_json(out / "captions.json", captions)
+    write_json(out / "captions_playground.json", playground)
+    write_json(out / "instructions.json", instructions)
+    write_json(out / "corpus_caption.json", [
+        ["captions.json", "videos", "video"],  # the playground is the ViT's: a fifth of its captions will do
+        {"anno": "captions_playground.json", "root": "videos", "media": "video", "weight": 0.2}])
+    write_json(out / "corpus_instruct.json", [["instructions.json", "videos", "video"]])
     write_lines(out / "text.jsonl", each(partial(text_document, seed=seed), range(settings["texts"]), "texts"))
     (out / "mvbench" / "json").mkdir(parents=True)
     bench = partial(bench_task, out=out, seed=seed, questions=settings["questions"])
@@ -596,7 +597,7 @@ def main(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="data/toy", help="folder to write; it appears only when it is complete")
     parser.add_argument("--clips", type=int, default=24000,
-                        help="training clips, half of them of the playground, half of the tasks in turn")
+                        help="training clips, half of them of the tasks in turn, half of the playground")
     parser.add_argument("--questions", type=int, default=100, help="questions of each task of the benchmark")
     parser.add_argument("--texts", type=int, default=40000, help="documents without a video, for the language model")
     parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same bytes")

@@ -32,7 +32,7 @@ from checkpoint import load_strictly, read_json, read_tensors, save_tensors
 from llama import Llama
 from media import Transform, train_indices
 from model import PRESETS, VideoChat2, lm_loss, set_trainable
-from standins import School, Teacher, TeacherData, collate_teacher, collate_text, vocabulary
+from standins import School, Teacher, TeacherData, collate_teacher, collate_text, soft_embed, vocabulary
 from tokenizer import SentencePiece, WordPiece
 
 # ------------------------------------------------------------------------------------------------------------- options
@@ -40,6 +40,9 @@ from tokenizer import SentencePiece, WordPiece
 
 def option(default, text):
     return field(default=default, metadata={"help": text})
+
+
+STANDINS = ("vit", "llm")    # what stage 0 trains, one after another
 
 
 @dataclass
@@ -52,14 +55,17 @@ class TrainConfig:
     init: str = option("", "checkpoint to start from (default: the stage before, in OUT)")
     llm: str = option("", "folder of the LLM for stages 2 and 3 (default: the one of stage 0, in OUT)")
     steps: int = option(0, "optimizer steps; 0: epochs x batches")
+    only: str = option("", f"stage 0 alone has parts, {' and '.join(STANDINS)}: train this one (default: both)")
     epochs: int = option(1, "passes over the data, where steps is 0")
     batch: int = option(0, "clips per step")
     lr: float = option(0.0, "peak learning rate")
     lr_end: float = option(0.01, "the cosine ends at lr x lr_end")
     warmup: float = option(0.02, "share of the steps in which the learning rate rises from 0")
+    hold: float = option(0.0, "share of the steps, warmup included, before the cosine begins to fall")
     weight_decay: float = option(0.02, "AdamW's, on matrices only: not on biases, norms, queries, temperature")
     beta2: float = option(0.999, "AdamW's second beta")
     clip: float = option(1.0, "gradient norm is cut to this")
+    captions_first: float = option(0.0, "share of stage 1's steps with the captioning loss alone, before all three")
     dtype: str = option("fp32", "fp32 or bf16 (autocast; the frozen LLM is then kept in bf16)")
     device: str = option("", "cpu or cuda (default: cuda where there is one)")
     workers: int = option(1, "processes that decode ahead of the model; 0: none")
@@ -69,14 +75,13 @@ class TrainConfig:
     restart: bool = option(False, "train again from the start although OUT has a checkpoint of this stage")
 
 
-STANDINS = ("vit", "llm")    # what stage 0 trains, one after another
 RECIPES = {  # preset -> stage -> what differs from TrainConfig's defaults; steps that are 0 follow from epochs
     "toy": {
-        "vit": dict(steps=4000, batch=8, lr=1.5e-3, beta2=0.99, log_every=100, save_every=1000),
-        "llm": dict(epochs=15, batch=32, lr=1e-3, beta2=0.99, workers=0, log_every=50),
-        1: dict(steps=900, batch=16, lr=1e-3, beta2=0.99),
-        2: dict(steps=900, batch=16, lr=1e-3, beta2=0.99),
-        3: dict(steps=400, batch=16, lr=1e-3, beta2=0.99),
+        "vit": dict(steps=4500, batch=8, lr=1.5e-3, beta2=0.99, log_every=100, save_every=1000),
+        "llm": dict(epochs=18, batch=8, lr=1e-3, hold=0.7, beta2=0.99, workers=0, log_every=100, save_every=1000),
+        1: dict(steps=2200, batch=8, lr=3e-4, hold=0.5, beta2=0.99, captions_first=0.75, log_every=100),
+        2: dict(steps=1400, batch=8, lr=1.5e-4, hold=0.5, beta2=0.99, log_every=100),
+        3: dict(steps=2000, batch=8, lr=3e-4, hold=0.5, beta2=0.99, log_every=100),
     },
     "micro": {stage: dict(steps=4, batch=4, lr=1e-3, log_every=1, save_every=2, workers=0)
               for stage in (*STANDINS, 1, 2, 3)},
@@ -102,6 +107,8 @@ def parse(argv=None):
         p.error("--stage must be 0, 1, 2 or 3")
     if cfg.preset not in PRESETS:
         p.error(f"--preset {cfg.preset} is unknown; there are {', '.join(PRESETS)}")
+    if cfg.only and (cfg.stage or cfg.only not in STANDINS):
+        p.error(f"--only {cfg.only}: expected {' or '.join(STANDINS)}, with --stage 0")
     cfg.out = cfg.out or f"runs/{cfg.preset}"
     cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return cfg, set(given)
@@ -127,7 +134,7 @@ class Job:
     model: nn.Module
     dataset: object
     collate: Callable
-    loss: Callable                  # batch -> {name: scalar}, whose sum is minimised
+    loss: Callable                  # batch, share of the steps done -> {name: scalar}, whose sum is minimised
     write: Callable                 # folder -> None: the checkpoint's files
     notes: list = field(default_factory=list)   # lines for the log's head
     generator: torch.Generator = None           # of the loss, where it draws (hard negatives)
@@ -135,7 +142,7 @@ class Job:
 
 def jobs(cfg, given):
     """The jobs of a stage, one after another: stage 0 has two."""
-    for name in STANDINS if cfg.stage == 0 else (cfg.stage,):
+    for name in (cfg.only,) if cfg.only else STANDINS if cfg.stage == 0 else (cfg.stage,):
         make = {"vit": vit_job}.get(name, stage_job if cfg.stage else llm_job)
         yield make, name, recipe(cfg, given, name)
 
@@ -182,7 +189,8 @@ def vit_job(cfg, name):
 
     videos = clips(cfg, config, "corpus_caption.json", config.train_frames)
     dataset = TeacherData(videos, targets, Path(cfg.data) / "annotations.jsonl", frames, epoch_size=100 * cfg.batch)
-    return Job("stage 0 vit", Path(cfg.out) / "stage0" / "vit", model, dataset, collate_teacher, model.losses, write)
+    return Job("stage 0 vit", Path(cfg.out) / "stage0" / "vit", model, dataset, collate_teacher,
+               lambda batch, _: model.losses(batch), write)
 
 
 def llm_job(cfg, name):
@@ -191,10 +199,11 @@ def llm_job(cfg, name):
     tokenizer_model, _ = toy_vocabulary(cfg)
     model = Llama(config.llama)
     text, tok = Path(cfg.data) / "text.jsonl", SentencePiece(str(tokenizer_model))
-    dataset = School(text, tok, config.style, epoch_size=150 * cfg.batch)
+    dataset = School(text, tok, config.style, config.n_query + config.n_extra, epoch_size=300 * cfg.batch)
 
-    def loss(batch):
-        return {"lm": lm_loss(model, model(model.embed(batch["ids"]), batch["mask"]), batch["labels"])}
+    def loss(batch, _):
+        embeds = soft_embed(model, batch["ids"], batch["soft"])                # (B, S, D)
+        return {"lm": lm_loss(model, model(embeds, batch["mask"]), batch["labels"])}
 
     def write(folder):
         checkpoint.write_llm(model, tokenizer_model, folder)
@@ -245,13 +254,13 @@ def stage_job(cfg, stage):
     n_video = config.n_query + config.n_extra
     corpus, frames, collate, loss = {
         1: ("corpus_caption.json", config.align_frames, data.AlignCollate(wordpiece, config.align_text),
-            lambda batch: model.align(batch, wordpiece.dec_id, generator)),
+            lambda batch, done: model.align(batch, wordpiece.dec_id, generator, done < cfg.captions_first)),
         2: ("corpus_caption.json", config.train_frames, data.CaptionCollate(tok, n_video, config.max_text),
-            lambda batch: {"lm": model.loss(batch)}),
+            lambda batch, _: {"lm": model.loss(batch)}),
         3: ("corpus_instruct.json", config.train_frames,
             data.InstructCollate(tok, wordpiece, n_video, config.max_text, config.style,
                                  tell_seconds=config.tell_seconds, max_instruction=config.qformer.max_positions),
-            lambda batch: {"lm": model.loss(batch)}),
+            lambda batch, _: {"lm": model.loss(batch)}),
     }[stage]
     dataset = clips(cfg, config, corpus, frames)
     notes = [f"  {part:20} {total:>12,} parameters {trained:>12,} trained" for part, total, trained in
@@ -268,11 +277,12 @@ def stage_job(cfg, stage):
 
 
 def learning_rate(step, cfg):
-    """Linear rise over the first warmup * steps, then a cosine down to lr * lr_end."""
+    """Linear rise over the first warmup * steps, lr until hold * steps, then a cosine down to lr * lr_end."""
     rise = max(1, round(cfg.warmup * cfg.steps))
     if step < rise:
         return cfg.lr * (step + 1) / rise
-    done = (step - rise) / max(1, cfg.steps - rise)
+    fall = max(rise, round(cfg.hold * cfg.steps))
+    done = max(0, step - fall) / max(1, cfg.steps - fall)
     return cfg.lr * (cfg.lr_end + (1 - cfg.lr_end) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
@@ -305,7 +315,7 @@ def fit(job, cfg):
                 group["lr"] = learning_rate(step, cfg)
             batch = to_device(batch, cfg.device)
             with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.dtype == "bf16"):
-                losses = job.loss(batch)
+                losses = job.loss(batch, step / cfg.steps)
             total = sum(losses.values())
             total.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
@@ -380,7 +390,7 @@ class Log:
         n = min(self.cfg.log_every, step + 1 - self.first)
         seconds = (now - self.last) / n
         self.last = now
-        means = {k: torch.stack([row[k] for row in self.window]).mean().item() for k in self.window[0]}
+        means = {k: torch.stack([row[k] for row in self.window if k in row]).mean().item() for k in ("loss", *losses)}
         self.window = []
         row = {"stage": self.job.name, "step": step + 1, **means, "lr": learning_rate(step, self.cfg),
                "grad": norm.item(), "ms": round(1000 * seconds, 1), "clips_per_s": round(self.cfg.batch / seconds, 1)}

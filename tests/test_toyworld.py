@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import data
 import qagen
 import render
 import toyworld
@@ -35,16 +36,14 @@ def digest(folder):
 
 def test_the_layout_is_complete(world):
     lines = (world / "annotations.jsonl").read_text().splitlines()
-    captions = json.loads((world / "captions.json").read_text())
+    captions = [entry for source in data.load_corpus(world / "corpus_caption.json")
+                for entry in data.load_annotations(source)]
     instructions = json.loads((world / "instructions.json").read_text())
-    assert len(lines) == len(captions) == 40
-    # of the playground's clips, every second one, only a quarter are talked about
-    assert {e["video"] for e in instructions} == {c["video"] for i, c in enumerate(captions) if i % 2 or i % 8 == 0}
+    assert [json.loads(line)["id"] for line in lines] == [entry["video"] for entry in captions] and len(lines) == 40
+    # of the playground's clips, the second half, only every eighth is talked about
+    assert {e["video"] for e in instructions} == {c["video"] for i, c in enumerate(captions) if i < 20 or i % 8 == 0}
     assert all(set(turn) == {"i", "q", "a"} for entry in instructions for turn in entry["QA"])
-    for kind in ("caption", "instruct"):
-        (anno, root, medium), = json.loads((world / f"corpus_{kind}.json").read_text())
-        entries = json.loads((world / anno).read_text())
-        assert medium == "video" and all((world / root / entry["video"]).is_file() for entry in entries)
+    assert all((world / "videos" / entry["video"]).is_file() for entry in captions + instructions)
     assert len((world / "text.jsonl").read_text().splitlines()) == 60
     assert np.load(world / "targets.npy", mmap_mode="r").shape == (40, 16, 16, 3)  # 48 / 12 = 4 patches a side
     assert json.loads((world / "meta.json").read_text())["activities"] == list(render.ACTIVITIES)

@@ -169,3 +169,27 @@ def test_damaged_checkpoints_and_missing_videos_are_one_line_too(world, runs, tm
     assert code == 2 and len(lines) == 1 and "model.safetensors is damaged" in lines[0]
     code, lines = run("chat.py", "--ckpt", runs / "stage3", "--video", tmp_path / "none.mp4", "--ask", "What?")
     assert code == 2 and len(lines) == 1 and "none.mp4: no such file" in lines[0]
+
+
+def test_the_learning_rate_rises_holds_and_falls():
+    cfg = train.TrainConfig(lr=1.0, steps=100, warmup=0.1, hold=0.5, lr_end=0.01)
+    rates = [train.learning_rate(step, cfg) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9:51] == pytest.approx([1.0] * 42)
+    assert rates[75] == pytest.approx(0.505) and rates[99] < 0.012 and rates[50:] == sorted(rates[50:], reverse=True)
+
+
+def test_stage_1_begins_with_captions_alone(world, runs, tmp_path):
+    out = tmp_path / "captions"
+    shutil.copytree(runs / "stage0", out / "stage0")
+    train.main(options(world, out, 1, "--captions-first", "0.5", "--log-every", "1"))
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert ["vtc" in row for row in rows] == [False, False, True, True] and all("vtg" in row for row in rows)
+
+
+def test_one_part_of_stage_0_alone(world, tmp_path, capsys):
+    train.main(options(world, tmp_path / "part", 0, "--only", "llm"))
+    assert train.finished(tmp_path / "part/stage0/llm") and not (tmp_path / "part/stage0/vit").exists()
+    for wrong in (["--stage", "1", "--only", "llm"], ["--stage", "0", "--only", "eye"]):
+        with pytest.raises(SystemExit):
+            train.parse(wrong)
+        assert "expected vit or llm" in capsys.readouterr().err
