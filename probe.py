@@ -2,7 +2,9 @@
 
     eye        the ViT under its teacher's heads: colour, shape and activity of covered patches, in percent
     bridge     stage 1's Q-Former says the caption in its own words: how many stand where they should
+    alike 1    cosine of its queries with one another: at 100 they have become one and the same
     voice      stage 2's LLM says the caption, from the queries it reads
+    alike 2    cosine of what it reads
     reader     stage 0's LLM answers the questions with the true caption in the video's place
 
 A task that is right in one column and wrong in the next shows the part to look at. It trains and changes nothing; a
@@ -36,7 +38,7 @@ from prompt import (
 from render import ACTIVITIES, COLOURS, FPS, FRAMES, SHAPES, UNITS, token_targets
 from standins import Teacher
 
-COLUMNS = ("colour", "shape", "activity", "bridge", "voice", "reader")
+COLUMNS = ("colour", "shape", "activity", "bridge", "alike 1", "voice", "alike 2", "reader")
 
 
 def benchmark_clips(data, count):
@@ -73,7 +75,14 @@ def in_place(said, wanted):
     return sum(a == b for a, b in zip(said, wanted, strict=False)) / len(wanted)
 
 
-# Each part asked about one task: what its loader returned, the world's folder, the task, some clips -> share or shares.
+def alike(queries):
+    """queries (B, Q, D) -> mean cosine of two queries of the same clip."""
+    unit = torch.nn.functional.normalize(queries, dim=-1)                                      # (B, Q, D)
+    n = queries.shape[1]
+    return ((unit.sum(1).square().sum(-1) - n) / (n * n - n)).mean().item()
+
+
+# Each part asked about one task: what its loader returned, the world's folder, the task, some clips -> its shares.
 
 
 def load_teacher(folder):
@@ -95,21 +104,21 @@ def eye(loaded, data, task, clips):
 
 
 def bridge(loaded, data, task, clips, longest=60):
-    """-> share of word pieces in place of what stage 1's Q-Former says, word after most probable word."""
+    """-> share of word pieces in place of what stage 1's Q-Former says, word after most probable word; cosine."""
     model, wordpiece, _ = loaded
     vision = model.encode_timed(look(model.cfg, data, clips))                                  # (B, N, C)
     query = model.query_tokens.expand(len(clips), -1, -1)                                      # (B, Q, E)
-    _, past = model.qformer(query, vision=vision, return_past=True)
+    hidden, past = model.qformer(query, vision=vision, return_past=True)                       # (B, Q, E)
     ids = torch.full((len(clips), 1), wordpiece.dec_id)                                        # (B, 1)
     for _ in range(longest):
         logits = model.qformer.caption_logits(ids, torch.ones_like(ids), past)                 # (B, S, V)
         ids = torch.cat((ids, logits[:, -1:].argmax(-1)), 1)
     return np.mean([in_place(row[1:], wordpiece.encode(told(clip), longest)[1:])
-                    for row, clip in zip(ids.tolist(), clips, strict=True)])
+                    for row, clip in zip(ids.tolist(), clips, strict=True)]), alike(hidden)
 
 
 def voice(loaded, data, task, clips, longest=60):
-    """-> share of words in place of the caption that the LLM reads out of stage 2's queries."""
+    """-> share of words in place of the caption that the LLM reads out of stage 2's queries; cosine of these."""
     model, _, tok = loaded
     asked = caption_prompt(tok, "", model.cfg.n_query + model.cfg.n_extra, CAPTION_INSTRUCTIONS["video"][0])
     ids = [i for i, label in zip(asked.ids, asked.labels, strict=True) if label == IGNORE]
@@ -117,7 +126,7 @@ def voice(loaded, data, task, clips, longest=60):
     tokens = model.queries(model.encode(look(model.cfg, data, clips)))                         # (B, Q, D)
     rows, _ = model.answer(model.splice(ids, tokens), torch.ones_like(ids), longest, partial(is_complete, tok))
     return np.mean([in_place(answer_text(tok, row).split(), told(clip).split())
-                    for row, clip in zip(rows, clips, strict=True)])
+                    for row, clip in zip(rows, clips, strict=True)]), alike(tokens)
 
 
 def reader(loaded, data, task, clips):
@@ -132,14 +141,14 @@ def reader(loaded, data, task, clips):
     ids, _, mask = pad_batch(prompts, tok.eos_id, side="left")
     _, logits = model.generate(model.embed(ids), mask, 1, first_logits=True)                   # (B, V)
     return np.mean([q["candidates"][row[:len(q["candidates"])].argmax()] == q["answer"]
-                    for q, row in zip(questions, logits[:, letter_ids(tok)], strict=True)])
+                    for q, row in zip(questions, logits[:, letter_ids(tok)], strict=True)]),
 
 
-PARTS = {  # column -> the part's folder in a run, how it is loaded, how it is asked
-    "eye": ("stage0/vit", load_teacher, eye),
-    "bridge": ("stage1", checkpoint.load_model, bridge),
-    "voice": ("stage2", checkpoint.load_model, voice),
-    "reader": ("stage0/llm", checkpoint.load_llm, reader),
+PARTS = {  # how a part is asked -> its folder in a run, how it is loaded, the columns that it fills
+    eye: ("stage0/vit", load_teacher, COLUMNS[:3]),
+    bridge: ("stage1", checkpoint.load_model, COLUMNS[3:5]),
+    voice: ("stage2", checkpoint.load_model, COLUMNS[5:7]),
+    reader: ("stage0/llm", checkpoint.load_llm, COLUMNS[7:]),
 }
 
 
@@ -147,15 +156,13 @@ PARTS = {  # column -> the part's folder in a run, how it is loaded, how it is a
 def probe(run, data, count):
     """-> {column: {task: share}} of the parts that the run has."""
     clips, table = benchmark_clips(data, count), {}
-    for column, (part, load, ask) in PARTS.items():
+    for ask, (part, load, columns) in PARTS.items():
         folder = Path(run) / part
         if (folder / "config.json").is_file():
-            print(f"asking the {column} ...", file=sys.stderr)
+            print(f"asking the {ask.__name__} ...", file=sys.stderr)
             loaded = load(folder)
-            table[column] = {task: ask(loaded, data, task, some) for task, some in clips.items()}
-    if "eye" in table:
-        seen = table.pop("eye")
-        table |= {name: {task: three[i] for task, three in seen.items()} for i, name in enumerate(COLUMNS[:3])}
+            shares = {task: ask(loaded, data, task, some) for task, some in clips.items()}
+            table |= {name: {task: row[i] for task, row in shares.items()} for i, name in enumerate(columns)}
     return table
 
 
