@@ -125,12 +125,14 @@ class School(torch.utils.data.Dataset):
 
     All of it is written as the benchmark is, with the caption where the video's tokens will stand, so that the LLM
     learns the language and to find an option's letter by what it reads in that place, but no answer by heart. One
-    batch in five has the benchmark's long system prompt from epoch 4 on. Labels: answers, and the marks "no" and "yes"
-    of worked examples. One conversation in five is stage 2's request, to say the caption again.
+    batch in five has the benchmark's long system prompt from epoch 7 on. Labels: answers, and the marks "no" and "yes"
+    of worked examples. One conversation in five is stage 2's request, to say the caption again. From epoch 14 on, half
+    of the captions lie spread over the video's places and blurred (soft_embed).
 
     Lessons and marks are needed: to find the letter, the model must bind letter to option, match option to text, and
     join the two before any of the three pays. On conversations it was still at chance when stopped, after 300 steps
-    without marks and 400 with them; on single words with marks all three took 300 steps of a fifth the tokens.
+    of 32 without marks and 400 with them; single words with marks bring all three within the first lessons. These must
+    not be cut short: with 200 steps of 8 each instead of 300, 1,200 steps of conversations left it at chance.
     """
 
     def __init__(self, path, tok, style, n_video, epoch_size):
