@@ -47,9 +47,7 @@ def whole_folder(folder, replace=True):
     try:
         yield temporary
         for path in temporary.rglob("*"):
-            if path.is_file():
-                with open(path, "rb+") as f:
-                    os.fsync(f.fileno())
+            to_disk(path)
         old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
         if folder.exists() and replace:
             folder.rename(old)
@@ -58,6 +56,13 @@ def whole_folder(folder, replace=True):
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def to_disk(path):
+    """Waits until a file's bytes are on the disk; a folder has none of its own."""
+    if path.is_file():
+        with open(path, "rb+") as f:
+            os.fsync(f.fileno())
 
 
 def read_json(path):

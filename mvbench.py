@@ -211,16 +211,21 @@ def evaluate(answerer, questions, batch=32, workers=1):
         unread = [(q, clip) for key, clip in pairs if isinstance(clip, str) for q in asked[key]]
         for q, reason in unread:
             yield row_of(q, "", [], reason)
-        good = [(key, clip) for key, clip in pairs if not isinstance(clip, str)]
+        good = [(asked[key], clip) for key, clip in pairs if not isinstance(clip, str)]
         if good:
-            tokens = answerer.look(torch.stack([clip for _, clip in good]))                    # (B, Q, D)
-            todo = [(q, row) for row, (key, _) in enumerate(good) for q in asked[key]]
-            for i in range(0, len(todo), batch):
-                qs, rows = zip(*todo[i:i + batch], strict=True)
-                for q, (said, letters) in zip(qs, answerer.answer(qs, tokens[list(rows)]), strict=True):
-                    yield row_of(q, said, letters)
+            yield from answers(answerer, *zip(*good, strict=True), batch)
         bar.update(sum(len(asked[key]) for key, _ in pairs))
     bar.close()
+
+
+def answers(answerer, questions, clips, batch):
+    """questions: a list for each of the clips (T, 3, H, W) -> a row per question."""
+    tokens = answerer.look(torch.stack(clips))                                                 # (B, Q, D)
+    todo = [(q, clip) for clip, some in enumerate(questions) for q in some]
+    for i in range(0, len(todo), batch):
+        qs, rows = zip(*todo[i:i + batch], strict=True)
+        for q, (said, letters) in zip(qs, answerer.answer(qs, tokens[list(rows)]), strict=True):
+            yield row_of(q, said, letters)
 
 
 def row_of(q, said, letters, unread=""):
