@@ -81,7 +81,7 @@ RECIPES = {  # preset -> stage -> what differs from TrainConfig's defaults; step
         "llm": dict(epochs=18, batch=8, lr=1e-3, hold=0.7, beta2=0.99, workers=0, log_every=100, save_every=1000),
         1: dict(steps=2200, batch=8, lr=3e-4, hold=0.5, beta2=0.99, captions_first=0.75, log_every=100),
         2: dict(steps=1400, batch=8, lr=1.5e-4, hold=0.5, beta2=0.99, log_every=100),
-        3: dict(steps=1800, batch=8, lr=2e-4, hold=0.5, beta2=0.99, log_every=100),
+        3: dict(steps=2800, batch=8, lr=2e-4, hold=0.5, beta2=0.99, log_every=100),
     },
     "micro": {stage: dict(steps=4, batch=4, lr=1e-3, log_every=1, save_every=2, workers=0)
               for stage in (*STANDINS, 1, 2, 3)},
