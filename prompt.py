@@ -44,15 +44,18 @@ ONLY_BEST = "Only give the best option."
 class Prompt:
     ids: list     # ids of the LLM's tokenizer, VIDEO where a video token goes
     labels: list  # as long as ids: the id itself where it is to be learnt, else IGNORE
+    soft: range = range(0)  # where words stand for a video's tokens and are to be blurred (standins.soft_embed)
 
     @property
     def slot(self):
         """Index of the first video token; ValueError in a prompt without video."""
         return self.ids.index(VIDEO)
 
-    def fill(self, ids):
-        """Puts the ids of a text in the video's place, which must be as long."""
-        self.ids[self.slot:self.slot + len(ids)] = ids
+    def fill(self, ids, places=None):
+        """Puts the ids of a text in the video's place: at these of its places, or one after another from its first."""
+        begin = self.slot
+        for place, i in zip(range(len(ids)) if places is None else places, ids, strict=True):
+            self.ids[begin + place] = i
 
 
 def join(tok, parts):

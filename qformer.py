@@ -184,19 +184,19 @@ class QFormer(nn.Module):
             "encoder": nn.ModuleDict({"layer": nn.ModuleList(Layer(cfg, i) for i in range(cfg.depth))}),
         })
         self.cls = nn.ModuleDict({"predictions": PredictionHead(cfg)})
-        for name, module in self.named_modules():
-            self._init_weights(name, module)
+        self._init_weights()
 
-    def _init_weights(self, name, module):
+    def _init_weights(self):
         """Normal with init_std; 0: each matrix by its own width, as narrow models need it to learn quickly."""
-        if isinstance(module, nn.Linear | nn.Embedding):
-            own = module.weight.shape[1] ** -0.5
-            if ".output" in name:
-                # what all queries read alike adds up; at full strength their cosine is 0.9 before any training
-                own /= (2 * self.cfg.depth) ** 0.5
-            nn.init.normal_(module.weight, std=self.cfg.init_std or own)
-        if isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                own = module.weight.shape[1] ** -0.5
+                if ".output" in name:
+                    # what all queries read alike adds up; at full strength their cosine is 0.9 before any training
+                    own /= (2 * self.cfg.depth) ** 0.5
+                nn.init.normal_(module.weight, std=self.cfg.init_std or own)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
 
     def forward(self, query=None, ids=None, mask=None, vision=None, return_past=False):
         """

@@ -157,21 +157,20 @@ class School(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         rng = random.Random(f"{self.epoch} {index}")
-        talk, system = self.epoch > 7 and index >= self.epoch_size // 4, index >= self.epoch_size * 4 // 5
+        talk = self.epoch > 7 and index >= self.epoch_size // 4
+        system = self.epoch > 6 and index >= self.epoch_size * 4 // 5
         caption, qas = self.document(rng) if talk else self.drill(rng)
         words, soft = self.tok.encode(caption), self.epoch > 13 and rng.random() < 0.5
         length = max(len(words), self.n_video) if soft else len(words)
         if talk and rng.random() < 0.2:
             prompt = caption_prompt(self.tok, caption, length, rng.choice(CAPTION_INSTRUCTIONS["video"]))
         else:
-            if system and self.epoch > 6:                                  # twice, as the benchmark says it
+            if system:                                                     # twice, as the benchmark says it
                 qas = [qas[0] | {"i": SYSTEM, "q": SYSTEM + qas[0]["q"]}, *qas[1:]]
             prompt = conversation_prompt(self.tok, qas, length, style=self.style)
-        begin = prompt.slot
-        for place, word in zip(sorted(rng.sample(range(length), len(words))), words, strict=True):
-            prompt.ids[begin + place] = word
+        prompt.soft = range(prompt.slot, prompt.slot + length * soft)
+        prompt.fill(words, sorted(rng.sample(range(length), len(words))))
         prompt.labels = [i if i in self.marks else label for i, label in zip(prompt.ids, prompt.labels, strict=True)]
-        prompt.soft = range(begin, begin + length * soft)
         return prompt
 
     def document(self, rng):
