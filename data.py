@@ -127,14 +127,15 @@ def is_text(value):
 class VideoTextData(torch.utils.data.Dataset):
     """Samples of load_corpus's sources, one after another: captions or instructions, as their entries are.
 
-    A sample: video (T, 3, size, size) float, text (a caption) or qas (in random order), seconds of the frames, medium,
+    A sample: video (T, 3, size, size) float or, where `features` (features.Features) are set, features (T, L, C); text
+    (a caption) or qas (in random order), seconds of the frames, medium,
     path, idx (of the entry: the same clip has the same idx), draw (a random number for the collate), bad (media that
     could not be read and were replaced, one line each). More than max_bad in a row raise MediaError.
     """
 
     def __init__(self, sources, num_frames, transform, how="rand", seed=0, max_bad=10):
         self.num_frames, self.transform, self.how = num_frames, transform, how
-        self.seed, self.epoch, self.max_bad = seed, 0, max_bad
+        self.seed, self.epoch, self.max_bad, self.features = seed, 0, max_bad, None
         self.sources = sources
         self.entries = [load_annotations(source) for source in sources]
         self.starts = np.cumsum([0, *map(len, self.entries)]).tolist()  # source s holds starts[s] .. starts[s + 1]
@@ -152,6 +153,16 @@ class VideoTextData(torch.utils.data.Dataset):
         spans = zip(self.starts[:-1], self.starts[1:], strict=True)
         return [(s.media, s.weight, range(*span)) for s, span in zip(self.sources, spans, strict=True)]
 
+    def length(self, index):
+        """Of the text, in characters."""
+        s, entry = self.entry(index)
+        return sum(len(qa.get(key) or "") for qa in entry.get("QA", ()) for key in "iqa") or len(entry["caption"])
+
+    def entry(self, index):
+        """-> (number of its source, entry)."""
+        s = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return s, self.entries[s][index - self.starts[s]]
+
     def __getitem__(self, index):
         bad = []
         while True:
@@ -168,16 +179,20 @@ class VideoTextData(torch.utils.data.Dataset):
         _, _, span = next(group for group in self.groups() if index in group[2])
         return span[(index - span.start + 1) % len(span)]
 
+    def look(self, path, entry, rng):
+        """-> video (T, 3, size, size) and the seconds of its frames."""
+        choose = train_frames(self.num_frames, self.how, rng, entry.get("start"), entry.get("end"))
+        frames, seconds = read_media(path, choose)
+        return {"video": self.transform(frames, rng), "seconds": seconds}
+
     def sample(self, index):
-        s = int(np.searchsorted(self.starts, index, side="right")) - 1
-        source, entry = self.sources[s], self.entries[s][index - self.starts[s]]
+        s, entry = self.entry(index)
+        source = self.sources[s]
         rng = random.Random(f"{self.seed} {self.epoch} {index}")
         sample = {"idx": index, "medium": source.media, "path": "", "seconds": [], "draw": rng.random()}
         if source.media != "text":
             sample["path"] = str(Path(source.root) / (entry[source.media_key] + source.suffix))
-            choose = train_frames(self.num_frames, self.how, rng, entry.get("start"), entry.get("end"))
-            frames, sample["seconds"] = read_media(sample["path"], choose)
-            sample["video"] = self.transform(frames, rng)  # (T, 3, size, size)
+            sample |= {"features": self.features[index]} if self.features else self.look(sample["path"], entry, rng)
         if "QA" in entry:
             sample["qas"] = rng.sample(entry["QA"], len(entry["QA"]))
         else:
@@ -221,6 +236,15 @@ class Sampler:
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
 
+    def alike_in_length(self, indices, window=16, step=200):
+        """Within each `window` batches, texts of nearly the same length together: less of a batch is padding."""
+        if hasattr(self.dataset, "length"):
+            classes = np.array([self.dataset.length(i) // step for i in indices])
+            for begin in range(0, len(indices), window * self.size):
+                part = slice(begin, begin + window * self.size)
+                indices[part] = indices[part][np.argsort(classes[part], kind="stable")]
+        return indices
+
     def __iter__(self):
         """The epoch's batches from `position` on."""
         rng = np.random.default_rng((self.seed, self.epoch))
@@ -230,7 +254,8 @@ class Sampler:
                      for span, take in spans if take]
             indices = rng.permutation(np.concatenate(drawn))
             full = len(indices) // self.size
-            batches += list(indices[:full * self.size].reshape(full, self.size))
+            indices = self.alike_in_length(indices[:full * self.size])
+            batches += list(indices.reshape(full, self.size))
         for b in rng.permutation(len(batches))[self.position:]:
             yield batches[b][self.rank::self.world].tolist()
 
@@ -238,11 +263,13 @@ class Sampler:
 # ---- batches ---------------------------------------------------------------------------------------------------------
 
 def collate_media(samples):
-    """What every batch has: video (B, T, 3, H, W) or None for text, idx (B,), medium, paths, bad."""
-    videos = [sample["video"] for sample in samples if "video" in sample]
-    return {"video": torch.stack(videos) if videos else None, "idx": torch.tensor([s["idx"] for s in samples]),
-            "medium": samples[0]["medium"], "paths": [s["path"] for s in samples],
-            "bad": [line for s in samples for line in s["bad"]]}
+    """What every batch has: video (B, T, 3, H, W), or features (B, T, L, C) of it, or None for both where there is text
+    alone; idx (B,), medium, paths, bad."""
+    batch = {"idx": torch.tensor([s["idx"] for s in samples]), "medium": samples[0]["medium"],
+             "paths": [s["path"] for s in samples], "bad": [line for s in samples for line in s["bad"]]}
+    for key in ("video", "features"):
+        batch[key] = torch.stack([s[key] for s in samples]) if key in samples[0] else None
+    return batch
 
 
 def pad_words(rows, wordpiece):

@@ -20,11 +20,11 @@ from pathlib import Path
 
 RUN = Path("runs/toy")
 STEPS = [  # what it is, its lanes of commands (side by side, each one command after another), minutes on 2 CPU cores
-    ("make the toy world: 24,000 clips and a benchmark", [["toyworld.py --out data/toy"]], 1),
+    ("make the toy world: 32,000 clips and a benchmark", [["toyworld.py --out data/toy"]], 1),
     ("stage 0: a LLaMA that reads | stage 0: a ViT that sees, stage 1: align", [
         ["train.py --stage 0 --only llm"],
-        ["train.py --stage 0 --only vit", "train.py --stage 1"]], 13),
-    ("stage 2: connect, captions through the frozen LLaMA", [["train.py --stage 2"]], 3),
+        ["train.py --stage 0 --only vit", "train.py --stage 1"]], 12),
+    ("stage 2: connect, captions through the frozen LLaMA", [["train.py --stage 2"]], 2),
     ("stage 3: tune on instructions, with LoRA", [["train.py --stage 3"]], 11),
     ("MVBench: 20 tasks | the same without the video", [
         ["mvbench.py --ckpt runs/toy/stage3"],
@@ -34,8 +34,9 @@ STEPS = [  # what it is, its lanes of commands (side by side, each one command a
 
 def main():
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    if shutil.disk_usage(".").free < 1e9:
-        sys.exit("demo.py: less than 1 GB of disk is free here; the toy world and the checkpoints need it")
+    if shutil.disk_usage(".").free < 2e9:
+        sys.exit("demo.py: less than 2 GB of disk is free here; the toy world, the ViT's features and the checkpoints "
+                 "need them")
     total = sum(minutes for *_, minutes in STEPS)
     print(f"VideoChat2 on the toy world: {len(STEPS)} steps, about {total} minutes on 2 CPU cores.\n"
           "Stop with Ctrl-C at any time: make demo goes on where it stopped.\n")

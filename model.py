@@ -156,9 +156,9 @@ class VideoChat2(nn.Module):
 
     # ---- stage 1
 
-    def encode_timed(self, video):
-        """video (B, T, 3, H, W) -> patch features (B, N, C) with stage 1's vision_temp_embed."""
-        x = self.vision_encoder(video)                                     # (B, T, L, C)
+    def encode_timed(self, video, features=None):
+        """video (B, T, 3, H, W), or the ViT's features of it (B, T, L, C) -> (B, N, C) with vision_temp_embed."""
+        x = self.vision_encoder(video) if features is None else features   # (B, T, L, C)
         # subtle: an image (T = 1) is repeated to align_frames by broadcasting, as in videochat2_qformer.py:177
         x = (x + self.vision_temp_embed).flatten(1, 2)                     # (B, N, C)
         return self.vision_layernorm(x)
@@ -169,7 +169,7 @@ class VideoChat2(nn.Module):
         dec_id: id of [DEC], which opens a caption to be generated. generator: draws the hard negatives.
         captions_only: "vtg" alone.
         """
-        vision = self.encode_timed(batch["video"])                         # (B, N, C)
+        vision = self.encode_timed(batch["video"], batch.get("features"))  # (B, N, C)
         return self.aligner.losses(self.qformer, self.query_tokens, vision, batch["ids"], batch["mask"], batch["idx"],
                                    dec_id, generator=generator, captions_only=captions_only)
 

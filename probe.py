@@ -1,14 +1,16 @@
 """Where does the toy stop understanding? Each part asked by itself, on the benchmark's clips.
 
     eye        the ViT under its teacher's heads: colour, shape and activity of covered patches, in percent
-    bridge     stage 1's Q-Former says the caption in its own words: how many stand where they should
+    bridge     stage 1's Q-Former says the caption: how many are right to the last word
     alike 1    cosine of its queries with one another: at 100 they have become one and the same
     voice      stage 2's LLM says the caption, from the queries it reads
     alike 2    cosine of what it reads
     reader     stage 0's LLM answers the questions with the true caption in the video's place
 
-A task that is right in one column and wrong in the next shows the part to look at. It trains and changes nothing; a
-part that a run has not reached stays empty. Source: ours; the heads are standins.Teacher's.
+Whole captions are counted, not words: what a question asks for is a word or two of the caption, and nearly all of the
+others are the same in every clip of the task. A task that is right in one column and wrong in the next shows the part
+to look at. It trains and changes nothing; a part that a run has not reached stays empty. Source: ours; the heads are
+standins.Teacher's.
 
 Run:    python probe.py --run runs/toy
 """
@@ -69,12 +71,6 @@ def told(clip):
     return qagen.caption(clip, random.Random(0))
 
 
-def in_place(said, wanted):
-    """Share of the wanted words that stand where they should."""
-    said, wanted = list(said), list(wanted)
-    return sum(a == b for a, b in zip(said, wanted, strict=False)) / len(wanted)
-
-
 def alike(queries):
     """queries (B, Q, D) -> mean cosine of two queries of the same clip."""
     unit = torch.nn.functional.normalize(queries, dim=-1)                                      # (B, Q, D)
@@ -104,7 +100,7 @@ def eye(loaded, data, task, clips):
 
 
 def bridge(loaded, data, task, clips, longest=60):
-    """-> share of word pieces in place of what stage 1's Q-Former says, word after most probable word; cosine."""
+    """-> share of captions that stage 1's Q-Former says right, word after most probable word; cosine of its queries."""
     model, wordpiece, _ = loaded
     vision = model.encode_timed(look(model.cfg, data, clips))                                  # (B, N, C)
     query = model.query_tokens.expand(len(clips), -1, -1)                                      # (B, Q, E)
@@ -113,20 +109,20 @@ def bridge(loaded, data, task, clips, longest=60):
     for _ in range(longest):
         logits = model.qformer.caption_logits(ids, torch.ones_like(ids), past)                 # (B, S, V)
         ids = torch.cat((ids, logits[:, -1:].argmax(-1)), 1)
-    return np.mean([in_place(row[1:], wordpiece.encode(told(clip), longest)[1:])
-                    for row, clip in zip(ids.tolist(), clips, strict=True)]), alike(hidden)
+    wanted = [wordpiece.encode(told(clip), longest)[1:] for clip in clips]
+    said = [row[1:len(words) + 1] for row, words in zip(ids.tolist(), wanted, strict=True)]
+    return np.mean([a == b for a, b in zip(said, wanted, strict=True)]), alike(hidden)
 
 
 def voice(loaded, data, task, clips, longest=60):
-    """-> share of words in place of the caption that the LLM reads out of stage 2's queries; cosine of these."""
+    """-> share of captions that the LLM reads right out of stage 2's queries; cosine of these."""
     model, _, tok = loaded
     asked = caption_prompt(tok, "", model.cfg.n_query + model.cfg.n_extra, CAPTION_INSTRUCTIONS["video"][0])
     ids = [i for i, label in zip(asked.ids, asked.labels, strict=True) if label == IGNORE]
     ids = torch.tensor([ids] * len(clips))                                                     # (B, S)
     tokens = model.queries(model.encode(look(model.cfg, data, clips)))                         # (B, Q, D)
     rows, _ = model.answer(model.splice(ids, tokens), torch.ones_like(ids), longest, partial(is_complete, tok))
-    return np.mean([in_place(answer_text(tok, row).split(), told(clip).split())
-                    for row, clip in zip(rows, clips, strict=True)]), alike(tokens)
+    return np.mean([answer_text(tok, row) == told(clip) for row, clip in zip(rows, clips, strict=True)]), alike(tokens)
 
 
 def reader(loaded, data, task, clips):

@@ -473,7 +473,7 @@ def scenario_of(index, playground):
 def train_clip(index, count, out, seed, patch):
     """Write training clip `index` of `count`; return all that the files of the world say about it."""
     rng, video = random.Random(f"{seed}/train/{index}"), f"{index // 1000:02d}/{index:05d}.gif"
-    clip = {"id": video} | simulate(scenario_of(index, playground=index >= count / 2), rng)
+    clip = {"id": video} | simulate(scenario_of(index, playground=index >= 5 * count / 8), rng)
     write_gif(render(clip), out / "videos" / video)
     asked = clip["scenario"] != "playground" or index % 8 == 0  # stage 3 is for the tasks
     talks = [{"video": video, "QA": turns} for turns in qagen.conversations(clip, rng)] if asked else []
@@ -521,21 +521,21 @@ def write_world(out, settings, each):
     for i in range(-(-count // 1000)):
         (out / "videos" / f"{i:02d}").mkdir(parents=True)
     targets = np.lib.format.open_memmap(out / "targets.npy", "w+", np.uint8, (count, FRAMES, (UNITS // patch) ** 2, 3))
-    clips, captions, playground, instructions = [], [], [], []
+    clips, captions, instructions = [], [], []
     for i, (clip, told, talks, target) in enumerate(
             each(partial(train_clip, count=count, out=out, seed=seed, patch=patch), range(count), "clips")):
         targets[i] = target
         clips.append(clip)
-        (playground if clip["scenario"] == "playground" else captions).append(told)
+        captions.append(told)
         instructions += talks
     targets.flush()
     write_lines(out / "annotations.jsonl", clips)
-    write_json(out / "captions.json", captions)
-    write_json(out / "captions_playground.json", playground)
+    told = count * 23 // 32  # of the playground, a quarter: the other clips are for the ViT alone
+    write_json(out / "captions.json", captions[:told])
+    write_json(out / "captions_more.json", captions[told:])
     write_json(out / "instructions.json", instructions)
-    write_json(out / "corpus_caption.json", [
-        ["captions.json", "videos", "video"],  # the playground is the ViT's: a fifth of its captions will do
-        {"anno": "captions_playground.json", "root": "videos", "media": "video", "weight": 0.2}])
+    for corpus, files in (("clips", ("captions", "captions_more")), ("caption", ("captions",))):
+        write_json(out / f"corpus_{corpus}.json", [[f"{name}.json", "videos", "video"] for name in files])
     write_json(out / "corpus_instruct.json", [["instructions.json", "videos", "video"]])
     write_lines(out / "text.jsonl", each(partial(text_document, seed=seed), range(settings["texts"]), "texts"))
     (out / "mvbench" / "json").mkdir(parents=True)
@@ -544,7 +544,7 @@ def write_world(out, settings, each):
                 (clip for clips in each(bench, list(qagen.TASKS), "benchmark") for clip in clips))
 
 
-def build(out, clips=24000, questions=100, texts=40000, seed=0, patch=12, workers=None):
+def build(out, clips=32000, questions=100, texts=40000, seed=0, patch=12, workers=None):
     """Write a world into `out`, whole or not at all. A finished one of the same settings is kept: returns False.
 
     Raises ValueError for settings that cannot be, FileExistsError where something else is in the way.
@@ -596,8 +596,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="data/toy", help="folder to write; it appears only when it is complete")
-    parser.add_argument("--clips", type=int, default=24000,
-                        help="training clips, half of them of the tasks in turn, half of the playground")
+    parser.add_argument("--clips", type=int, default=32000,
+                        help="training clips, five in eight of the tasks in turn, the others of the playground")
     parser.add_argument("--questions", type=int, default=100, help="questions of each task of the benchmark")
     parser.add_argument("--texts", type=int, default=40000, help="documents without a video, for the language model")
     parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same bytes")

@@ -14,6 +14,7 @@ Run:    python train.py --stage 1          # the toy preset; goes on where an in
 import argparse
 import json
 import math
+import re
 import signal
 import sys
 import time
@@ -28,6 +29,7 @@ from tqdm import tqdm
 
 import checkpoint
 import data
+import features
 from checkpoint import load_strictly, read_json, read_tensors, save_tensors
 from llama import Llama
 from media import Transform, train_indices
@@ -62,9 +64,12 @@ class TrainConfig:
     lr_end: float = option(0.01, "the cosine ends at lr x lr_end")
     warmup: float = option(0.02, "share of the steps in which the learning rate rises from 0")
     hold: float = option(0.0, "share of the steps, warmup included, before the cosine begins to fall")
-    weight_decay: float = option(0.02, "AdamW's, on matrices only: not on biases, norms, queries, temperature")
+    muon: float = option(0.0, "above 0: Muon trains the layers' matrices, at so many times lr, AdamW the rest")
+    lora_lr: float = option(1.0, "LoRA's matrices are trained at so many times lr")
+    weight_decay: float = option(0.02, "on matrices only: not on biases, norms, queries, temperature")
     beta2: float = option(0.999, "AdamW's second beta")
     clip: float = option(1.0, "gradient norm is cut to this")
+    cache_features: bool = option(False, "stage 1: what the frozen ViT sees of a clip is kept on disk")
     captions_first: float = option(0.0, "share of stage 1's steps with the captioning loss alone, before all three")
     dtype: str = option("fp32", "fp32 or bf16 (autocast; the frozen LLM is then kept in bf16)")
     device: str = option("", "cpu or cuda (default: cuda where there is one)")
@@ -77,14 +82,15 @@ class TrainConfig:
 
 RECIPES = {  # preset -> stage -> what differs from TrainConfig's defaults; steps that are 0 follow from epochs
     "toy": {
-        "vit": dict(steps=4500, batch=8, lr=1.5e-3, beta2=0.99, log_every=100, save_every=1000),
+        "vit": dict(steps=3000, batch=8, lr=1.5e-3, beta2=0.99, muon=1.0, log_every=100, save_every=1000),
         "llm": dict(epochs=18, batch=8, lr=1e-3, hold=0.7, beta2=0.99, workers=0, log_every=100, save_every=1000),
-        1: dict(steps=2200, batch=8, lr=3e-4, hold=0.5, beta2=0.99, captions_first=0.75, log_every=100),
-        2: dict(steps=1400, batch=8, lr=1.5e-4, hold=0.5, beta2=0.99, log_every=100),
-        3: dict(steps=2800, batch=8, lr=2e-4, hold=0.5, beta2=0.99, log_every=100),
+        1: dict(steps=3000, batch=8, lr=3e-4, muon=3.0, hold=0.5, beta2=0.99, captions_first=0.92, cache_features=True,
+                log_every=100),
+        2: dict(steps=1000, batch=8, lr=3e-4, hold=0.5, beta2=0.99, log_every=100),
+        3: dict(steps=3800, batch=8, lr=2e-4, lora_lr=6.0, hold=0.5, beta2=0.99, log_every=100),
     },
-    "micro": {stage: dict(steps=4, batch=4, lr=1e-3, log_every=1, save_every=2, workers=0)
-              for stage in (*STANDINS, 1, 2, 3)},
+    "micro": {stage: dict(steps=4, batch=4, lr=1e-3, muon=1.0, lora_lr=2.0, log_every=1, save_every=2, workers=0,
+                          cache_features=True) for stage in (*STANDINS, 1, 2, 3)},
     "paper": {
         1: dict(epochs=10, batch=2048, lr=1e-4, warmup=0.1, dtype="bf16", workers=8),
         2: dict(epochs=1, batch=512, lr=1e-4, warmup=0.2, dtype="bf16", workers=8),
@@ -99,7 +105,9 @@ def parse(argv=None):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(TrainConfig):
         text = f.metadata["help"] + ("" if f.default in ("", None, 0, False) else f" (default {f.default})")
-        kind = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar=f.name.upper())
+        kind = dict(type=f.type, metavar=f.name.upper())
+        if f.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)
         p.add_argument("--" + f.name.replace("_", "-"), default=MISSING, help=text, **kind)
     given = {name: value for name, value in vars(p.parse_args(argv)).items() if value is not MISSING}
     cfg = TrainConfig(**given)
@@ -187,7 +195,7 @@ def vit_job(cfg, name):
     def write(folder):
         checkpoint.write_model(model, folder, vocab)
 
-    videos = clips(cfg, config, "corpus_caption.json", config.train_frames)
+    videos = clips(cfg, config, "corpus_clips.json", config.train_frames)
     dataset = TeacherData(videos, targets, Path(cfg.data) / "annotations.jsonl", frames, epoch_size=100 * cfg.batch)
     return Job("stage 0 vit", Path(cfg.out) / "stage0" / "vit", model, dataset, collate_teacher,
                lambda batch, _: model.losses(batch), write)
@@ -263,6 +271,9 @@ def stage_job(cfg, stage):
             lambda batch, _: {"lm": model.loss(batch)}),
     }[stage]
     dataset = clips(cfg, config, corpus, frames)
+    if stage == 1 and cfg.cache_features:
+        where = Path(cfg.out) / "stage1-features"
+        dataset.features = features.keep(model.vision_encoder, dataset, where, cfg.device, cfg.workers)
     notes = [f"  {part:20} {total:>12,} parameters {trained:>12,} trained" for part, total, trained in
              set_trainable(model, stage)]
 
@@ -286,24 +297,51 @@ def learning_rate(step, cfg):
     return cfg.lr * (cfg.lr_end + (1 - cfg.lr_end) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def make_optimizer(model, cfg):
-    """AdamW with weight decay on matrices only."""
-    decay, plain = [], []
+LAYER = re.compile(r"\.(blocks|layers?)\.\d+\.")                          # of ViT, Q-Former, LLM
+
+
+def make_optimizers(model, cfg):
+    """[AdamW] with weight decay on matrices only; with cfg.muon [AdamW, Muon], and Muon has the layers' matrices.
+
+    Muon moves a matrix in all its directions by the same amount, with "match_rms_adamw" by as much as AdamW moves it
+    (arXiv 2502.16982). LoRA's matrices stay with AdamW. "scale" of a group: its rate in multiples of cfg.lr.
+    """
+    matrices, lora, layers, others = [], [], [], []
     for name, p in model.named_parameters():
-        if p.requires_grad:
-            (plain if p.ndim < 2 or "query_tokens" in name or name.endswith("temp") else decay).append(p)
-    groups = [{"params": decay, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
+        if not p.requires_grad:
+            continue
+        if p.ndim < 2 or "query_tokens" in name or name.endswith("temp"):
+            others.append(p)
+        elif "lora_" in name:
+            lora.append(p)
+        else:
+            (layers if cfg.muon and p.ndim == 2 and LAYER.search(name) else matrices).append(p)
+    groups = [{"params": matrices, "scale": 1.0}, {"params": lora, "scale": cfg.lora_lr},
+              {"params": others, "scale": 1.0, "weight_decay": 0.0}]
+    settings = dict(lr=cfg.lr, weight_decay=cfg.weight_decay)
+    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, cfg.beta2), fused=True, **settings)]
+    if layers:
+        muon = [{"params": layers, "scale": cfg.muon}]
+        optimizers.append(torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw", **settings))
+    return optimizers
+
+
+def optimizer_step(optimizers, lr):
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
 
 def fit(job, cfg):
     """Trains a job to the end; an interrupted one goes on where its last checkpoint stands."""
     model = job.model.to(cfg.device).train()
-    optimizer = make_optimizer(model, cfg)
+    optimizers = make_optimizers(model, cfg)
     sampler = data.Sampler(job.dataset, cfg.batch, seed=cfg.seed)
     torch.manual_seed(cfg.seed)
     cfg.steps = cfg.steps or cfg.epochs * len(sampler)
-    first = 0 if cfg.restart else load_trainer(job, optimizer, cfg)
+    first = 0 if cfg.restart else load_trainer(job, optimizers)
     sampler.skip_to(first)
     batches = data.make_loader(job.dataset, sampler, job.collate, cfg.workers)
     print(f"{job.name}: {cfg.steps} steps of {cfg.batch} from {len(job.dataset):,} samples, {cfg.dtype} on {cfg.device}"
@@ -311,27 +349,24 @@ def fit(job, cfg):
     log = Log(job, cfg, first)
     with StopSignal() as stop:
         for step, batch in zip(range(first, cfg.steps), forever(batches, sampler), strict=False):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, cfg)
             batch = to_device(batch, cfg.device)
             with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.dtype == "bf16"):
                 losses = job.loss(batch, step / cfg.steps)
             total = sum(losses.values())
             total.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer_step(optimizers, learning_rate(step, cfg))
             log.step(step, total, losses, norm, batch)
             for line in batch["bad"]:
                 log.bar.write(f"unreadable, another sample took its place: {line}")
             if step + 1 == cfg.steps:
                 break
             if stop.number or (step + 1) % cfg.save_every == 0:
-                save(job, optimizer, cfg, step + 1)
+                save(job, optimizers, cfg, step + 1)
             if stop.number:
                 print(f"\nstopped; the same command goes on from step {step + 1}")
                 sys.exit(128 + stop.number)
-    save(job, optimizer, cfg, cfg.steps)
+    save(job, optimizers, cfg, cfg.steps)
     print(f"{job.name}: done in {log.minutes():.1f} min, written to {job.folder}", flush=True)
 
 
@@ -404,15 +439,15 @@ class Log:
         sys.stdout.flush()
 
 
-def save(job, optimizer, cfg, step):
+def save(job, optimizers, cfg, step):
     """Writes the checkpoint; while the stage is not done, what going on needs lies beside it."""
     done = step >= cfg.steps
     with checkpoint.whole_folder(job.folder) as folder:
         job.write(folder)
         state = {"done": done, "step": step, "options": asdict(cfg)}
         if not done:
-            moments = optimizer.state_dict()["state"].items()
-            tensors = {f"optimizer.{i}.{k}": v for i, state in moments for k, v in state.items()}
+            tensors = {f"optimizer.{n}.{i}.{k}": v for n, optimizer in enumerate(optimizers)
+                       for i, state in optimizer.state_dict()["state"].items() for k, v in state.items()}
             tensors["random"] = torch.get_rng_state()
             if job.generator:
                 tensors["generator"] = job.generator.get_state()
@@ -422,25 +457,26 @@ def save(job, optimizer, cfg, step):
         (folder / "trainer.json").write_text(json.dumps(state, indent=2))
 
 
-def load_trainer(job, optimizer, cfg):
+def load_trainer(job, optimizers):
     """Fills model, optimizer and generators from an unfinished checkpoint and returns its step; 0 if there is none."""
     path = job.folder / "trainer.json"
     if not path.is_file():
         return 0
-    state = read_json(path)
+    trainer = read_json(path)
     tensors = read_tensors(job.folder / "trainer.safetensors")
     weights = {n[6:]: t for n, t in tensors.items() if n.startswith("model.")}
     load_strictly(job.model, weights, job.folder, fresh=(checkpoint.LLM_PREFIX,))
-    moments = {}
+    moments = [{} for _ in optimizers]
     for name, t in tensors.items():
         if name.startswith("optimizer."):
-            _, i, key = name.split(".")
-            moments.setdefault(int(i), {})[key] = t
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+            _, n, i, key = name.split(".")
+            moments[int(n)].setdefault(int(i), {})[key] = t
+    for optimizer, state in zip(optimizers, moments, strict=True):
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     torch.set_rng_state(tensors["random"])
     if job.generator:
         job.generator.set_state(tensors["generator"])
-    return state["step"]
+    return trainer["step"]
 
 
 def main(argv=None):

@@ -36,12 +36,13 @@ def digest(folder):
 
 def test_the_layout_is_complete(world):
     lines = (world / "annotations.jsonl").read_text().splitlines()
-    captions = [entry for source in data.load_corpus(world / "corpus_caption.json")
-                for entry in data.load_annotations(source)]
+    captions, told = ([entry for source in data.load_corpus(world / f"corpus_{name}.json")
+                       for entry in data.load_annotations(source)] for name in ("clips", "caption"))
+    assert told == captions[:28]  # 25 of the tasks and a quarter of the playground's
     instructions = json.loads((world / "instructions.json").read_text())
     assert [json.loads(line)["id"] for line in lines] == [entry["video"] for entry in captions] and len(lines) == 40
-    # of the playground's clips, the second half, only every eighth is talked about
-    assert {e["video"] for e in instructions} == {c["video"] for i, c in enumerate(captions) if i < 20 or i % 8 == 0}
+    # of the playground's clips only every eighth is talked about
+    assert {e["video"] for e in instructions} == {c["video"] for i, c in enumerate(captions) if i < 25 or i % 8 == 0}
     assert all(set(turn) == {"i", "q", "a"} for entry in instructions for turn in entry["QA"])
     assert all((world / "videos" / entry["video"]).is_file() for entry in captions + instructions)
     assert len((world / "text.jsonl").read_text().splitlines()) == 60

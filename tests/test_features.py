@@ -1,0 +1,74 @@
+"""What is kept is what the ViT sees; other clips, frames or weights are seen anew.   pytest tests/test_features.py"""
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import data
+import features
+from media import MediaError, Transform
+from model import micro_config
+from vit_video import VisionTransformer
+
+
+@pytest.fixture
+def world(tmp_path):
+    """Three clips of a grey bar on the move, and one file that is no video."""
+    for k in range(3):
+        frames = [Image.new("L", (64, 64), 40 * k) for _ in range(8)]
+        for i, frame in enumerate(frames):
+            frame.paste(255, (4 * i, 10, 4 * i + 10, 30))
+        frames[0].save(tmp_path / f"{k}.gif", save_all=True, append_images=frames[1:], duration=500, loop=0)
+    (tmp_path / "3.gif").write_text("no video")
+    entries = [{"video": f"{k}.gif", "caption": f"clip {k}"} for k in range(4)]
+    (tmp_path / "captions.json").write_text(json.dumps(entries))
+    return tmp_path
+
+
+def clips(world, how="mvbench", crop=False):
+    cfg = micro_config()
+    sources = data.load_corpus([[str(world / "captions.json"), str(world), "video"]])
+    return data.VideoTextData(sources, cfg.align_frames, Transform(cfg.vit.img_size, train=True, crop=crop), how)
+
+
+def vit():
+    torch.manual_seed(0)
+    return VisionTransformer(micro_config().vit).eval()
+
+
+def test_features_are_the_vits_and_captions_stay_theirs(world, tmp_path):
+    plain, kept, model = clips(world), clips(world), vit()
+    kept.features = features.keep(model, kept, tmp_path / "kept", "cpu", batch=3)
+    for index in range(3):
+        with torch.no_grad():
+            wanted = model(plain[index]["video"][None])[0]                 # (T, L, C)
+        sample = kept[index]
+        assert sample["text"] == f"clip {index}" and "video" not in sample
+        torch.testing.assert_close(sample["features"], wanted, rtol=1e-3, atol=2e-3)   # kept in half precision
+
+
+def test_an_unreadable_clip_is_replaced_with_its_caption(world, tmp_path):
+    kept = clips(world)
+    kept.features = features.keep(vit(), kept, tmp_path / "kept", "cpu")
+    with pytest.raises(MediaError, match="3.gif: cannot be decoded"):
+        kept.features[3]
+    sample = kept[3]
+    assert sample["text"] == "clip 0" and "3.gif" in sample["bad"][0]
+    torch.testing.assert_close(sample["features"], kept[0]["features"])
+
+
+def test_what_lies_there_is_used_again_unless_something_changed(world, tmp_path):
+    folder, model = tmp_path / "kept", vit()
+    made = features.keep(model, clips(world), folder, "cpu").path.stat().st_mtime_ns
+    assert features.keep(model, clips(world), folder, "cpu").path.stat().st_mtime_ns == made
+    before = features.Features(folder)[0]
+    with torch.no_grad():
+        model.patch_embed.proj.weight.mul_(1.5)
+    assert not torch.allclose(features.keep(model, clips(world), folder, "cpu")[0], before)
+
+
+@pytest.mark.parametrize("options", [{"how": "rand"}, {"crop": True}])
+def test_clips_that_change_are_refused(world, tmp_path, options):
+    with pytest.raises(ValueError, match="--cache-features"):
+        features.keep(vit(), clips(world, **options), tmp_path / "kept", "cpu")
