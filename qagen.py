@@ -470,9 +470,9 @@ def conversations(clip, rng, turns=2):
     """
     text, facts = read(clip, rng)
     choices = [multiple_choice(clip, fact, rng) for fact in rng.sample(facts, min(turns, len(facts)))]
-    many, instruction = [as_turn(choice) for choice in choices], rng.choice(OPEN)
-    system = SYSTEM if rng.random() < 0.2 else ""
-    many[0] |= {"i": system, "q": system + many[0]["q"]}
+    system, instruction = SYSTEM if rng.random() < 0.2 else "", rng.choice(OPEN)
+    many = [as_turn(choice) | {"i": system} for choice in choices]
+    many[0]["q"] = system + many[0]["q"]
     talks = [many, [{"i": instruction, "q": choice["question"], "a": choice["answer"]} for choice in choices]]
     return talks + ([[{"i": rng.choice(DESCRIBE), "q": "", "a": text}]] if rng.random() < 1 / 6 else [])
 
