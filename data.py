@@ -128,9 +128,9 @@ class VideoTextData(torch.utils.data.Dataset):
     """Samples of load_corpus's sources, one after another: captions or instructions, as their entries are.
 
     A sample: video (T, 3, size, size) float or, where `features` (features.Features) are set, features (T, L, C); text
-    (a caption) or qas (in random order), seconds of the frames, medium,
-    path, idx (of the entry: the same clip has the same idx), draw (a random number for the collate), bad (media that
-    could not be read and were replaced, one line each). More than max_bad in a row raise MediaError.
+    (a caption) or qas (in random order), seconds of the frames, medium, path, idx (of the entry: the same clip has the
+    same idx), draw (a random number for the collate), bad (media that could not be read and were replaced, one line
+    each). More than max_bad in a row raise MediaError.
     """
 
     def __init__(self, sources, num_frames, transform, how="rand", seed=0, max_bad=10):
@@ -155,8 +155,11 @@ class VideoTextData(torch.utils.data.Dataset):
 
     def length(self, index):
         """Of the text, in characters."""
-        s, entry = self.entry(index)
-        return sum(len(qa.get(key) or "") for qa in entry.get("QA", ()) for key in "iqa") or len(entry["caption"])
+        _, entry = self.entry(index)
+        if "QA" in entry:
+            return sum(len(qa.get(key) or "") for qa in entry["QA"] for key in "iqa")
+        captions = entry["caption"]
+        return len(captions) if isinstance(captions, str) else max(map(len, captions))
 
     def entry(self, index):
         """-> (number of its source, entry)."""

@@ -9,6 +9,7 @@ or other frames are made anew. Not here: the ViT (vit_video.py), reading (media.
 Run:    python train.py --stage 1 --cache-features
 """
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -71,10 +72,11 @@ def keep(vit, clips, folder, device, workers=0, batch=32):
         raise ValueError("--cache-features is for videos whose frames and crops are the same each time; leave it out")
     vit, bad = vit.to(device).eval(), {}
     loader = DataLoader(EachOnce(clips), batch, collate_fn=list, num_workers=workers)
+    print(f"the ViT looks at {len(clips):,} clips; what it sees is kept in {folder}", flush=True)
     with whole_folder(folder) as temporary:
         shape = len(clips), clips.num_frames, vit.cfg.grid ** 2, vit.cfg.width
         features = np.lib.format.open_memmap(temporary / "features.npy", "w+", np.float16, shape)
-        for rows in tqdm(loader, desc="features of the ViT", unit="batch"):
+        for rows in tqdm(loader, desc="features", unit="batch", disable=not sys.stderr.isatty()):
             bad |= {index: error for index, video, error in rows if video is None}
             seen = [(index, video) for index, video, _ in rows if video is not None]
             if seen:

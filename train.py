@@ -470,6 +470,8 @@ def load_trainer(job, optimizers):
     for name, t in tensors.items():
         if name.startswith("optimizer."):
             _, n, i, key = name.split(".")
+            if int(n) >= len(optimizers):
+                raise ValueError(f"{job.folder} was begun with --muon; go on with it, or begin again by --restart")
             moments[int(n)].setdefault(int(i), {})[key] = t
     for optimizer, state in zip(optimizers, moments, strict=True):
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

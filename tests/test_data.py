@@ -177,6 +177,21 @@ def test_going_on_in_mid_epoch_equals_not_stopping(world):
     assert run(later, 5) == whole[8:]
 
 
+def test_a_batch_holds_texts_of_nearly_the_same_length():
+    class Texts:
+        def __len__(self):
+            return 256
+
+        def length(self, index):
+            return 500 if index % 4 == 0 else 20
+
+    batches = list(Sampler(Texts(), 8))
+    assert sorted(i for batch in batches for i in batch) == list(range(256))
+    kinds = [{i % 4 == 0 for i in batch} for batch in batches]
+    assert sum(len(kind) == 2 for kind in kinds) <= 2                       # one in each window of 16 batches
+    assert len({tuple(kind) for kind in kinds[:16]}) > 1                   # and the batches come in any order
+
+
 def test_weights(world):
     sources = load_corpus(world / "corpus.json")
     sources[0].weight, sources[1].weight = 2.5, 0.4

@@ -152,6 +152,23 @@ def test_the_playground_tells_what_each_does_from_top_left_to_bottom_right():
     assert all(fact.wrong[:2] == [other.answer for other in facts if other is not fact] for fact in facts)
 
 
+def test_conversations_ask_with_options_and_without():
+    """One in five as the benchmark does, its long prompt in all turns' instruction: the order of turns is random."""
+    prompted = described = 0
+    for i, (clip, _) in enumerate(training("action_sequence")):
+        many, plain, *rest = qagen.conversations(clip, random.Random(i))
+        assert len(many) == len(plain) == 2 and len({turn["q"] for turn in plain}) == 2  # no fact twice
+        for asked, opened in zip(many, plain, strict=True):
+            assert f"Question: {opened['q']}\nOptions:\n(A)" in asked["q"]
+            assert asked["a"].partition(") ")[2] == opened["a"] and opened["i"] in qagen.OPEN
+        assert len({turn["i"] for turn in many}) == 1 and many[0]["i"] in ("", qagen.SYSTEM)
+        assert many[0]["q"].startswith(qagen.SYSTEM) == bool(many[0]["i"])
+        assert [turns[0]["a"] for turns in rest] in ([], [qagen.caption(clip, random.Random(0))])
+        prompted += bool(many[0]["i"])
+        described += len(rest)
+    assert 40 < prompted < 80 and 30 < described < 70                      # of 300
+
+
 def test_the_language_is_small():
     rng, words = random.Random(0), set()
     for task in qagen.ROWS:

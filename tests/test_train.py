@@ -20,6 +20,7 @@ import probe
 import qagen
 import toyworld
 import train
+from model import VideoChat2, micro_config, set_trainable
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -140,6 +141,27 @@ def test_a_stopped_run_goes_on_to_the_very_same_weights(world, runs, tmp_path, s
     train.main(options(world, out, stage))
     once, twice = weights(runs / f"stage{stage}"), weights(out / f"stage{stage}")
     assert once.keys() == twice.keys() and all(torch.equal(once[n], twice[n]) for n in once)
+
+
+def test_each_parameter_has_its_optimizer_and_its_rate():
+    config = micro_config()
+    config.llama.vocab_size = config.qformer.vocab_size = 50
+    model = VideoChat2(config, 3)
+    set_trainable(model, 3)
+    adamw, muon = train.make_optimizers(model, train.TrainConfig(stage=3, muon=2.0, lora_lr=5.0))
+    name_of = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    matrices, lora, others, layers = ([name_of.pop(id(p)) for p in group["params"]]
+                                      for group in (*adamw.param_groups, *muon.param_groups))
+    assert not name_of                                                     # each once
+    assert all("lora_" in name for name in lora) and len(lora) == 2 * 7 * config.llama.depth
+    assert all(".blocks." in name or ".layer." in name for name in layers)
+    assert {"llama_proj.weight", "vision_encoder.patch_embed.proj.weight"} <= set(matrices)
+    assert {"query_tokens", "llama_proj.bias", "vision_layernorm.weight"} <= set(others)
+    assert [group["weight_decay"] for group in adamw.param_groups] == [0.02, 0.02, 0.0]
+    train.optimizer_step([adamw, muon], 0.1)
+    assert [group["lr"] for group in (*adamw.param_groups, *muon.param_groups)] == [0.1, 0.5, 0.1, 0.2]
+    (plain,) = train.make_optimizers(model, train.TrainConfig(stage=3))    # without Muon
+    assert sum(len(group["params"]) for group in plain.param_groups) == len(matrices + lora + others + layers)
 
 
 def run(script, *arguments):
