@@ -143,7 +143,7 @@ def llm_config(folder):
 
 
 def fingerprint(tensors):
-    """Short hash of an LLM: its names, shapes and 16 values of each tensor."""
+    """Short hash of a model's weights: their names, shapes and 16 values of each tensor."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         t = tensors[name]

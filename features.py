@@ -54,7 +54,7 @@ class EachOnce(Dataset):
 
 def origin(vit, clips):
     """What the features depend on, as JSON: the ViT's weights, the corpus, the choice of frames, the pixels."""
-    size = [(Path(s.anno).stat().st_size, Path(s.anno).stat().st_mtime) for s in clips.sources]
+    size = [[Path(s.anno).stat().st_size, Path(s.anno).stat().st_mtime] for s in clips.sources]
     return {"vit": fingerprint(vit.state_dict()), "sources": [asdict(s) for s in clips.sources], "annotations": size,
             "clips": len(clips), "frames": clips.num_frames, "how": clips.how, "pixels": clips.transform.size,
             "mean": clips.transform.mean.flatten().tolist()}
@@ -63,7 +63,7 @@ def origin(vit, clips):
 @torch.no_grad()
 def keep(vit, clips, folder, device, workers=0, batch=32):
     """Features of all clips (a VideoTextData) in `folder`: those that lie there if they are these, else made now."""
-    made_from = json.loads(json.dumps(origin(vit, clips)))
+    made_from = origin(vit, clips)
     info = Path(folder) / "info.json"
     if info.is_file() and read_json(info)["made_from"] == made_from:
         return Features(folder)

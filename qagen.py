@@ -186,8 +186,8 @@ def listing(words):
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
 
 
-def times(count):
-    return f"{count} time{'' if int(count) == 1 else 's'}"
+def counted(count, noun):
+    return f"{count} {noun}{'' if int(count) == 1 else 's'}"
 
 
 def but(pool, *taken):
@@ -280,7 +280,7 @@ def object_shuffle(clip, rng):
     place = ("left", "middle", "right")[row.index(hidden)]
     swaps = len(in_order(clip, "swaps"))
     wrong = [f"Under the {other} cup." for other in but(("left", "middle", "right"), place)]
-    return f"at the end the ball is under the {place} cup. Cups swap {times(swaps)}.", [
+    return f"at the end the ball is under the {place} cup. Cups swap {counted(swaps, 'time')}.", [
         Fact("where", f"Under the {place} cup.", wrong)]
 
 
@@ -312,13 +312,13 @@ def scene_transition(clip, rng):
 
 def action_count(clip, rng):
     hero, action, count = the(clip["objects"][0]), clip["events"][0]["action"], str(len(clip["events"]))
-    return f"{hero} {action} {times(count)}.", [
+    return f"{hero} {action} {counted(count, 'time')}.", [
         Fact("count", count, rng.sample(but("1234", count), 2), {"hero": hero, "action": action})]
 
 
 def moving_count(clip, rng):
     count = str(len(clip["events"]))
-    return f"{count} objects move." if count != "1" else "1 object moves.", [
+    return f"{counted(count, 'object')} {'moves' if count == '1' else 'move'}.", [
         Fact("count", count, but("1234", count))]
 
 
@@ -359,8 +359,7 @@ def egocentric_navigation(clip, rng):
     past = {"go forward": "goes forward", "turn left and go forward": "turns left and goes forward",
             "turn right and go forward": "turns right and goes forward"}
     answer = option(route[len(done)])
-    moves = "1 move" if len(done) == 1 else f"{len(done)} moves"
-    return f"the agent has made {moves}. It {', then '.join(past[move] for move in done)}.", [
+    return f"the agent has made {counted(len(done), 'move')}. It {', then '.join(past[move] for move in done)}.", [
         Fact("next", answer, but(answers, answer), {"route": ", then ".join(route)})]
 
 
@@ -440,16 +439,17 @@ def multiple_choice(clip, fact, rng, letter=None):
     return {"question": ask.format(**slots), "candidates": candidates, "answer": fact.answer}
 
 
-def as_turn(choice, worked=False):
+def as_turn(choice, worked=False, system=""):
     """A multiple-choice question as one turn {"i", "q", "a"} of a conversation, in the benchmark's own words.
 
     worked: behind each option stands MARKS' word for whether it is right, as in a worked example of a schoolbook.
+    system: the conversation's instruction.
     """
     answer, options = choice["answer"], choice["candidates"]
     letter = "ABCDE"[options.index(answer)]
     if worked:
         options = [f"{option} {MARKS[option == answer]}" for option in options]
-    return {"i": SYSTEM, "q": mvbench_question(choice["question"], options) + ONLY_BEST,
+    return {"i": system, "q": mvbench_question(choice["question"], options) + ONLY_BEST,
             "a": f"Best option:({letter}) {answer}"}
 
 
@@ -471,7 +471,7 @@ def conversations(clip, rng, turns=2):
     text, facts = read(clip, rng)
     choices = [multiple_choice(clip, fact, rng) for fact in rng.sample(facts, min(turns, len(facts)))]
     system, instruction = SYSTEM if rng.random() < 0.2 else "", rng.choice(OPEN)
-    many = [as_turn(choice) | {"i": system} for choice in choices]
+    many = [as_turn(choice, system=system) for choice in choices]
     many[0]["q"] = system + many[0]["q"]
     talks = [many, [{"i": instruction, "q": choice["question"], "a": choice["answer"]} for choice in choices]]
     return talks + ([[{"i": rng.choice(DESCRIBE), "q": "", "a": text}]] if rng.random() < 1 / 6 else [])
@@ -485,7 +485,7 @@ def text_documents(clip, rng, turns=2):
     text, facts = read(clip, rng)
     worked = rng.random() < 2 / 3
     many = [as_turn(multiple_choice(clip, fact, rng), worked) for fact in rng.sample(facts, min(turns, len(facts)))]
-    return text, [turn | {"i": ""} for turn in many]  # the instruction is long and always the same
+    return text, many
 
 
 def benchmark(task, count, draw, rng, trials=24):

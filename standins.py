@@ -185,7 +185,7 @@ class School(torch.utils.data.Dataset):
         text, right, wrong = self.one_word(rng) if self.epoch < 3 else self.many_words(rng)
         choice = {"question": rng.choice(DRILL), "candidates": rng.sample([right, *wrong], len(wrong) + 1),
                   "answer": right}
-        return text, [as_turn(choice, worked=rng.random() < 0.7) | {"i": ""}]
+        return text, [as_turn(choice, worked=rng.random() < 0.7)]
 
     def one_word(self, rng):
         """-> (text, right option, wrong ones), as many_words."""
