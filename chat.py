@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 import checkpoint
-from media import Transform, read_benchmark_clip
+from media import benchmark_video
 from prompt import answer_text, chat_prompt, is_complete, pad_batch
 
 INSTRUCTION = "Watch the video and answer the question.\n"
@@ -25,10 +25,8 @@ class Chat:
         self.model, self.wordpiece, self.tok = checkpoint.load_model(ckpt, llm, device)
         if self.tok is None:
             raise ValueError(f"{ckpt} is of stage 1 and cannot speak; chat needs a checkpoint of stage 2 or 3")
-        cfg = self.model.cfg
         self.sampling, self.max_new_tokens, self.history = {"temperature": temperature}, max_new_tokens, []
-        clip = read_benchmark_clip(media, cfg.eval_frames, None)                          # (T, 3, H, W) uint8
-        video = Transform(cfg.vit.img_size, crop=cfg.crop, norm=cfg.eval_norm)(clip)      # (T, 3, H, W)
+        video = benchmark_video(media, self.model.cfg)                                         # (T, 3, H, W)
         qf_ids = torch.tensor([self.wordpiece.encode(INSTRUCTION, sep=True)], device=device)   # (1, S)
         with torch.no_grad():
             vision = self.model.encode(video[None].to(device))                                 # (1, N, C)

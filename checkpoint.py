@@ -192,7 +192,7 @@ def load_model(folder, llm="", device="cpu", dtype=torch.float32):
     tok = None
     if found["llm"]:
         where = find_llm(folder, llm or found["llm"]["path"])
-        tok = put_llm(model, where, dtype, expected=found["llm"]["fingerprint"], needed_by=folder)
+        tok, _ = put_llm(model, where, dtype, expected=found["llm"]["fingerprint"], needed_by=folder)
         tensors |= {n: t for n, t in model.state_dict().items() if n.startswith(LLM_PREFIX) and "lora_" not in n}
     load_strictly(model, tensors, folder)
     return model.to(device).eval(), WordPiece.load(folder / "vocab.txt"), tok
@@ -207,7 +207,7 @@ def find_llm(folder, path):
 
 
 def put_llm(model, folder, dtype=torch.float32, expected=None, needed_by=""):
-    """Reads an LLM folder into model.llama_model; returns its tokenizer. The fingerprint must be the expected one."""
+    """Reads an LLM folder into model.llama_model -> (its tokenizer, its fingerprint, which must be `expected`)."""
     tensors = read_tensors(Path(folder) / "model.safetensors")
     found = fingerprint(tensors)
     if expected and found != expected:
@@ -220,13 +220,7 @@ def put_llm(model, folder, dtype=torch.float32, expected=None, needed_by=""):
     for name, p in llama.named_parameters():
         if "lora_" not in name:
             p.data = p.data.to(dtype)
-    return SentencePiece(str(Path(folder) / "tokenizer.model"))
-
-
-def llm_reference(folder, checkpoint):
-    """{"path", "fingerprint"} for a checkpoint's config.json; the path is relative to the checkpoint if it can be."""
-    tensors = read_tensors(Path(folder) / "model.safetensors")
-    return {"path": os.path.relpath(folder, checkpoint), "fingerprint": fingerprint(tensors)}
+    return SentencePiece(str(Path(folder) / "tokenizer.model")), found
 
 
 def load_llm(folder, dtype=torch.float32):

@@ -202,6 +202,12 @@ class Transform:
         return (height - h) // 2, (width - w) // 2, h, w
 
 
+def benchmark_video(path, cfg, bound=None):
+    """A medium as a model (cfg: its model.Config) sees it in MVBench and chat: (T, 3, size, size)."""
+    transform = Transform(cfg.vit.img_size, crop=cfg.crop, norm=cfg.eval_norm)
+    return transform(read_benchmark_clip(path, cfg.eval_frames, bound))
+
+
 def resize(x, height, width):
     """Bicubic with antialiasing, rounded to whole levels as an image library would. (T, 3, H, W) -> float."""
     if x.shape[-2:] == (height, width):

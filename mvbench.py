@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
-from media import MediaError, Transform, read_benchmark_clip
+from media import MediaError, benchmark_video
 from prompt import SYSTEM, answer_text, is_complete, mvbench_prompt, pad_batch
 
 LETTERS = "ABCDE"
@@ -140,8 +140,7 @@ class Clips(torch.utils.data.Dataset):
     """Each (medium, bounds) that the questions speak of, once: (T, 3, H, W) normalised, or the reason why not."""
 
     def __init__(self, keys, cfg):
-        self.keys, self.frames = keys, cfg.eval_frames
-        self.transform = Transform(cfg.vit.img_size, crop=cfg.crop, norm=cfg.eval_norm)
+        self.keys, self.cfg = keys, cfg
 
     def __len__(self):
         return len(self.keys)
@@ -149,7 +148,7 @@ class Clips(torch.utils.data.Dataset):
     def __getitem__(self, index):
         media, bound = self.keys[index]
         try:
-            return self.transform(read_benchmark_clip(media, self.frames, bound))
+            return benchmark_video(media, self.cfg, bound)
         except MediaError as error:
             return str(error)
 

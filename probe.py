@@ -26,7 +26,7 @@ import torch
 
 import checkpoint
 import qagen
-from media import Transform, mvbench_indices, read_benchmark_clip
+from media import benchmark_video, mvbench_indices
 from mvbench import letter_ids
 from prompt import (
     CAPTION_INSTRUCTIONS,
@@ -55,9 +55,8 @@ def benchmark_clips(data, count):
 
 def look(cfg, data, clips):
     """Annotations -> video (B, T, 3, H, W) as the benchmark reads it."""
-    transform = Transform(cfg.vit.img_size, crop=cfg.crop, norm=cfg.eval_norm)
-    paths = [Path(data) / "mvbench" / "video" / clip["id"] for clip in clips]
-    return torch.stack([transform(read_benchmark_clip(str(path), cfg.eval_frames)) for path in paths])
+    folder = Path(data) / "mvbench" / "video"
+    return torch.stack([benchmark_video(str(folder / clip["id"]), cfg) for clip in clips])
 
 
 def frames_seen(task, count):

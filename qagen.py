@@ -31,7 +31,7 @@ ANTONYMS = {"size": ("grows", "shrinks"), "presence": ("appears", "disappears"),
 PLACES = ("city", "desert", "sea", "forest", "snow")
 LETTERS = ("A", "C", "H", "K", "L", "T", "X", "Z")
 POSES = ("raises its arms", "spreads its arms", "kneels", "bows", "kicks", "lies down")
-MOVES = {"forward": "go forward", "left": "turn left and go forward", "right": "turn right and go forward"}
+MOVES = {"forward": "go forward", "left": "turn left", "right": "turn right"}  # a turn is gone on with forward
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ TASKS = {  # official name of the json file -> task, in the order of the publish
     "action_sequence": Task(
         "Action Sequence", "Action", "star/Charades_v1_480", 4, "one more that it did, two that it did not", {
             "after": ("What does {hero} do after it {anchor}?", "What happens after {hero} {anchor}?",
-                      "Which action follows when {hero} {anchor}?"),
+                      "Which action comes after {hero} {anchor}?"),
             "before": ("What does {hero} do before it {anchor}?", "What happens before {hero} {anchor}?",
-                       "Which action came first, before {hero} {anchor}?")}, bound=True),
+                       "Which action comes before {hero} {anchor}?")}, bound=True),
     "action_prediction": Task(
         "Action Prediction", "Action", "star/Charades_v1_480", 4, "the four ways", {
             "next": ("{Hero} goes round in a fixed order. Where will it go next?",
@@ -75,10 +75,11 @@ TASKS = {  # official name of the json file -> task, in the order of the publish
                    "Does {a} move when the lamp blinks?")}),
     "object_interaction": Task(
         "Object Interaction", "Object", "star/Charades_v1_480", 4, "the other objects of the clip", {
-            "touch": ("Which object did {hero} touch?", "What was touched by {hero}?",
-                      "With which object did {hero} come into contact?"),
-            "near": ("Which object did {hero} approach but not touch?", "What did {hero} approach without touching it?",
-                     "Towards which object did {hero} go only a little way?")}, bound=True),
+            "touch": ("Which object is it that {hero} touches?", "What is the thing that {hero} touches?",
+                      "{Hero} touches one of the objects. Which one?"),
+            "near": ("Which object is it that {hero} only approaches?",
+                     "What is the thing that {hero} only approaches?",
+                     "{Hero} only approaches one of the objects. Which one?")}, bound=True),
     "object_shuffle": Task(
         "Object Shuffle", "Object", "perception/videos", 3, "left, middle, right", {
             "where": ("Where is the ball at the end?", "Where is the hidden ball at the end of the video?",
@@ -130,15 +131,16 @@ TASKS = {  # official name of the json file -> task, in the order of the publish
                      "Route: {route}. Given the video so far, what comes next?")}),
     "episodic_reasoning": Task(
         "Episodic Reasoning", "Cognition", "tvqa/frames_fps3_hq", 5, "the others of the clip and of the world", {
-            "first": ("Who has the gift at first?", "Who is the first to give the gift away?",
-                      "Whose is the gift at the start?"),
-            "between": ("Who gets the gift and gives it away again?", "Who has the gift between the other two?",
-                        "Who is given the gift but does not keep it?"),
-            "last": ("Who has the gift at the end?", "Who gets the gift last?", "To whom does the gift go in the end?"),
-            "where_first": ("Where is the gift given for the first time?", "In which place is the gift given first?",
-                            "What is the first place where the gift is given?"),
-            "where_last": ("Where is the gift given for the last time?", "In which place is the gift given last?",
-                           "What is the last place where the gift is given?")}, bound=True),
+            "start": ("Who has the gift at the start?", "Whose is the gift at the start?",
+                      "Which person has the gift at the start?"),
+            "between": ("Who has the gift in between?", "Whose is the gift in between?",
+                        "Which person has the gift in between?"),
+            "end": ("Who has the gift at the end?", "Whose is the gift at the end?",
+                    "Which person has the gift at the end?"),
+            "where_first": ("Where is the gift given first?", "In which place is the gift given first?",
+                            "What is the place where the gift is given first?"),
+            "where_last": ("Where is the gift given last?", "In which place is the gift given last?",
+                           "What is the place where the gift is given last?")}, bound=True),
     "counterfactual_inference": Task(
         "Counterfactual Inference", "Cognition", "clevrer/video_validation", 4, "the other objects and nothing", {
             "without": ("If the block that {hero} hits were not there, what would it hit?",
@@ -212,10 +214,10 @@ def action_sequence(clip, rng):
     first, second, third = (e["action"] for e in in_order(clip))
     hero = the(clip["objects"][0])
     unseen = but(ACTIONS, first, second, third)
-    facts = [Fact(kind, option(f"it {answer}"), [option(f"it {a}") for a in (other, *rng.sample(unseen, 2))],
-                  {"hero": hero, "anchor": second})
+    facts = [Fact(kind, f"{upper(kind)} that it {answer}.", [f"{upper(kind)} that it {a}." for a in (
+        other, *rng.sample(unseen, 2))], {"hero": hero, "anchor": second})
              for kind, answer, other in (("after", third, first), ("before", first, third))]
-    return f"{hero} {first}, then {second}, then {third}.", facts
+    return f"{hero} {second}. Before that it {first}. After that it {third}.", facts
 
 
 def action_prediction(clip, rng):
@@ -223,7 +225,7 @@ def action_prediction(clip, rng):
     hero, ways = the(clip["objects"][0]), [e["action"] for e in in_order(clip)]
     period = ways.index(ways[0], 1) if ways[0] in ways[1:] else len(ways)
     after = ways[len(ways) % period]
-    return f"{hero} will go {after} next. It goes {', '.join(ways)}.", [
+    return f"{hero} will go {after} next, after {ways[-2]} and {ways[-1]}.", [
         Fact("next", f"It goes {after}.", [f"It goes {way}." for way in but(SIDES, after)], {"hero": hero})]
 
 
@@ -250,26 +252,27 @@ def unexpected_action(clip, rng):
 
 
 def object_existence(clip, rng):
-    moves, blinks, facts = in_order(clip, "moves"), in_order(clip, "blinks"), []
-    for move in moves:
+    """Cells: yes, no, not sure, whatever moves."""
+    blinks, facts, told = in_order(clip, "blinks"), [], {}
+    for move in in_order(clip, "moves"):
+        one = the(clip["objects"][move["object"]])
         together = blinks and move["start"] < blinks[0]["end"] and blinks[0]["start"] < move["end"]
-        answer = "Not sure." if not blinks else "Yes." if together else "No."
-        facts.append(Fact("is", answer, but(("Yes.", "No.", "Not sure."), answer),
-                          {"a": the(clip["objects"][move["object"]]).replace("the ", "a ", 1)}))
-    first, second = (the(clip["objects"][move["object"]]) for move in moves)
-    if not blinks:
-        return f"it is not sure, for the lamp never blinks. {upper(first)} moves, then {second} moves.", facts
-    if facts[0].answer == "No.":
-        first, second = second, first
-    return f"while the lamp blinks, {first} moves. {upper(second)} moves while it does not blink.", facts
+        answers = {"yes": f"{one} moves with the lamp", "no": f"{one} moves without the lamp",
+                   "not sure": "the lamp never blinks"}
+        verdict = "not sure" if not blinks else "yes" if together else "no"
+        told[verdict] = answers[verdict]
+        answer, *wrong = (f"{upper(word)}, {answers[word]}." for word in (verdict, *but(answers, verdict)))
+        an = one.replace("the", "an" if one.startswith("the o") else "a", 1)
+        facts.append(Fact("is", answer, wrong, {"a": an}, (verdict, answer)))
+    return ", ".join(told[verdict] for verdict in sorted(told, reverse=True)) + ".", facts
 
 
 def object_interaction(clip, rng):
     hero, *others = map(the, clip["objects"])
     touched, neared = (others[in_order(clip, action)[0]["target"] - 1] for action in ("touches", "approaches"))
-    return f"{hero} touches {touched}. It approaches {neared} but does not touch it.", [
-        Fact(kind, option(answer), [option(other) for other in but(others, answer)], {"hero": hero})
-        for kind, answer in (("touch", touched), ("near", neared))]
+    return f"{hero} touches {touched} and only approaches {neared}.", [
+        Fact(kind, f"It {verb} {answer}.", [f"It {verb} {other}." for other in but(others, answer)], {"hero": hero})
+        for kind, verb, answer in (("touch", "touches", touched), ("near", "only approaches", neared))]
 
 
 def object_shuffle(clip, rng):
@@ -278,9 +281,8 @@ def object_shuffle(clip, rng):
     hidden = in_order(clip, "hides")[0]["target"]
     row = sorted(cups, key=lambda i: cups[i]["x"][-1])
     place = ("left", "middle", "right")[row.index(hidden)]
-    swaps = len(in_order(clip, "swaps"))
     wrong = [f"Under the {other} cup." for other in but(("left", "middle", "right"), place)]
-    return f"at the end the ball is under the {place} cup. Cups swap {counted(swaps, 'time')}.", [
+    return f"at the end the ball is under the {place} cup, the {cups[hidden]['colour']} one.", [
         Fact("where", f"Under the {place} cup.", wrong)]
 
 
@@ -303,11 +305,11 @@ def action_localization(clip, rng):
 
 def scene_transition(clip, rng):
     """Change, reverse, and from or to the same pivot another change with its reverse: each as likely to be right."""
-    before, after = (f"the {clip['background'][t]}" for t in (0, -1))
-    pivot, third = rng.choice((before, after)), rng.choice(but([f"the {p}" for p in PLACES], before, after))
+    before, after = clip["background"][0], clip["background"][-1]
+    pivot, third = rng.choice((before, after)), rng.choice(but(PLACES, before, after))
     wrong = [(after, before), (pivot, third), (third, pivot)]
     return f"the scene changes from {before} to {after}.", [
-        Fact("change", f"From {before} to {after}.", [f"From {a} to {b}." for a, b in wrong])]
+        Fact("change", f"It changes from {before} to {after}.", [f"It changes from {a} to {b}." for a, b in wrong])]
 
 
 def action_count(clip, rng):
@@ -349,18 +351,19 @@ def character_order(clip, rng):
     letters = [clip["objects"][e["object"]]["shape"] for e in in_order(clip)]
     a, b, c = letters
     orders = [[a, c, b], [b, a, c], [b, c, a], [c, a, b], [c, b, a]]
-    return f"the letters are {', '.join(letters)}.", [
-        Fact("order", ", ".join(letters), [", ".join(order) for order in rng.sample(orders, 2)])]
+    told = "first {}, then {}, last {}.".format
+    return f"the letters are {told(a, b, c)}", [
+        Fact("order", f"They are {told(a, b, c)}", [f"They are {told(*order)}" for order in rng.sample(orders, 2)])]
 
 
 def egocentric_navigation(clip, rng):
-    done, answers = [MOVES[e["action"]] for e in in_order(clip)], [*map(option, MOVES.values()), "Stop."]
-    route = [*(MOVES[move] for move in clip["route"]), "stop"]
-    past = {"go forward": "goes forward", "turn left and go forward": "turns left and goes forward",
-            "turn right and go forward": "turns right and goes forward"}
-    answer = option(route[len(done)])
-    return f"the agent has made {counted(len(done), 'move')}. It {', then '.join(past[move] for move in done)}.", [
-        Fact("next", answer, but(answers, answer), {"route": ", then ".join(route)})]
+    """Of the route's numbered moves but the first, the one after those that the agent has made. Cells: its number."""
+    done, route = in_order(clip), [*(MOVES[move] for move in clip["route"]), "stop"]
+    so_far = ", then ".join(MOVES[e["action"]].replace("go ", "goes ").replace("turn ", "turns ") for e in done)
+    moves = [f"{number} {move}" for number, move in enumerate(route, 1)]
+    answer, *wrong = (f"Move {move}." for move in (moves[len(done)], *but(moves[1:], moves[len(done)])))
+    return f"next is move {len(done) + 1}. So far the agent {so_far}.", [
+        Fact("next", answer, wrong, {"route": ", ".join(moves)}, (len(done), answer))]
 
 
 def episodic_reasoning(clip, rng):
@@ -368,12 +371,13 @@ def episodic_reasoning(clip, rng):
     give, again = in_order(clip, "gives")
     a, b, c = (the(clip["objects"][i]) for i in (give["object"], give["target"], again["target"]))
     strangers = rng.sample(but([f"the {colour} person" for colour in COLOURS], a, b, c), 2)
-    who = [(kind, one, but([a, b, c, *strangers], one)) for kind, one in (("first", a), ("between", b), ("last", c))]
-    places = [f"in the {place}" for place in PLACES]
-    where = [(kind, f"in the {e['place']}", but(places, f"in the {e['place']}"))
-             for kind, e in (("where_first", give), ("where_last", again))]
-    return f"in the {give['place']} {a} gives the gift to {b}. In the {again['place']} {b} gives it to {c}.", [
-        Fact(kind, option(answer), [option(w) for w in wrong]) for kind, answer, wrong in who + where]
+    who = [(kind, f"{when} {{}}.", one, but([a, b, c, *strangers], one)) for kind, when, one in (
+        ("start", "At the start", a), ("between", "In between", b), ("end", "At the end", c))]
+    where = [(f"where_{when}", f"It is given {when} in {{}}.", e["place"], but(PLACES, e["place"]))
+             for when, e in (("first", give), ("last", again))]
+    told = f"at the start {a} has the gift. In between {b}. At the end {c}."
+    return f"{told} It is given first in {give['place']}, last in {again['place']}.", [
+        Fact(kind, said.format(answer), [said.format(w) for w in wrong]) for kind, said, answer, wrong in who + where]
 
 
 def counterfactual_inference(clip, rng):
@@ -392,13 +396,16 @@ def deed(play):
 
 def playground(clip, rng):
     """What each of them does, and what the others do as wrong options."""
+    def said(one, does):
+        return upper(f"{one} {does}.")
+
     deeds = {the(clip["objects"][e["object"]]): deed(e["action"]) for e in clip["events"]}
     facts = []
     for one, does in deeds.items():
         others = but(dict.fromkeys(deeds.values()), does)
         others += rng.sample(but(map(deed, PLAYS), *deeds.values()), 3 - len(others))
-        facts.append(Fact("does", option(f"it {does}"), [option(f"it {other}") for other in others], {"hero": one}))
-    return " ".join(upper(f"{the(one)} {deeds[the(one)]}.") for one in by_place(clip["objects"])), facts
+        facts.append(Fact("does", said(one, does), [said(one, other) for other in others], {"hero": one}))
+    return " ".join(said(the(one), deeds[the(one)]) for one in by_place(clip["objects"])), facts
 
 
 READERS = {reader.__name__: reader for reader in (
@@ -453,6 +460,12 @@ def as_turn(choice, worked=False, system=""):
             "a": f"Best option:({letter}) {answer}"}
 
 
+def as_open_turns(choices, rng):
+    """The questions without their options, as the turns of a conversation."""
+    instruction = rng.choice(OPEN)
+    return [{"i": instruction, "q": choice["question"], "a": choice["answer"]} for choice in choices]
+
+
 MARKS = ("no", "yes")  # in lower case they are said nowhere else
 
 
@@ -470,22 +483,22 @@ def conversations(clip, rng, turns=2):
     """
     text, facts = read(clip, rng)
     choices = [multiple_choice(clip, fact, rng) for fact in rng.sample(facts, min(turns, len(facts)))]
-    system, instruction = SYSTEM if rng.random() < 0.2 else "", rng.choice(OPEN)
+    system = SYSTEM if rng.random() < 0.2 else ""
     many = [as_turn(choice, system=system) for choice in choices]
     many[0]["q"] = system + many[0]["q"]
-    talks = [many, [{"i": instruction, "q": choice["question"], "a": choice["answer"]} for choice in choices]]
+    talks = [many, as_open_turns(choices, rng)]
     return talks + ([[{"i": rng.choice(DESCRIBE), "q": "", "a": text}]] if rng.random() < 1 / 6 else [])
 
 
-def text_documents(clip, rng, turns=2):
-    """For a language model that sees no video: (caption, multiple-choice turns whose answers the caption tells).
+def text_document(clip, rng, turns=2):
+    """For a language model that sees no video: (caption, multiple-choice turns whose answers it tells, the same open).
 
     Two documents in three are worked examples, with MARKS: standins.School says why.
     """
     text, facts = read(clip, rng)
+    choices = [multiple_choice(clip, fact, rng) for fact in rng.sample(facts, min(turns, len(facts)))]
     worked = rng.random() < 2 / 3
-    many = [as_turn(multiple_choice(clip, fact, rng), worked) for fact in rng.sample(facts, min(turns, len(facts)))]
-    return text, many
+    return text, [as_turn(choice, worked) for choice in choices], as_open_turns(choices, rng)
 
 
 def benchmark(task, count, draw, rng, trials=24):

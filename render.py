@@ -35,7 +35,8 @@ SHAPES = ("none", *qagen.SHAPES, *qagen.LETTERS, *qagen.POSES, "cup", "ball", "l
           "person", "gift", *qagen.PLACES, "dark")
 ACTIVITIES = ("none", "still", *qagen.DIRECTIONS, "grows", "shrinks", "spins clockwise", "spins counter-clockwise",
               "blinks", "jumps", "shakes", "wobbles", "bounces", "zigzags", "appears", "disappears", "teleports",
-              "passes through the wall", "stops in mid-fall", "splits in two", "lit")
+              "passes through the wall", "stops in mid-fall", "splits in two", "lit", "touched", "approached",
+              "hides the ball")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Outlines in units of a thing's radius, y pointing down, turned by its angle, in the ink of their role.
@@ -200,7 +201,7 @@ def contact_sheet(rows, path, columns=4, pixels=96):
 
     `rows`: (title, clip, multiple-choice question of qagen) triples.
     """
-    width, height = 4 * (pixels + 2) + 20, 2 * (pixels + 2) + 120
+    width, height = 4 * (pixels + 2) + 20, 2 * (pixels + 2) + 130
     sheet = Image.new("RGB", (columns * width, -(-len(rows) // columns) * height), "white")
     for i, row in enumerate(rows):
         draw_row(sheet, 10 + i % columns * width, 10 + i // columns * height, pixels, *row)
@@ -217,6 +218,7 @@ def draw_row(sheet, left, top, pixels, title, clip, choice):
     for line in textwrap.wrap(choice["question"], 60):
         draw.text((left, top), line, "black", small)
         top += 16
+    columns = 1 if max(map(len, choice["candidates"])) > 25 else 2
     for k, text in enumerate(choice["candidates"]):
-        ink = "#0a7a2f" if text == choice["answer"] else "#666666"
-        draw.text((left + k % 2 * (4 * side + 20) // 2, top + k // 2 * 16), f"({'ABCDE'[k]}) {text}", ink, small)
+        ink, (row, column) = "#0a7a2f" if text == choice["answer"] else "#666666", divmod(k, columns)
+        draw.text((left + column * (4 * side + 20) // 2, top + row * 16), f"({'ABCDE'[k]}) {text}", ink, small)

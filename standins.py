@@ -1,7 +1,7 @@
 """Stage 0: stand-ins for what the real system takes ready-made, a ViT that sees (UMT-L), an LLM that speaks (Vicuna).
 
     Teacher       ViT + heads, trained towards the toy world's ground truth, patch by patch
-    School        the toy world in words, for the small LLaMA: drills, then conversations whose video is its caption
+    School        the toy world in words, for the small LLaMA: reading, drills, conversations whose video is a caption
     vocabulary    the tokenizers' files
 
 With real checkpoints nothing here is needed. The loop is train.py's; source of the idea: UMT (arXiv 2303.16058).
@@ -59,13 +59,14 @@ class Teacher(nn.Module):
         colour, shape, activity = batch["targets"].unbind(-1)              # each (B, T, L)
         place = torch.arange(L, device=x.device).expand(B, T, L)
         time = torch.arange(T, device=x.device)[:, None].expand(B, T, L)
-        weight = (0.02 + 0.98 * (shape > 0)).flatten()                     # (B*N,)
+        weight = 0.02 + 0.98 * (shape > 0)                                 # (B, T, L)
+        weight = (weight / weight.sum((1, 2), keepdim=True) / B).flatten()  # (B*N,): every clip weighs the same
         losses = {}
         for head, (name, target, share) in zip(self.heads, (
                 ("colour", colour, 1), ("shape", shape, 1), ("activity", activity, 2),
                 ("place", place, 1), ("time", time, 1)), strict=True):
             loss = F.cross_entropy(head(x).flatten(0, 2), target.flatten(), reduction="none")  # (B*N,)
-            losses[name] = share * (loss * weight).sum() / weight.sum()
+            losses[name] = share * (loss * weight).sum()
         return losses
 
 
@@ -114,20 +115,21 @@ DRILL = ("Which of these is there?", "What is told of?", "Which one is it?")
 class School(torch.utils.data.Dataset):
     """Texts from which the small LLaMA learns to read; an epoch is a lesson, and each item is a Prompt.
 
-        epochs 0-2   grows                        a word in the video's place, of which one option speaks
-                     Question: Which one is it?
-                     Options:
-                     (A) cup no
-                     (B) grows yes
-                     Best option:(B) grows
-        epochs 3-7   the right option stands somewhere in 2, 4, .. words, in an answer or a caption
-        from then on conversations about a caption, and one batch in four of the former kind
+        lessons 0-2    grows                        a word in the video's place, of which one option speaks
+                       Question: Which one is it?
+                       Options:
+                       (A) cup no
+                       (B) grows yes
+                       Best option:(B) grows
+        lessons 3-7    the right option stands somewhere in 2, 4, .. words, in an answer or a caption
+        from then on   of ten batches two of such drills, two of open questions about a caption (What does the red
+                       star do after it jumps? After that it grows.), six of questions with options about a caption
 
     All of it is written as the benchmark is, with the caption where the video's tokens will stand, so that the LLM
     learns the language and to find an option's letter by what it reads in that place, but no answer by heart. One
-    batch in five has the benchmark's long system prompt from epoch 7 on. Labels: answers, and the marks "no" and "yes"
-    of worked examples. One conversation in five is stage 2's request, to say the caption again. From epoch 14 on, half
-    of the captions lie spread over the video's places and blurred (soft_embed).
+    batch in five has the benchmark's long system prompt from lesson 17 on. Labels: answers, and the marks "no" and
+    "yes" of worked examples. One conversation in ten is stage 2's request, to say the caption again. From lesson 16
+    on, half of the captions lie spread over the video's places and blurred (soft_embed).
 
     Lessons and marks are needed: to find the letter, the model must bind letter to option, match option to text, and
     join the two before any of the three pays. On conversations it was still at chance when stopped, after 300 steps
@@ -139,9 +141,9 @@ class School(torch.utils.data.Dataset):
         self.documents = [json.loads(line) for line in open(path)]
         self.tok, self.style, self.n_video, self.epoch_size, self.epoch = tok, style, n_video, epoch_size, 0
         self.marks = {tok.encode(f"It grows. {mark}")[-1] for mark in MARKS}
-        found = {word for caption, _ in self.documents[:5000] for word in re.findall(r"\b[a-z]+\b", caption)}
+        found = {word for caption, *_ in self.documents[:5000] for word in re.findall(r"\b[a-z]+\b", caption)}
         self.words = [word for word in sorted(found) if len(tok.encode(word)) == 1]
-        self.answers = sorted({qa["a"].partition(") ")[2] for _, qas in self.documents[:5000] for qa in qas})
+        self.answers = sorted({qa["a"] for _, _, plain in self.documents[:5000] for qa in plain})
 
     def __len__(self):
         return self.epoch_size
@@ -150,22 +152,21 @@ class School(torch.utils.data.Dataset):
         self.epoch = epoch
 
     def groups(self):
-        """For the Sampler: drills, conversations, and those with the long system prompt share no batch."""
-        ends = (0, self.epoch_size // 4, self.epoch_size * 4 // 5, self.epoch_size)
-        kinds = ("drill", "talk", "system")
+        """For the Sampler: kinds of unlike length share no batch."""
+        ends = [self.epoch_size * fifth // 5 for fifth in (0, 1, 2, 4, 5)]
+        kinds = ("open", "drill", "options", "system")
         return [(kind, 1.0, range(*span)) for kind, span in zip(kinds, pairwise(ends), strict=True)]
 
     def __getitem__(self, index):
         rng = random.Random(f"{self.epoch} {index}")
-        talk = self.epoch > 7 and index >= self.epoch_size // 4
-        system = self.epoch > 6 and index >= self.epoch_size * 4 // 5
-        caption, qas = self.document(rng) if talk else self.drill(rng)
-        words, soft = self.tok.encode(caption), self.epoch > 13 and rng.random() < 0.5
+        fifth = 5 * index // self.epoch_size                               # which of the groups
+        caption, qas = self.drill(rng) if self.epoch < 8 or fifth == 1 else self.document(rng, plain=fifth == 0)
+        words, soft = self.tok.encode(caption), self.epoch > 15 and fifth != 1 and rng.random() < 0.5
         length = max(len(words), self.n_video) if soft else len(words)
-        if talk and rng.random() < 0.2:
+        if self.epoch > 7 and fifth > 1 and rng.random() < 0.1:
             prompt = caption_prompt(self.tok, caption, length, rng.choice(CAPTION_INSTRUCTIONS["video"]))
         else:
-            if system:                                                     # twice, as the benchmark says it
+            if self.epoch > 16 and fifth == 4:                             # twice, as the benchmark says it
                 qas = [qas[0] | {"i": SYSTEM, "q": SYSTEM + qas[0]["q"]}, *qas[1:]]
             prompt = conversation_prompt(self.tok, qas, length, style=self.style)
         prompt.soft = range(prompt.slot, prompt.slot + length * soft)
@@ -173,12 +174,12 @@ class School(torch.utils.data.Dataset):
         prompt.labels = [i if i in self.marks else label for i, label in zip(prompt.ids, prompt.labels, strict=True)]
         return prompt
 
-    def document(self, rng):
-        """-> (caption, turns), with fewer marks from epoch to epoch."""
-        caption, qas = rng.choice(self.documents)
-        if rng.random() < min(0.8, 0.4 * (self.epoch - 8)):
-            qas = [qa | {"q": re.sub(f" ({'|'.join(MARKS)})\n", "\n", qa["q"])} for qa in qas]
-        return caption, qas
+    def document(self, rng, plain):
+        """-> (caption, turns): without options (plain), or with them; their marks are rare from lesson 15 on."""
+        caption, many, open_turns = rng.choice(self.documents)
+        if self.epoch > 14 and rng.random() < 0.8:
+            many = [qa | {"q": re.sub(f" ({'|'.join(MARKS)})\n", "\n", qa["q"])} for qa in many]
+        return caption, open_turns if plain else many
 
     def drill(self, rng):
         """-> (words, [turn]), as document."""
@@ -238,7 +239,8 @@ def vocabulary(text, folder, size=1000):
         if not text.is_file():
             raise FileNotFoundError(f"{text} does not exist; make it by: python toyworld.py --out {text.parent}")
         documents = [json.loads(line) for line in open(text)]
-        texts = [text for caption, qas in documents for text in (caption, *(qa[k] for qa in qas for k in "iqa"))]
+        texts = [text for caption, many, plain in documents
+                 for text in (caption, *(qa[key] for qa in many + plain for key in "iqa"))]
         texts += 1000 * [SYSTEM]                                           # the benchmark's prompt has words of its own
         with checkpoint.whole_folder(folder, replace=False) as temporary:
             train_sentencepiece(texts, str(temporary / "tokenizer.model"), vocab_size=size)

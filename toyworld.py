@@ -149,6 +149,11 @@ def near(rng, spread, x=24, y=24):
     return x + rng.uniform(-spread, spread), y + rng.uniform(-spread, spread)
 
 
+def cell(rng, spread=1.5):
+    """A point about the middle of one of the four inner patches: what stands there, one token sees whole."""
+    return near(rng, spread, rng.choice((18, 30)), rng.choice((18, 30)))
+
+
 def simulate(scenario, rng, split="train"):
     """One clip of a scenario (a key of qagen.ROWS) as an annotation, a plain dict that JSON can hold.
 
@@ -200,9 +205,10 @@ def action_sequence(rng, cast):
 
 
 def action_prediction(rng, cast):
-    """Round and round four places; 4 to 7 visits, so that the place seen last is the answer no more than any other."""
+    """Round and round four places, clockwise or the other way; 4 to 7 visits, so that any of them can be the next."""
     hero, home = thing(*cast(1)[0], 24, 24, size=13), [(24, 24)]
-    order, visits = rng.sample(qagen.SIDES, 4), rng.randint(4, 7)
+    ring, first, turn = ("left", "up", "right", "down"), rng.randrange(4), rng.choice((-1, 1))
+    order, visits = [ring[(first + i * turn) % 4] for i in range(4)], rng.randint(4, 7)
     places = [(24 + dx, 24 + dy) for dx, dy in (step(order[i % 4], 15) for i in range(visits))]
     seen = [place for place in places for _ in range(2)] + home * FRAMES
     hero["x"], hero["y"] = (list(track) for track in zip(*seen[:FRAMES], strict=True))
@@ -229,7 +235,7 @@ def action_antonym(rng, cast):
 
 
 def fine_grained_action(rng, cast):
-    hero = thing(*cast(1)[0], *near(rng, 3), size=15, angle=90 * rng.randrange(4))
+    hero = thing(*cast(1)[0], *cell(rng), size=13, angle=90 * rng.randrange(4))
     action = rng.choice(qagen.FINE_ACTIONS)
     if action not in ("bounces", "zigzags"):  # it stands where those two could be in a frame
         offset = rng.choice((6, 0, -3, -6))
@@ -281,6 +287,8 @@ def object_interaction(rng, cast):
     far, little = ([24 + (c - 24) * part for c in corners[i]] for i, part in ((touched, 0.55), (approached, 0.22)))
     path(hero, *sorted([(t + first, *p) for t, p in ((0, (24, 24)), (2, far), (4, far), (6, (24, 24)))]
                        + [(t + second, *p) for t, p in ((0, (24, 24)), (2, little), (4, little), (6, (24, 24)))]))
+    label(others[touched], "touched", first + 2, first + 5)
+    label(others[approached], "approached", second + 2, second + 5)
     return {"objects": [hero, *others], "events": [event("touches", first + 2, first + 5, target=touched + 1),
                                                    event("approaches", second + 2, second + 5, target=approached + 1)]}
 
@@ -305,6 +313,7 @@ def object_shuffle(rng, cast):
     ball["x"], ball["y"] = cups[start]["x"][:], [y + 5 for y in cups[start]["y"]]
     cups[start]["y"][:3] = [17, 17, 17]  # lifted, to show what is under it
     show(ball, (0, 3))
+    label(cups[start], "hides the ball", 0)
     return {"objects": [ball, *cups], "events": events}
 
 
@@ -386,8 +395,8 @@ def fine_grained_pose(rng, cast):
 
 
 def character_order(rng, cast):
-    spans, (x, y), colour = [(0, 3), (4, 7), (10, 14)], near(rng, 2), rng.choice(qagen.COLOURS)
-    letters = [thing(letter, colour, x, y, size=16) for letter in rng.sample(qagen.LETTERS, 3)]
+    spans, (x, y), colour = [(0, 3), (4, 7), (10, 14)], cell(rng, 1), rng.choice(qagen.COLOURS)
+    letters = [thing(letter, colour, x, y, size=13) for letter in rng.sample(qagen.LETTERS, 3)]
     for letter, span in zip(letters, spans, strict=True):
         show(letter, span)
     return {"objects": letters, "events": [event("shows", *span, i) for i, span in enumerate(spans)]}
@@ -481,10 +490,10 @@ def train_clip(index, count, out, seed, patch):
 
 
 def text_document(index, seed):
-    """One line of text.jsonl: [caption, turns of a conversation]."""
+    """One line of text.jsonl: [caption, turns of a conversation, the same turns without options]."""
     rng = random.Random(f"{seed}/text/{index}")
-    text, turns = qagen.text_documents(simulate(scenario_of(3 * index // 4, playground=index % 4 == 0), rng), rng)
-    return json.dumps([text, turns])
+    clip = simulate(scenario_of(3 * index // 4, playground=index % 4 == 0), rng)
+    return json.dumps(qagen.text_document(clip, rng))
 
 
 def bench_task(task, out, seed, questions):

@@ -14,6 +14,7 @@ Run:    python train.py --stage 1          # the toy preset; goes on where an in
 import argparse
 import json
 import math
+import os
 import re
 import signal
 import sys
@@ -83,7 +84,7 @@ class TrainConfig:
 RECIPES = {  # preset -> stage -> what differs from TrainConfig's defaults; steps that are 0 follow from epochs
     "toy": {
         "vit": dict(steps=3000, batch=8, lr=1.5e-3, beta2=0.99, muon=1.0, log_every=100, save_every=1000),
-        "llm": dict(epochs=18, batch=8, lr=1e-3, hold=0.7, beta2=0.99, workers=0, log_every=100, save_every=1000),
+        "llm": dict(epochs=20, batch=8, lr=1e-3, hold=0.7, beta2=0.99, workers=0, log_every=100, save_every=1000),
         1: dict(steps=3000, batch=8, lr=3e-4, muon=3.0, hold=0.5, beta2=0.99, captions_first=0.92, cache_features=True,
                 log_every=100),
         2: dict(steps=1000, batch=8, lr=3e-4, hold=0.5, beta2=0.99, log_every=100),
@@ -244,7 +245,7 @@ def finished(folder):
 
 def stage_job(cfg, stage):
     """Stages 1 to 3: the model of the stage, filled from the stage before, on captions or instructions."""
-    start = previous(cfg)
+    start, folder = previous(cfg), Path(cfg.out) / f"stage{stage}"
     config, _ = checkpoint.read_config(start)
     if config.preset != cfg.preset:
         raise ValueError(f"{start} is of preset {config.preset}, not {cfg.preset}; choose another --preset or --init")
@@ -253,8 +254,8 @@ def stage_job(cfg, stage):
     if stage > 1:
         where = Path(cfg.llm or Path(cfg.out) / "stage0" / "llm")
         dtype = torch.bfloat16 if cfg.dtype == "bf16" and cfg.device != "cpu" else torch.float32
-        tok = checkpoint.put_llm(model, where, dtype)
-        llm = checkpoint.llm_reference(where, Path(cfg.out) / f"stage{stage}")
+        tok, mark = checkpoint.put_llm(model, where, dtype)
+        llm = {"path": os.path.relpath(where, folder), "fingerprint": mark}
     fresh = FRESH[stage] + (checkpoint.LLM_PREFIX,)
     load_strictly(model, tensors, start, fresh=fresh, dropped=DROPPED[stage])
     wordpiece = WordPiece.load(start / "vocab.txt")
@@ -277,10 +278,9 @@ def stage_job(cfg, stage):
     notes = [f"  {part:20} {total:>12,} parameters {trained:>12,} trained" for part, total, trained in
              set_trainable(model, stage)]
 
-    def write(folder):
-        checkpoint.write_model(model, folder, start / "vocab.txt", llm)
+    def write(unfinished):
+        checkpoint.write_model(model, unfinished, start / "vocab.txt", llm)
 
-    folder = Path(cfg.out) / f"stage{stage}"
     return Job(f"stage {stage}", folder, model, dataset, collate, loss, write, notes, generator)
 
 

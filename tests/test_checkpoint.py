@@ -67,10 +67,10 @@ def test_another_llm_is_refused_with_both_named(tmp_path, golden):
     holder.llama_model, right = llm_folder(tmp_path, golden, seed=0)
     add_lora(holder.llama_model, ["q_proj"], 2, 4, 0.0)
     _, wrong = llm_folder(tmp_path, golden, seed=1)
-    reference = checkpoint.llm_reference(right, tmp_path)
-    checkpoint.put_llm(holder, right, expected=reference["fingerprint"], needed_by="run")
-    with pytest.raises(ValueError, match=f"run was trained with the LLM {reference['fingerprint']}, but .*llm1 holds"):
-        checkpoint.put_llm(holder, wrong, expected=reference["fingerprint"], needed_by="run")
+    _, mark = checkpoint.put_llm(holder, right)
+    checkpoint.put_llm(holder, right, expected=mark, needed_by="run")
+    with pytest.raises(ValueError, match=f"run was trained with the LLM {mark}, but .*llm1 holds"):
+        checkpoint.put_llm(holder, wrong, expected=mark, needed_by="run")
 
 
 def test_a_folder_that_is_no_checkpoint(tmp_path):
