@@ -161,6 +161,11 @@ class VideoTextData(torch.utils.data.Dataset):
         captions = entry["caption"]
         return len(captions) if isinstance(captions, str) else max(map(len, captions))
 
+    def path(self, index):
+        """Of the entry's medium."""
+        s, entry = self.entry(index)
+        return str(Path(self.sources[s].root) / (entry[self.sources[s].media_key] + self.sources[s].suffix))
+
     def entry(self, index):
         """-> (number of its source, entry)."""
         s = int(np.searchsorted(self.starts, index, side="right")) - 1
@@ -194,8 +199,8 @@ class VideoTextData(torch.utils.data.Dataset):
         rng = random.Random(f"{self.seed} {self.epoch} {index}")
         sample = {"idx": index, "medium": source.media, "path": "", "seconds": [], "draw": rng.random()}
         if source.media != "text":
-            sample["path"] = str(Path(source.root) / (entry[source.media_key] + source.suffix))
-            sample |= {"features": self.features[index]} if self.features else self.look(sample["path"], entry, rng)
+            sample["path"] = self.path(index)
+            sample |= self.features[sample["path"]] if self.features else self.look(sample["path"], entry, rng)
         if "QA" in entry:
             sample["qas"] = rng.sample(entry["QA"], len(entry["QA"]))
         else:

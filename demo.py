@@ -18,6 +18,8 @@ import threading
 import time
 from pathlib import Path
 
+from mvbench import print_table
+
 RUN = Path("runs/toy")
 STEPS = [  # what it is, its lanes of commands (side by side, each one command after another), minutes on 2 CPU cores
     ("make the toy world: 32,000 clips and a benchmark", [["toyworld.py --out data/toy"]], 1),
@@ -52,6 +54,7 @@ def main():
             print(f"\ndemo: stopped in step {number}; run it again to go on", file=sys.stderr)
             return code
     (RUN / "report.md").write_text(report(times))
+    print_table(scores())
     print("\nMinutes per step: " + ", ".join(f"{seconds / 60:.1f}" for seconds in times.values())
           + f"; {sum(times.values()) / 60:.1f} in all")
     clip = sorted(Path("data/toy/videos").rglob("*.gif"))[0]
@@ -70,10 +73,16 @@ What to try next
     return 0
 
 
+def scores():
+    """{column: {task: percent}} of the run's MVBench."""
+    names = {"accuracy": "mvbench", "no video": "mvbench.blank", "chance": "chance"}
+    folder = RUN / "stage3" / "mvbench"
+    return {title: json.loads((folder / f"{name}.json").read_text()) for title, name in names.items()}
+
+
 def report(times):
     """The run in markdown: where and when, the table with its control, minutes per step, losses per stage."""
-    table, blank, odds = (json.loads((RUN / "stage3" / "mvbench" / f"{name}.json").read_text())
-                          for name in ("mvbench", "mvbench.blank", "chance"))
+    table, blank, odds = scores().values()
     lines = [f"Command `make demo`, commit {told('git', 'rev-parse', '--short', 'HEAD')}, {processor()}, "
              f"{time.strftime('%Y-%m-%d')}.", "", "| task | accuracy | without video | chance |", "|---|---|---|---|"]
     lines += [f"| {task} | {table[task]:.1f} | {blank[task]:.1f} | {odds[task]:.1f} |" for task in table]

@@ -175,9 +175,10 @@ class VideoChat2(nn.Module):
 
     # ---- stages 2 and 3
 
-    def encode(self, video):
-        """video (B, T, 3, H, W) -> patch features (B, N, C). Stage 1's vision_temp_embed is not used here."""
-        return self.vision_layernorm(self.vision_encoder(video).flatten(1, 2))
+    def encode(self, video, features=None):
+        """As encode_timed, but without stage 1's vision_temp_embed."""
+        x = self.vision_encoder(video) if features is None else features   # (B, T, L, C)
+        return self.vision_layernorm(x.flatten(1, 2))                      # (B, N, C)
 
     def queries(self, vision, qf_ids=None, qf_mask=None):
         """vision (B, N, C), instruction qf_ids, qf_mask (B, S) or None -> what the LLM reads (B, Q, D)."""
@@ -195,9 +196,10 @@ class VideoChat2(nn.Module):
 
     def read(self, batch):
         """Everything before the LLM's first layer: -> embeds (B, S, D)."""
-        if batch.get("video") is None:                                       # text only
+        video, features = batch.get("video"), batch.get("features")
+        if video is None and features is None:                             # text only
             return self.splice(batch["ids"])
-        vision = self.encode(batch["video"])
+        vision = self.encode(video, features)                              # (B, N, C)
         return self.splice(batch["ids"], self.queries(vision, batch.get("qf_ids"), batch.get("qf_mask")))
 
     def loss(self, batch):
@@ -223,10 +225,14 @@ def lm_loss(llama, hidden, labels):
     return total / keep.sum().clamp(min=1)                                 # a batch without targets has loss 0
 
 
-def set_trainable(model, stage):
-    """Freezes what the stage does not train and returns rows (part, parameters, trained) for the log."""
+def set_trainable(model, stage, vit=True):
+    """Freezes what the stage does not train and returns rows (part, parameters, trained) for the log.
+
+    vit=False: stages 2 and 3 leave the ViT as it is, too.
+    """
+    frozen = FROZEN[stage] if vit else FROZEN[1] + "|" + FROZEN[stage]
     for name, p in model.named_parameters():
-        p.requires_grad = not re.search(FROZEN[stage], name)
+        p.requires_grad = not re.search(frozen, name)
     return part_table(model)
 
 

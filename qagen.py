@@ -472,7 +472,7 @@ DESCRIBE = ("Describe the video.", "Say what happens in the video.", "Give a sho
 
 def conversations(clip, rng, turns=2):
     """For stage 3: a conversation of multiple-choice questions, one of the same questions without options, and for one
-    clip in six the caption.
+    clip in two the caption.
 
     At most `turns`, and no fact twice: the second answer could be read off the first. One in five asks as the benchmark
     does, with its long system prompt; for the others that is left out, which makes them half as long.
@@ -483,7 +483,7 @@ def conversations(clip, rng, turns=2):
     many = [as_turn(choice, system=system) for choice in choices]
     many[0]["q"] = system + many[0]["q"]
     talks = [many, as_open_turns(choices, rng)]
-    return talks + ([[{"i": rng.choice(DESCRIBE), "q": "", "a": text}]] if rng.random() < 1 / 6 else [])
+    return talks + ([[{"i": rng.choice(DESCRIBE), "q": "", "a": text}]] if rng.random() < 1 / 2 else [])
 
 
 def text_document(clip, rng, turns=2):

@@ -484,7 +484,8 @@ def train_clip(index, count, out, seed, patch):
     rng, video = random.Random(f"{seed}/train/{index}"), f"{index // 1000:02d}/{index:05d}.gif"
     clip = {"id": video} | simulate(scenario_of(index, playground=index >= 5 * count / 8), rng)
     write_gif(render(clip), out / "videos" / video)
-    asked = clip["scenario"] != "playground" or index % 8 == 0  # stage 3 is for the tasks
+    told = index < count * 23 // 32  # of the playground, a quarter: its other clips are for the ViT alone
+    asked = clip["scenario"] != "playground" or told and index % 2 == 0  # stage 3 is for the tasks
     talks = [{"video": video, "QA": turns} for turns in qagen.conversations(clip, rng)] if asked else []
     return clip, {"video": video, "caption": qagen.caption(clip, rng)}, talks, token_targets(clip, patch)
 
@@ -539,7 +540,7 @@ def write_world(out, settings, each):
         instructions += talks
     targets.flush()
     write_lines(out / "annotations.jsonl", clips)
-    told = count * 23 // 32  # of the playground, a quarter: the other clips are for the ViT alone
+    told = count * 23 // 32  # as in train_clip
     write_json(out / "captions.json", captions[:told])
     write_json(out / "captions_more.json", captions[told:])
     write_json(out / "instructions.json", instructions)

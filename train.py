@@ -70,7 +70,7 @@ class TrainConfig:
     weight_decay: float = option(0.02, "on matrices only: not on biases, norms, queries, temperature")
     beta2: float = option(0.999, "AdamW's second beta")
     clip: float = option(1.0, "gradient norm is cut to this")
-    cache_features: bool = option(False, "stage 1: what the frozen ViT sees of a clip is kept on disk")
+    cache_features: bool = option(False, "what the ViT sees of a clip is kept on disk; stages 2, 3 then freeze it, too")
     captions_first: float = option(0.0, "share of stage 1's steps with the captioning loss alone, before all three")
     dtype: str = option("fp32", "fp32 or bf16 (autocast; the frozen LLM is then kept in bf16)")
     device: str = option("", "cpu or cuda (default: cuda where there is one)")
@@ -88,8 +88,8 @@ RECIPES = {  # preset -> stage -> what differs from TrainConfig's defaults; step
                     save_every=1000),
         1: dict(steps=3000, batch=8, lr=3e-4, muon=3.0, hold=0.5, beta2=0.99, captions_first=0.92, cache_features=True,
                 log_every=100),
-        2: dict(steps=1400, batch=8, lr=3e-4, hold=0.5, beta2=0.99, log_every=100),
-        3: dict(steps=3800, batch=8, lr=2e-4, lora_lr=6.0, hold=0.5, beta2=0.99, log_every=100),
+        2: dict(steps=2000, batch=8, lr=3e-4, hold=0.5, beta2=0.99, cache_features=True, log_every=100),
+        3: dict(steps=5400, batch=8, lr=2e-4, lora_lr=6.0, hold=0.5, beta2=0.99, cache_features=True, log_every=100),
     },
     "micro": {stage: dict(steps=4, batch=4, lr=1e-3, muon=1.0, lora_lr=2.0, log_every=1, save_every=2, workers=0,
                           cache_features=True) for stage in (*STANDINS, 1, 2, 3)},
@@ -273,11 +273,11 @@ def stage_job(cfg, stage):
             lambda batch, _: {"lm": model.loss(batch)}),
     }[stage]
     dataset = clips(cfg, config, corpus, frames)
-    if stage == 1 and cfg.cache_features:
-        where = Path(cfg.out) / "stage1-features"
+    if cfg.cache_features:
+        where = Path(cfg.out) / "features"
         dataset.features = features.keep(model.vision_encoder, dataset, where, cfg.device, cfg.workers)
     notes = [f"  {part:20} {total:>12,} parameters {trained:>12,} trained" for part, total, trained in
-             set_trainable(model, stage)]
+             set_trainable(model, stage, vit=not cfg.cache_features)]
 
     def write(unfinished):
         checkpoint.write_model(model, unfinished, start / "vocab.txt", llm)

@@ -1,5 +1,7 @@
 """What is kept is what the ViT sees; other clips, frames or weights are seen anew.   pytest tests/test_features.py"""
 import json
+import shutil
+from itertools import pairwise
 
 import pytest
 import torch
@@ -52,7 +54,7 @@ def test_an_unreadable_clip_is_replaced_with_its_caption(world, tmp_path):
     kept = clips(world)
     kept.features = features.keep(vit(), kept, tmp_path / "kept", "cpu")
     with pytest.raises(MediaError, match="3.gif: cannot be decoded"):
-        kept.features[3]
+        kept.features[kept.path(3)]
     sample = kept[3]
     assert sample["text"] == "clip 0" and "3.gif" in sample["bad"][0]
     torch.testing.assert_close(sample["features"], kept[0]["features"])
@@ -62,10 +64,18 @@ def test_what_lies_there_is_used_again_unless_something_changed(world, tmp_path)
     folder, model = tmp_path / "kept", vit()
     made = features.keep(model, clips(world), folder, "cpu").path.stat().st_mtime_ns
     assert features.keep(model, clips(world), folder, "cpu").path.stat().st_mtime_ns == made
-    before = features.Features(folder)[0]
+    some = clips(world)                                                    # fewer clips, another order: still there
+    some.entries = [some.entries[0][2:0:-1]]
+    some.starts = [0, 2]
+    assert features.keep(model, some, folder, "cpu").path.stat().st_mtime_ns == made
+    path, seen = some.path(0), [features.Features(folder)[some.path(0)]]
+    assert path.endswith("2.gif") and len(seen[0]["seconds"]) == some.num_frames
     with torch.no_grad():
         model.patch_embed.proj.weight.mul_(1.5)
-    assert not torch.allclose(features.keep(model, clips(world), folder, "cpu")[0], before)
+    seen.append(features.keep(model, clips(world), folder, "cpu")[path])
+    shutil.copy(world / "1.gif", world / "2.gif")                          # another clip under the same name
+    seen.append(features.keep(model, clips(world), folder, "cpu")[path])
+    assert not any(torch.allclose(a["features"], b["features"]) for a, b in pairwise(seen))
 
 
 @pytest.mark.parametrize("options", [{"how": "rand"}, {"crop": True}])
