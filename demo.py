@@ -25,9 +25,9 @@ STEPS = [  # what it is, its lanes of commands (side by side, each one command a
     ("make the toy world: 32,000 clips and a benchmark", [["toyworld.py --out data/toy"]], 1),
     ("stage 0: a LLaMA that reads | stage 0: a ViT that sees, stage 1: align", [
         ["train.py --stage 0 --only llm"],
-        ["train.py --stage 0 --only vit", "train.py --stage 1"]], 12),
-    ("stage 2: connect, captions through the frozen LLaMA", [["train.py --stage 2"]], 2),
-    ("stage 3: tune on instructions, with LoRA", [["train.py --stage 3"]], 11),
+        ["train.py --stage 0 --only vit", "train.py --stage 1"]], 13),
+    ("stage 2: connect, captions through the frozen LLaMA", [["train.py --stage 2"]], 3),
+    ("stage 3: tune on instructions, with LoRA", [["train.py --stage 3"]], 10),
     ("MVBench: 20 tasks | the same without the video", [
         ["mvbench.py --ckpt runs/toy/stage3"],
         ["mvbench.py --ckpt runs/toy/stage3 --control blank"]], 1),

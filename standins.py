@@ -127,8 +127,8 @@ class School(torch.utils.data.Dataset):
 
     All of it is written as the benchmark is, with the caption where the video's tokens will stand, so that the LLM
     learns the language and to find an option's letter by what it reads in that place, but no answer by heart. One
-    batch in five has the benchmark's long system prompt from lesson 17 on. Labels: answers, and the marks "no" and
-    "yes" of worked examples. One conversation in ten is stage 2's request, to say the caption again. From lesson 16
+    batch in five has the benchmark's long system prompt from lesson 15 on. Labels: answers, and the marks "no" and
+    "yes" of worked examples. One conversation in ten is stage 2's request, to say the caption again. From lesson 14
     on, half of the captions lie spread over the video's places and blurred (soft_embed).
 
     Lessons and marks are needed: to find the letter, the model must bind letter to option, match option to text, and
@@ -161,12 +161,12 @@ class School(torch.utils.data.Dataset):
         rng = random.Random(f"{self.epoch} {index}")
         fifth = 5 * index // self.epoch_size                               # which of the groups
         caption, qas = self.drill(rng) if self.epoch < 8 or fifth == 1 else self.document(rng, plain=fifth == 0)
-        words, soft = self.tok.encode(caption), self.epoch > 15 and fifth != 1 and rng.random() < 0.5
+        words, soft = self.tok.encode(caption), self.epoch > 13 and fifth != 1 and rng.random() < 0.5
         length = max(len(words), self.n_video) if soft else len(words)
         if self.epoch > 7 and fifth > 1 and rng.random() < 0.1:
             prompt = caption_prompt(self.tok, caption, length, rng.choice(CAPTION_INSTRUCTIONS["video"]))
         else:
-            if self.epoch > 16 and fifth == 4:                             # twice, as the benchmark says it
+            if self.epoch > 14 and fifth == 4:                             # twice, as the benchmark says it
                 qas = [qas[0] | {"i": SYSTEM, "q": SYSTEM + qas[0]["q"]}, *qas[1:]]
             prompt = conversation_prompt(self.tok, qas, length, style=self.style)
         prompt.soft = range(prompt.slot, prompt.slot + length * soft)
@@ -175,9 +175,9 @@ class School(torch.utils.data.Dataset):
         return prompt
 
     def document(self, rng, plain):
-        """-> (caption, turns): without options (plain), or with them; their marks are rare from lesson 15 on."""
+        """-> (caption, turns): without options (plain), or with them; their marks are rare from lesson 13 on."""
         caption, many, open_turns = rng.choice(self.documents)
-        if self.epoch > 14 and rng.random() < 0.8:
+        if self.epoch > 12 and rng.random() < 0.8:
             many = [qa | {"q": re.sub(f" ({'|'.join(MARKS)})\n", "\n", qa["q"])} for qa in many]
         return caption, open_turns if plain else many
 

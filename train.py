@@ -84,11 +84,11 @@ class TrainConfig:
 RECIPES = {  # preset -> stage -> what differs from TrainConfig's defaults; steps that are 0 follow from epochs
     "toy": {
         "vit": dict(steps=4000, batch=8, lr=1.5e-3, beta2=0.99, muon=1.0, log_every=100, save_every=1000),
-        "llm": dict(epochs=20, batch=8, lr=1e-3, muon=1.0, hold=0.7, beta2=0.99, workers=0, log_every=100,
+        "llm": dict(epochs=18, batch=8, lr=1e-3, muon=1.0, hold=0.7, beta2=0.99, workers=0, log_every=100,
                     save_every=1000),
         1: dict(steps=3000, batch=8, lr=3e-4, muon=3.0, hold=0.5, beta2=0.99, captions_first=0.92, cache_features=True,
                 log_every=100),
-        2: dict(steps=2000, batch=8, lr=3e-4, hold=0.5, beta2=0.99, cache_features=True, log_every=100),
+        2: dict(steps=3000, batch=8, lr=3e-4, hold=0.5, beta2=0.99, cache_features=True, log_every=100),
         3: dict(steps=5400, batch=8, lr=2e-4, lora_lr=6.0, hold=0.5, beta2=0.99, cache_features=True, log_every=100),
     },
     "micro": {stage: dict(steps=4, batch=4, lr=1e-3, muon=1.0, lora_lr=2.0, log_every=1, save_every=2, workers=0,
