@@ -27,7 +27,7 @@ STEPS = [  # what it is, its lanes of commands (side by side, each one command a
         ["train.py --stage 0 --only llm"],
         ["train.py --stage 0 --only vit", "train.py --stage 1"]], 13),
     ("stage 2: connect, captions through the frozen LLaMA", [["train.py --stage 2"]], 3),
-    ("stage 3: tune on instructions, with LoRA", [["train.py --stage 3"]], 10),
+    ("stage 3: tune on instructions, with LoRA", [["train.py --stage 3"]], 11),
     ("MVBench: 20 tasks | the same without the video", [
         ["mvbench.py --ckpt runs/toy/stage3"],
         ["mvbench.py --ckpt runs/toy/stage3 --control blank"]], 1),
