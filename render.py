@@ -201,7 +201,7 @@ def contact_sheet(rows, path, columns=4, pixels=96):
 
     `rows`: (title, clip, multiple-choice question of qagen) triples.
     """
-    width, height = 4 * (pixels + 2) + 20, 2 * (pixels + 2) + 130
+    width, height = 4 * (pixels + 2) + 20, 2 * (pixels + 2) + 146
     sheet = Image.new("RGB", (columns * width, -(-len(rows) // columns) * height), "white")
     for i, row in enumerate(rows):
         draw_row(sheet, 10 + i % columns * width, 10 + i // columns * height, pixels, *row)

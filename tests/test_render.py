@@ -74,4 +74,4 @@ def test_a_thing_counts_from_a_tenth_of_a_patch():
 def test_the_contact_sheet_is_a_picture(tmp_path):
     rows = list(toyworld.sheet_rows())
     render.contact_sheet(rows, tmp_path / "sheet.png", columns=4, pixels=24)
-    assert len(rows) == 20 and Image.open(tmp_path / "sheet.png").size == (4 * 124, 5 * 182)
+    assert len(rows) == 20 and Image.open(tmp_path / "sheet.png").size == (4 * 124, 5 * 198)
