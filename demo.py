@@ -18,8 +18,6 @@ import threading
 import time
 from pathlib import Path
 
-from mvbench import print_table
-
 RUN = Path("runs/toy")
 STEPS = [  # what it is, its lanes of commands (side by side, each one command after another), minutes on 2 CPU cores
     ("make the toy world: 32,000 clips and a benchmark", [["toyworld.py --out data/toy"]], 1),
@@ -54,6 +52,7 @@ def main():
             print(f"\ndemo: stopped in step {number}; run it again to go on", file=sys.stderr)
             return code
     (RUN / "report.md").write_text(report(times))
+    from mvbench import print_table  # here, for it brings torch along: the demo's first words should not wait
     print_table(scores())
     print("\nMinutes per step: " + ", ".join(f"{seconds / 60:.1f}" for seconds in times.values())
           + f"; {sum(times.values()) / 60:.1f} in all")

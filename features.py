@@ -79,14 +79,14 @@ def lies_there(folder, made_from, stamps):
 def keep(vit, clips, folder, device, workers=0, batch=32):
     """Features of all clips (a VideoTextData) in `folder`: those that lie there if they are these, else made now."""
     first = {clips.path(index): index for index in reversed(range(len(clips)))}    # path -> the first entry with it
-    stamps, made_from = {path: stamp(path) for path in first}, origin(vit, clips)
-    if lies_there(folder, made_from, stamps):
-        return Features(folder)
     drawn = clips.how == "rand" or clips.transform.crop or clips.transform.flip
     cut = any("start" in entry for entries in clips.entries for entry in entries)
     if drawn or cut or any(source.media != "video" for source in clips.sources):
         raise ValueError("--cache-features is for whole videos whose frames and crops are the same each time; "
                          "leave it out")
+    stamps, made_from = {path: stamp(path) for path in first}, origin(vit, clips)
+    if lies_there(folder, made_from, stamps):
+        return Features(folder)
     vit = vit.to(device).eval()
     loader = DataLoader(EachOnce(clips, first), batch, collate_fn=list, num_workers=workers)
     print(f"the ViT looks at {len(first):,} clips; what it sees is kept in {folder}", flush=True)

@@ -470,6 +470,12 @@ OPEN = ("Answer the question about the video in a few words.", "Watch the video 
 DESCRIBE = ("Describe the video.", "Say what happens in the video.", "Give a short description of the video.")
 
 
+def told_and_asked(clip, rng, turns):
+    """-> (caption, at most `turns` multiple-choice questions, each of another fact)."""
+    text, facts = read(clip, rng)
+    return text, [multiple_choice(clip, fact, rng) for fact in rng.sample(facts, min(turns, len(facts)))]
+
+
 def conversations(clip, rng, turns=2):
     """For stage 3: a conversation of multiple-choice questions, one of the same questions without options, and for one
     clip in two the caption.
@@ -477,8 +483,7 @@ def conversations(clip, rng, turns=2):
     At most `turns`, and no fact twice: the second answer could be read off the first. One in five asks as the benchmark
     does, with its long system prompt; for the others that is left out, which makes them half as long.
     """
-    text, facts = read(clip, rng)
-    choices = [multiple_choice(clip, fact, rng) for fact in rng.sample(facts, min(turns, len(facts)))]
+    text, choices = told_and_asked(clip, rng, turns)
     system = SYSTEM if rng.random() < 0.2 else ""
     many = [as_turn(choice, system=system) for choice in choices]
     many[0]["q"] = system + many[0]["q"]
@@ -491,8 +496,7 @@ def text_document(clip, rng, turns=2):
 
     Two documents in three are worked examples, with MARKS: standins.School says why.
     """
-    text, facts = read(clip, rng)
-    choices = [multiple_choice(clip, fact, rng) for fact in rng.sample(facts, min(turns, len(facts)))]
+    text, choices = told_and_asked(clip, rng, turns)
     worked = rng.random() < 2 / 3
     return text, [as_turn(choice, worked) for choice in choices], as_open_turns(choices, rng)
 

@@ -1,7 +1,7 @@
 """Stage 0: stand-ins for what the real system takes ready-made, a ViT that sees (UMT-L), an LLM that speaks (Vicuna).
 
     Teacher       ViT + heads, trained towards the toy world's ground truth, patch by patch
-    School        the toy world in words, for the small LLaMA: reading, drills, conversations whose video is a caption
+    School        the toy world in words, for the small LLaMA: drills, then conversations whose video is its caption
     vocabulary    the tokenizers' files
 
 With real checkpoints nothing here is needed. The loop is train.py's; source of the idea: UMT (arXiv 2303.16058).

@@ -479,13 +479,20 @@ def scenario_of(index, playground):
 # A world on disk. Every clip has a generator of its own, so that the bytes depend on the seed and not on the workers.
 
 
+def told_clips(count):
+    """How many of `count` training clips, from the first, stages 1 to 3 see: the others are for the ViT alone.
+
+    These are all clips of the tasks (five in eight) and a quarter of the playground's.
+    """
+    return count * 23 // 32
+
+
 def train_clip(index, count, out, seed, patch):
     """Write training clip `index` of `count`; return all that the files of the world say about it."""
     rng, video = random.Random(f"{seed}/train/{index}"), f"{index // 1000:02d}/{index:05d}.gif"
     clip = {"id": video} | simulate(scenario_of(index, playground=index >= 5 * count / 8), rng)
     write_gif(render(clip), out / "videos" / video)
-    told = index < count * 23 // 32  # of the playground, a quarter: its other clips are for the ViT alone
-    asked = clip["scenario"] != "playground" or told and index % 2 == 0  # stage 3 is for the tasks
+    asked = clip["scenario"] != "playground" or index < told_clips(count) and index % 2 == 0  # stage 3 is for the tasks
     talks = [{"video": video, "QA": turns} for turns in qagen.conversations(clip, rng)] if asked else []
     return clip, {"video": video, "caption": qagen.caption(clip, rng)}, talks, token_targets(clip, patch)
 
@@ -540,9 +547,8 @@ def write_world(out, settings, each):
         instructions += talks
     targets.flush()
     write_lines(out / "annotations.jsonl", clips)
-    told = count * 23 // 32  # as in train_clip
-    write_json(out / "captions.json", captions[:told])
-    write_json(out / "captions_more.json", captions[told:])
+    write_json(out / "captions.json", captions[:told_clips(count)])
+    write_json(out / "captions_more.json", captions[told_clips(count):])
     write_json(out / "instructions.json", instructions)
     for corpus, files in (("clips", ("captions", "captions_more")), ("caption", ("captions",))):
         write_json(out / f"corpus_{corpus}.json", [[f"{name}.json", "videos", "video"] for name in files])

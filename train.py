@@ -274,8 +274,8 @@ def stage_job(cfg, stage):
     }[stage]
     dataset = clips(cfg, config, corpus, frames)
     if cfg.cache_features:
-        where = Path(cfg.out) / "features"
-        dataset.features = features.keep(model.vision_encoder, dataset, where, cfg.device, cfg.workers)
+        dataset.features = features.keep(model.vision_encoder, dataset, Path(cfg.out) / "features", cfg.device,
+                                         cfg.workers)
     notes = [f"  {part:20} {total:>12,} parameters {trained:>12,} trained" for part, total, trained in
              set_trainable(model, stage, vit=not cfg.cache_features)]
 

@@ -78,6 +78,14 @@ def test_what_lies_there_is_used_again_unless_something_changed(world, tmp_path)
     assert not any(torch.allclose(a["features"], b["features"]) for a, b in pairwise(seen))
 
 
+def test_a_part_of_a_clip_is_refused_although_the_whole_is_kept(world, tmp_path):
+    features.keep(vit(), clips(world), tmp_path / "kept", "cpu")
+    cut = clips(world)
+    cut.entries[0][1] |= {"start": 0.0, "end": 2.0}
+    with pytest.raises(ValueError, match="whole videos"):
+        features.keep(vit(), cut, tmp_path / "kept", "cpu")
+
+
 @pytest.mark.parametrize("options", [{"how": "rand"}, {"crop": True}])
 def test_clips_that_change_are_refused(world, tmp_path, options):
     with pytest.raises(ValueError, match="--cache-features"):

@@ -149,7 +149,9 @@ def test_the_playground_tells_what_each_does_from_top_left_to_bottom_right():
     assert text == "The green star rests. The blue star grows. The red star moves up-left."
     assert [fact.answer for fact in facts] == [
         "The red star moves up-left.", "The blue star grows.", "The green star rests."]
-    assert facts[0].wrong[:2] == ["The red star grows.", "The red star rests."]
+    assert [fact.wrong[:2] for fact in facts] == [
+        ["The red star grows.", "The red star rests."], ["The blue star moves up-left.", "The blue star rests."],
+        ["The green star moves up-left.", "The green star grows."]]
 
 
 def test_conversations_ask_with_options_and_without():

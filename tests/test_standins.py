@@ -50,6 +50,7 @@ def test_a_drill_s_answer_is_the_one_option_that_its_text_tells(text, epoch):
     marked = 0
     for index in range(80):
         shown = tok.decode([i for i in school[index].ids if i != tok.bos_id])
+        assert SYSTEM.strip() not in shown
         said, options, letter = re.search(
             r"<Video>(.*?)</Video>.*Options:\n(\(A\).*)\nOnly give .*Best option:\((.)", shown, re.S).groups()
         rows = re.findall(r"\((.)\) (.*?)( yes| no)?(?:\n|$)", options)
