@@ -7,11 +7,12 @@ Run:    python chat.py --ckpt runs/toy/stage3 --video data/toy/videos/00/00000.g
 """
 import argparse
 import sys
+from contextlib import nullcontext
 from functools import partial
 
 import torch
 
-import checkpoint
+from checkpoint import add_model_options, open_model
 from media import benchmark_video
 from prompt import answer_text, chat_prompt, is_complete, pad_batch
 
@@ -21,14 +22,13 @@ INSTRUCTION = "Watch the video and answer the question.\n"
 class Chat:
     """A conversation about one video (or image, or folder of frames)."""
 
-    def __init__(self, ckpt, media, llm="", device="cpu", temperature=0.0, max_new_tokens=100):
-        self.model, self.wordpiece, self.tok = checkpoint.load_model(ckpt, llm, device)
-        if self.tok is None:
-            raise ValueError(f"{ckpt} is of stage 1 and cannot speak; chat needs a checkpoint of stage 2 or 3")
+    def __init__(self, model, wordpiece, tok, media, temperature=0.0, max_new_tokens=100, autocast=None):
+        self.model, self.tok, self.autocast = model, tok, autocast or nullcontext()
         self.sampling, self.max_new_tokens, self.history = {"temperature": temperature}, max_new_tokens, []
+        device = model.device
         video = benchmark_video(media, self.model.cfg)                                         # (T, 3, H, W)
-        qf_ids = torch.tensor([self.wordpiece.encode(INSTRUCTION, sep=True)], device=device)   # (1, S)
-        with torch.no_grad():
+        qf_ids = torch.tensor([wordpiece.encode(INSTRUCTION, sep=True)], device=device)        # (1, S)
+        with torch.no_grad(), self.autocast:
             vision = self.model.encode(video[None].to(device))                                 # (1, N, C)
             self.tokens = self.model.queries(vision, qf_ids, torch.ones_like(qf_ids))          # (1, Q, D)
 
@@ -38,8 +38,9 @@ class Chat:
         n_video = self.tokens.shape[1]
         prompt = chat_prompt(self.tok, self.history, question, n_video, INSTRUCTION, style=self.model.cfg.style)
         ids, _, mask = (t.to(self.model.device) for t in pad_batch([prompt], self.tok.eos_id, side="left"))
-        rows, _ = self.model.answer(self.model.splice(ids, self.tokens), mask, self.max_new_tokens,
-                                    partial(is_complete, self.tok), **self.sampling)
+        with self.autocast:
+            rows, _ = self.model.answer(self.model.splice(ids, self.tokens), mask, self.max_new_tokens,
+                                        partial(is_complete, self.tok), **self.sampling)
         answer = answer_text(self.tok, rows[0])
         self.history.append((question, answer))
         return answer
@@ -48,16 +49,14 @@ class Chat:
 def main(argv=None):
     p = argparse.ArgumentParser(prog="chat.py", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--ckpt", required=True, help="checkpoint folder of stage 3 (or 2)")
+    add_model_options(p)
     p.add_argument("--video", required=True, help="a video, GIF, image, or folder of frames")
     p.add_argument("--ask", default="", help="one question; without it, questions are read until an empty line")
-    p.add_argument("--llm", default="", help="the LLM's folder, if it moved since training")
     p.add_argument("--temperature", type=float, default=0.0, help="0: always the most probable word (default)")
     p.add_argument("--max-new-tokens", type=int, default=100, help="longest answer (default %(default)s)")
-    p.add_argument("--device", default="", help="cpu or cuda (default: cuda where there is one)")
     args = p.parse_args(argv)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    chat = Chat(args.ckpt, args.video, args.llm, device, args.temperature, args.max_new_tokens)
+    *model, autocast = open_model(args)
+    chat = Chat(*model, args.video, args.temperature, args.max_new_tokens, autocast)
     if args.ask:
         print(chat.ask(args.ask))
         return

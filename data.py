@@ -291,9 +291,11 @@ class AlignCollate:
     """Stage 1: the caption for the Q-Former. Adds ids (B, S), mask (B, S)."""
     wordpiece: object
     max_length: int = 32
+    sep: bool = False                  # QUIRK of tokenizer.WordPiece.encode: no [SEP]
 
     def __call__(self, samples):
-        ids, mask = pad_words([self.wordpiece.encode(s["text"], self.max_length) for s in samples], self.wordpiece)
+        rows = [self.wordpiece.encode(s["text"], self.max_length, sep=self.sep) for s in samples]
+        ids, mask = pad_words(rows, self.wordpiece)
         return collate_media(samples) | {"ids": ids, "mask": mask}
 
 
@@ -322,7 +324,7 @@ class InstructCollate:
     n_video: int
     max_text: int = 512
     style: str = "vicuna"
-    question_in_qformer: bool = False  # paper table 11: with the question 50.8, without 51.1
+    question_in_qformer: bool = False  # QUIRK of model.Config
     tell_seconds: bool = True          # say at which seconds a video's frames were taken
     train_separators: bool = False     # QUIRK of prompt.vicuna_turns
     max_instruction: int = 512         # ids of the Q-Former's text; the end of a longer one is kept

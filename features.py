@@ -19,8 +19,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from checkpoint import fingerprint, read_json, whole_folder
+from llm_folder import fingerprint
 from media import MediaError
+from storage import read_json, whole_folder
 
 
 class Features:

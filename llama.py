@@ -6,7 +6,7 @@ not ids, because a video's tokens have no ids.
 
     embeds -> [ x + attention(norm(x)); x + swiglu(norm(x)) ] x depth -> norm -> lm_head -> logits
 
-Not here: tokenisation (tokenizer.py), LoRA (lora.py), reading Hugging Face folders (weights.py), sliding windows.
+Not here: tokenisation (tokenizer.py), LoRA (lora.py), reading Hugging Face folders (llm_folder.py), sliding windows.
 
 Source: LLaMA (arXiv 2302.13971), GQA (arXiv 2305.13245), RoPE (arXiv 2104.09864). Attribute names and the half-split
 rotation are Hugging Face's, so weights load without renaming or permuting.
@@ -31,18 +31,22 @@ class LlamaConfig:
     eps: float = 1e-6
     rope_theta: float = 1e4
     max_positions: int = 2048     # the length it was trained for; longer inputs are refused
+    head_dim: int = 0             # size of a head; 0: width / heads
+    tied: bool = False            # lm_head's matrix is the embeddings'
+    attention_bias: bool = False  # biases of q, k, v, o: none in LLaMA, Vicuna and Mistral
+    mlp_bias: bool = False        # biases of gate, up, down
     init_std: float = 0.02        # 0: by each matrix's width, see init_weights
     checkpoint_layers: bool = False  # training: recompute each layer in the backward pass instead of storing it
 
     def __post_init__(self):
-        if self.width % (2 * self.heads):
+        if self.head_size % 2 or not self.head_dim and self.width % self.heads:
             raise ValueError(f"LLM width {self.width} does not give its {self.heads} heads an even size")
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} heads cannot share {self.kv_heads} key/value heads evenly")
 
     @property
     def head_size(self):
-        return self.width // self.heads
+        return self.head_dim or self.width // self.heads
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the parts
@@ -103,10 +107,10 @@ class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.hs = hs = cfg.head_size
-        self.q_proj = nn.Linear(cfg.width, cfg.heads * hs, bias=False)
-        self.k_proj = nn.Linear(cfg.width, cfg.kv_heads * hs, bias=False)
-        self.v_proj = nn.Linear(cfg.width, cfg.kv_heads * hs, bias=False)
-        self.o_proj = nn.Linear(cfg.heads * hs, cfg.width, bias=False)
+        self.q_proj = nn.Linear(cfg.width, cfg.heads * hs, bias=cfg.attention_bias)
+        self.k_proj = nn.Linear(cfg.width, cfg.kv_heads * hs, bias=cfg.attention_bias)
+        self.v_proj = nn.Linear(cfg.width, cfg.kv_heads * hs, bias=cfg.attention_bias)
+        self.o_proj = nn.Linear(cfg.heads * hs, cfg.width, bias=cfg.attention_bias)
 
     def heads(self, x):
         return x.unflatten(-1, (-1, self.hs)).transpose(1, 2)                   # (B, nh, S, hs)
@@ -128,9 +132,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.gate_proj = nn.Linear(cfg.width, cfg.ffn, bias=False)
-        self.up_proj = nn.Linear(cfg.width, cfg.ffn, bias=False)
-        self.down_proj = nn.Linear(cfg.ffn, cfg.width, bias=False)
+        self.gate_proj = nn.Linear(cfg.width, cfg.ffn, bias=cfg.mlp_bias)
+        self.up_proj = nn.Linear(cfg.width, cfg.ffn, bias=cfg.mlp_bias)
+        self.down_proj = nn.Linear(cfg.ffn, cfg.width, bias=cfg.mlp_bias)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -184,6 +188,12 @@ class Llama(nn.Module):
         })
         self.lm_head = nn.Linear(cfg.width, cfg.vocab_size, bias=False)
         self.init_weights(cfg.init_std)
+        if cfg.tied:
+            self.tie()
+
+    def tie(self):
+        head = getattr(self.lm_head, "base", self.lm_head)                      # behind LoRA
+        head.weight = self.model["embed_tokens"].weight
 
     def init_weights(self, std=0.02):
         """Normal with this std; 0: each matrix by its own width, as narrow models need it to learn quickly."""

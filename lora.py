@@ -34,8 +34,10 @@ class LoRALinear(nn.Module):
         if r < 1:
             raise ValueError(f"LoRA's rank is {r}, expected at least 1")
         self.base = base.requires_grad_(False)
-        self.lora_A = nn.Linear(base.in_features, r, bias=False, device=base.weight.device)
-        self.lora_B = nn.Linear(r, base.out_features, bias=False, device=base.weight.device)
+        # a base on the meta device gets its weight later (llm_folder.py); the update begins to exist now
+        device = None if base.weight.is_meta else base.weight.device
+        self.lora_A = nn.Linear(base.in_features, r, bias=False, device=device)
+        self.lora_B = nn.Linear(r, base.out_features, bias=False, device=device)
         self.dropout = nn.Dropout(dropout)
         self.scale = alpha / r
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
@@ -49,7 +51,9 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged(self):
-        """The base, with the update added to its weight in place."""
+        """The base, with the update added to its weight in place. ValueError for a base in 8 bits."""
+        if not self.base.weight.is_floating_point():
+            raise ValueError("LoRA's update is too small for a weight in 8 bits: merge it before, into the LLM's own")
         update = self.scale * self.lora_B.weight @ self.lora_A.weight           # (out, r) @ (r, in) -> (out, in)
         self.base.weight.copy_(self.base.weight.to(update.dtype) + update)
         return self.base

@@ -14,6 +14,7 @@ Letters used for shapes, here and in every file:
     C, E, D widths of ViT, Q-Former, LLM   nh heads   hs head size   V vocabulary
 """
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -52,8 +53,15 @@ class Config:
     train_choice: str = "rand"      # which frames of a clip training takes: media.train_indices
     tell_seconds: bool = True       # stage 3 says at which seconds the frames were taken
     crop: bool = True               # random resized crop in training, centre crop in evaluation
+    flip: bool = False              # half of the training clips mirrored, as officially; "left" then means right
+    # what the official code does oddly and the released weights have grown used to; the toy does none of it
     train_norm: str = "imagenet"    # QUIRK dataset/__init__.py:37 trains with ImageNet's mean and std ...
     eval_norm: str = "clip"         # ... conversation.py:103 evaluates with CLIP's
+    bos_ones: bool = True           # QUIRK videochat2_it_vicuna.py:299: stage 3 trains with ones in the place of <s>
+    train_separators: bool = True   # prompt.vicuna_turns
+    question_in_qformer: bool = True  # QUIRK it_dataset.py:101: the paper's table 11 says 50.8 with it, 51.1 without
+    caption_sep: bool = False       # tokenizer.WordPiece.encode: stage 1 reads captions without [SEP]
+    repeat_image: bool = True       # QUIRK videochat2_qformer.py:177: in stage 1 an image is repeated to align_frames
 
     @classmethod
     def from_dict(cls, d):
@@ -85,7 +93,8 @@ def toy_config():
         llama=LlamaConfig(vocab_size=0, width=128, depth=4, heads=4, kv_heads=4, ffn=384, init_std=0.0),
         n_query=16, n_extra=16, extra_std=0.02, align_frames=8, train_frames=8, eval_frames=8, align_text=64,
         lora_names=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        lora_dropout=0.0, crop=False, tell_seconds=False, eval_norm="imagenet", train_choice="mvbench")
+        lora_dropout=0.0, crop=False, tell_seconds=False, train_choice="mvbench",
+        eval_norm="imagenet", bos_ones=False, train_separators=False, question_in_qformer=False)
 
 
 def micro_config():
@@ -99,9 +108,10 @@ def micro_config():
 
 
 def mistral_config():
-    """The stronger later variant: Mistral-7B-Instruct-v0.2, LoRA on every linear layer."""
+    """The stronger later variant: Mistral-7B-Instruct-v0.2, LoRA on every linear layer. Source: it_dataset_mistral.py,
+    which tells the Q-Former no question and nobody the seconds."""
     return Config(
-        preset="mistral-7b", style="mistral",
+        preset="mistral-7b", style="mistral", question_in_qformer=False, tell_seconds=False,
         llama=LlamaConfig(kv_heads=8, ffn=14336, eps=1e-5, rope_theta=1e6, max_positions=32768),
         lora_names=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"))
 
@@ -118,8 +128,8 @@ PARTS = {  # which parts a stage's model has
 FROZEN = {  # names that do not train, as patterns; everything else does
     1: r"^vision_encoder\.",
     # stage 2 puts no text into the Q-Former: its word embeddings and the FFN of its text rows would get no gradient
-    2: r"^llama_model\.|^qformer\.cls\.|\.(word|position)_embeddings\.|\.layer\.\d+\.(intermediate|output)\.",
-    3: r"^llama_model\.(?!.*lora_)|^qformer\.cls\.",
+    2: r"^llama_model\.|\.(word|position)_embeddings\.|\.layer\.\d+\.(intermediate|output)\.",
+    3: r"^llama_model\.(?!.*lora_)",
 }
 
 
@@ -130,7 +140,8 @@ class VideoChat2(nn.Module):
     stage 3 has LoRA in the LLM.
     """
 
-    def __init__(self, cfg, stage):
+    def __init__(self, cfg, stage, llm_later=False):
+        """llm_later: the LLM's own weights get no memory; checkpoint.attach_llm brings them."""
         super().__init__()
         parts = PARTS[stage]
         C, E, D = cfg.vit.width, cfg.qformer.width, cfg.llama.width
@@ -142,11 +153,14 @@ class VideoChat2(nn.Module):
         if "align" in parts:
             self.vision_temp_embed = nn.Parameter(torch.zeros(1, cfg.align_frames, 1, C))
             self.aligner = Aligner(cfg.qformer)
+        else:
+            self.qformer.cls = None                            # it writes captions in stage 1 and nowhere else
         if "connect" in parts:
             self.extra_query_tokens = nn.Parameter(torch.zeros(1, cfg.n_extra, E).normal_(std=cfg.extra_std))
             self.llama_proj = nn.Linear(E, D)
         if "llm" in parts:
-            self.llama_model = Llama(cfg.llama)
+            with torch.device("meta") if llm_later else nullcontext():
+                self.llama_model = Llama(cfg.llama)
         if "lora" in parts:
             add_lora(self.llama_model, cfg.lora_names, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout)
 
@@ -159,9 +173,10 @@ class VideoChat2(nn.Module):
     def encode_timed(self, video, features=None):
         """video (B, T, 3, H, W), or the ViT's features of it (B, T, L, C) -> (B, N, C) with vision_temp_embed."""
         x = self.vision_encoder(video) if features is None else features   # (B, T, L, C)
-        # subtle: an image (T = 1) is repeated to align_frames by broadcasting, as in videochat2_qformer.py:177
-        x = (x + self.vision_temp_embed).flatten(1, 2)                     # (B, N, C)
-        return self.vision_layernorm(x)
+        time = self.vision_temp_embed                                      # (1, align_frames, 1, C)
+        if x.shape[1] == 1 and not self.cfg.repeat_image:
+            time = time[:, :1]                                             # else broadcasting repeats the image
+        return self.vision_layernorm((x + time).flatten(1, 2))             # (B, N, C)
 
     def align(self, batch, dec_id, generator=None, captions_only=False):
         """Stage 1: {"vtc", "vtm", "vtg"} of video (B, T, 3, H, W) and caption ids, mask (B, S), idx (B,).
@@ -204,7 +219,10 @@ class VideoChat2(nn.Module):
 
     def loss(self, batch):
         """Stages 2 and 3: mean cross-entropy over the label tokens of video, ids, labels, mask (B, S)."""
-        hidden = self.llama_model(self.read(batch), batch["mask"])         # (B, S, D)
+        embeds = self.read(batch)                                          # (B, S, D)
+        if self.stage == 3 and self.cfg.bos_ones:
+            embeds = torch.cat((torch.ones_like(embeds[:, :1]), embeds[:, 1:]), 1)
+        hidden = self.llama_model(embeds, batch["mask"])                   # (B, S, D)
         return lm_loss(self.llama_model, hidden, batch["labels"])
 
     @torch.no_grad()

@@ -15,15 +15,25 @@ import json
 import sys
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-import checkpoint
-from media import MediaError, benchmark_video
-from prompt import SYSTEM, answer_text, is_complete, mvbench_prompt, pad_batch
+from checkpoint import add_model_options, open_model
+from data import pad_words
+from media import NORMS, MediaError, benchmark_video
+from prompt import (
+    ANSWER_PREFIX,
+    SYSTEM,
+    answer_text,
+    is_complete,
+    mvbench_prompt,
+    mvbench_question,
+    pad_batch,
+)
+from storage import read_json
 
 LETTERS = "ABCDE"
 
@@ -65,27 +75,42 @@ TASKS = [
 
 
 def load_questions(root, only=(), limit=0):
-    """MVBench folder -> list of dicts: task, index, media, start, end, question, candidates, answer.
+    """MVBench folder -> list of dicts: task, index, media, bound, question, candidates, answer.
 
-    only: task names; limit: the first so many of each task. ValueError names file, entry and fault.
+    only: task names; limit: the first so many of each task. A medium that is nowhere has media "". ValueError names
+    file, entry and fault; FileNotFoundError a folder without any of the tasks.
     """
     unknown = sorted(set(only) - {task.name for task in TASKS})
     if unknown:
         raise ValueError(f"MVBench has no task {', '.join(unknown)}; it has {', '.join(task.name for task in TASKS)}")
-    questions = []
+    questions, absent = [], []
     for task in TASKS:
         if only and task.name not in only:
             continue
-        path = Path(root) / "json" / f"{task.file}.json"
-        items = checkpoint.read_json(path)
+        path = annotation_file(root, task)
+        if not path.is_file():
+            absent.append(path)
+            continue
+        items = read_json(path)
         if not isinstance(items, list):
             raise ValueError(f"{path} is not a list of questions")
         for index, item in enumerate(items[:limit or None]):
-            questions.append(question_of(task, index, item, path, Path(root) / "video" / task.folder))
+            questions.append(question_of(task, index, item, path, root))
+    if not questions:
+        raise FileNotFoundError(f"{absent[0]} does not exist, nor any other task's file: --data is the folder that "
+                                "holds json/ and video/ of MVBench")
+    for path in absent:
+        print(f"{path} does not exist: this task is left out", file=sys.stderr)
     return questions
 
 
-def question_of(task, index, item, path, folder):
+def annotation_file(root, task):
+    """json/{task}.json, or beside the media where all lies in one folder."""
+    flat = Path(root) / f"{task.file}.json"
+    return flat if flat.is_file() else Path(root) / "json" / f"{task.file}.json"
+
+
+def question_of(task, index, item, path, root):
     """One entry of a task's file, checked."""
     wrong = [key for key in ("video", "question", "answer") if not isinstance(item.get(key), str)]
     wrong += ["candidates"] if not 2 <= len(item.get("candidates") or []) <= len(LETTERS) else []
@@ -95,8 +120,37 @@ def question_of(task, index, item, path, folder):
     if item["answer"] not in item["candidates"]:
         raise ValueError(f"{path}, entry {index}: the answer {item['answer']!r} is not among the candidates")
     bound = (item["start"], item["end"]) if task.bound else None
-    return {"task": task.name, "index": index, "media": str(folder / item["video"]), "bound": bound,
+    return {"task": task.name, "index": index, "media": find_media(root, task.folder, item["video"]), "bound": bound,
             "question": item["question"], "candidates": item["candidates"], "answer": item["answer"]}
+
+
+def find_media(root, folder, name):
+    """Where a medium lies, or "": in the official tree, or in one of the trees that people have made of its archives.
+
+    The archives' folders may lie in video/ or beside it, each in a folder of its archive's name or not; the files that
+    came later in data0613/, merged or not; and all media of a task, or of all tasks, in one flat folder. Silent copies
+    in another format (ssv2 as mp4) are taken where the original is missing.
+    """
+    first, last = folder.split("/")[0], folder.split("/")[-1]
+    bases = [Path(root) / base for base in ("video", "video/data0613", "data0613", ".")]
+    places = [base / sub for base in bases for sub in (folder, f"{first}/{folder}", last, first, "")]
+    for variant in (name, Path(name).stem + ".mp4"):
+        for place in places:
+            if (place / variant).exists() and (place / variant) != place:
+                return str(place / variant)
+    return ""
+
+
+def missing_media(questions):
+    """Lines that say, per task, how many questions have no medium, and why that may be."""
+    lines = []
+    for task in TASKS:
+        asked = [q for q in questions if q["task"] == task.name]
+        gone = sum(not q["media"] for q in asked)
+        if gone:
+            hint = "; NTU RGB+D's owners give these videos out, on request" if task.short == "FP" else ""
+            lines.append(f"{task.name}: {gone} of {len(asked)} media are missing (video/{task.folder}/){hint}")
+    return lines
 
 
 def letter_of(q):
@@ -158,33 +212,51 @@ def letter_ids(tok):
     return [tok.encode(f"({letter}")[-1] for letter in LETTERS]
 
 
+@dataclass
+class Protocol:
+    """How the questions are asked. The defaults are the paper's; what else it has tried is a field away."""
+    system: str = SYSTEM                # table 8: without it 49.9
+    answer_prefix: str = ANSWER_PREFIX  # table 9: without it 50.1
+    question_in_qformer: bool = False   # table 11: with it 50.8
+    control: str = "none"
+    max_new_tokens: int = 100
+
+
 class Answerer:
     """A model with its tokenizers; answers questions about clips, a batch at a time."""
 
-    def __init__(self, model, wordpiece, tok, control="none", max_new_tokens=100):
-        self.model, self.tok, self.control, self.max_new_tokens = model, tok, control, max_new_tokens
-        cfg = model.cfg
-        self.n_video = cfg.n_query + cfg.n_extra
-        # the Q-Former reads the system prompt, not the question: paper table 11
-        self.qf_ids = torch.tensor([wordpiece.encode(SYSTEM, cfg.qformer.max_positions, sep=True, truncate="left")])
+    def __init__(self, model, wordpiece, tok, protocol=None):
+        self.model, self.wordpiece, self.tok, self.protocol = model, wordpiece, tok, protocol or Protocol()
+        self.n_video = model.cfg.n_query + model.cfg.n_extra
         self.letter_ids = letter_ids(tok)
 
     @torch.no_grad()
     def look(self, video):
-        """video (B, T, 3, H, W) -> what the LLM reads of it (B, Q, D). "blank" zeroes the patch features."""
+        """video (B, T, 3, H, W) -> what the Q-Former sees of it (B, N, C). "blank" zeroes it."""
         vision = self.model.encode(video.to(self.model.device))                                # (B, N, C)
-        if self.control == "blank":
-            vision = torch.zeros_like(vision)
-        qf_ids = self.qf_ids.to(vision.device).expand(len(vision), -1)                         # (B, S)
-        return self.model.queries(vision, qf_ids, torch.ones_like(qf_ids))
+        return torch.zeros_like(vision) if self.protocol.control == "blank" else vision
+
+    @torch.no_grad()
+    def read(self, vision, questions):
+        """vision (B, N, C) with a question for each -> what the LLM reads (B, Q, D).
+
+        The Q-Former reads the system prompt along, and the question only where the protocol says so.
+        """
+        texts = [self.protocol.system + (mvbench_question(q["question"], q["candidates"])
+                                         if self.protocol.question_in_qformer else "") for q in questions]
+        length = min(self.model.cfg.max_text, self.model.cfg.qformer.max_positions)
+        rows = [self.wordpiece.encode(text, length, sep=True, truncate="left") for text in texts]
+        qf_ids, qf_mask = (t.to(vision.device) for t in pad_words(rows, self.wordpiece))       # (B, S)
+        return self.model.queries(vision, qf_ids, qf_mask)
 
     @torch.no_grad()
     def answer(self, questions, tokens):
         """questions with their video tokens (B, Q, D) -> list of (first line of the answer, letter probabilities)."""
-        prompts = [mvbench_prompt(self.tok, q["question"], q["candidates"], self.n_video, style=self.model.cfg.style)
-                   for q in questions]
+        prompts = [mvbench_prompt(self.tok, q["question"], q["candidates"], self.n_video, self.protocol.system,
+                                  self.protocol.answer_prefix, self.model.cfg.style) for q in questions]
         ids, _, mask = (t.to(self.model.device) for t in pad_batch(prompts, self.tok.eos_id, side="left"))
-        rows, logits = self.model.answer(self.model.splice(ids, tokens), mask, self.max_new_tokens, self.complete)
+        embeds = self.model.splice(ids, tokens)                                                # (B, S, D)
+        rows, logits = self.model.answer(embeds, mask, self.protocol.max_new_tokens, self.complete)
         letters = logits.float().softmax(-1)[:, self.letter_ids]                               # (B, 5)
         return [(self.first_line(row), p[:len(q["candidates"])].tolist())
                 for q, row, p in zip(questions, rows, letters, strict=True)]
@@ -194,7 +266,9 @@ class Answerer:
         return is_complete(self.tok, ids) or "\n" in self.tok.decode(ids[-4:]).lstrip()
 
     def first_line(self, ids):
-        return answer_text(self.tok, ids).split("\n")[0]
+        """New ids -> the prediction: the answer's first line, behind the bracket that the prompt has opened."""
+        opened = "(" if self.protocol.answer_prefix.endswith("(") else ""
+        return opened + answer_text(self.tok, ids).split("\n")[0]
 
 
 def evaluate(answerer, questions, batch=32, workers=1):
@@ -219,87 +293,113 @@ def evaluate(answerer, questions, batch=32, workers=1):
 
 def answers(answerer, questions, clips, batch):
     """questions: a list for each of the clips (T, 3, H, W) -> a row per question."""
-    tokens = answerer.look(torch.stack(clips))                                                 # (B, Q, D)
+    vision = answerer.look(torch.stack(clips))                                                 # (B, N, C)
+    tokens = None
+    if not answerer.protocol.question_in_qformer:                                              # then all read the same
+        tokens = answerer.read(vision, [some[0] for some in questions])                        # (B, Q, D)
     todo = [(q, clip) for clip, some in enumerate(questions) for q in some]
     for i in range(0, len(todo), batch):
         qs, rows = zip(*todo[i:i + batch], strict=True)
-        for q, (said, letters) in zip(qs, answerer.answer(qs, tokens[list(rows)]), strict=True):
+        read = answerer.read(vision[list(rows)], qs) if tokens is None else tokens[list(rows)]
+        for q, (said, letters) in zip(qs, answerer.answer(qs, read), strict=True):
             yield row_of(q, said, letters)
 
 
 def row_of(q, said, letters, unread=""):
     """A line of predictions.jsonl. A medium that cannot be read is unanswered, and never right."""
     letter = letter_of(q)
-    correct = not unread and check_ans("(" + said, f"({letter}) {q['answer']}")
-    return {**q, "letter": letter, "prediction": "(" + said, "letter_probabilities": [round(p, 4) for p in letters],
+    correct = not unread and check_ans(said, f"({letter}) {q['answer']}")
+    return {**q, "letter": letter, "prediction": said, "letter_probabilities": [round(p, 4) for p in letters],
             "correct": bool(correct), **({"unread": unread} if unread else {})}
 
 
 # ----------------------------------------------------------------------------------------------------------- the report
 
 
-def print_table(columns):
-    """columns {title: {task: percent}} -> the 20-task table on the console."""
+def print_table(columns, asked=None):
+    """columns {title: {task: percent}}, asked {task: "166/200"} -> the 20-task table on the console."""
     titles = list(columns)
-    print(f"\n{'task':28}" + "".join(f"{title:>10}" for title in titles))
+    print(f"\n{'task':28}" + "".join(f"{title:>10}" for title in titles) + ("     asked" if asked else ""))
     first = columns[titles[0]]
     for name in first:
         line = f"{name:28}" + "".join(f"{columns[title].get(name, float('nan')):10.1f}" for title in titles)
+        line += f"{asked[name]:>10}" if asked else ""
         print("-" * len(line) + "\n" + line if name == "Avg" else line)
+
+
+def denominators(rows, questions):
+    """{task: "asked/there are"}: how much of the benchmark a table speaks of."""
+    names = [*dict.fromkeys(row["task"] for row in rows), "Avg"]
+    return {name: "/".join(str(sum(name in ("Avg", q["task"]) for q in some)) for some in (rows, questions))
+            for name in names}
 
 
 def parse(argv=None):
     p = argparse.ArgumentParser(prog="mvbench.py", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--ckpt", required=True, help="checkpoint folder of stage 3 (or 2)")
+    add_model_options(p)
     p.add_argument("--data", default="data/toy/mvbench", help="MVBench folder: json/ and video/ (default %(default)s)")
-    p.add_argument("--llm", default="", help="the LLM's folder, if it moved since training")
     p.add_argument("--out", default="", help="folder for the results (default CKPT/mvbench)")
-    p.add_argument("--control", choices=("none", "blank"), default="none", help="blank: the video's features are zeros")
     p.add_argument("--only", default="", help='task names, separated by commas: "Action Count,State Change"')
     p.add_argument("--limit", type=int, default=0, help="only the first so many questions of each task")
     p.add_argument("--batch", type=int, default=32, help="clips at a time (default %(default)s)")
     p.add_argument("--workers", type=int, default=1, help="processes that decode ahead (default %(default)s)")
-    p.add_argument("--device", default="", help="cpu or cuda (default: cuda where there is one)")
-    p.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the LLM's weights, and autocast")
+    group = p.add_argument_group("protocol (the defaults are the paper's)")
+    group.add_argument("--control", choices=("none", "blank"), default="none",
+                       help="blank: the video's features are zeros")
+    group.add_argument("--frames", type=int, default=0, help="frames of a clip (default: the preset's, 16)")
+    group.add_argument("--no-system", action="store_true", help="without the system prompt (paper: 49.9 for 51.1)")
+    group.add_argument("--no-answer-prompt", action="store_true",
+                       help='without "Best option:(" before the answer (paper: 50.1)')
+    group.add_argument("--question-in-qformer", action="store_true",
+                       help="the Q-Former reads the question behind the system prompt (paper: 50.8)")
+    group.add_argument("--norm", choices=tuple(NORMS), default="",
+                       help="pixels: clip, as officially, or imagenet, as in training (default: the preset's)")
     return p.parse_args(argv)
 
 
 def main(argv=None):
     args = parse(argv)
-    questions = load_questions(args.data, [name.strip() for name in args.only.split(",") if name.strip()], args.limit)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    model, wordpiece, tok = checkpoint.load_model(args.ckpt, args.llm, device, dtype)
-    if tok is None:
-        raise ValueError(f"{args.ckpt} is of stage 1 and has no LLM; MVBench needs a checkpoint of stage 2 or 3")
+    every = load_questions(args.data, [name.strip() for name in args.only.split(",") if name.strip()], args.limit)
+    questions = [q for q in every if q["media"]]
+    for line in missing_media(every):
+        print(line, flush=True)
+    if not questions:
+        raise FileNotFoundError(f"{args.data} holds none of the media that the questions speak of")
+    model, wordpiece, tok, autocast = open_model(args)
+    model.cfg = replace(model.cfg, eval_frames=args.frames or model.cfg.eval_frames,
+                        eval_norm=args.norm or model.cfg.eval_norm)
+    protocol = Protocol("" if args.no_system else SYSTEM, "" if args.no_answer_prompt else ANSWER_PREFIX,
+                        args.question_in_qformer, args.control)
     out = Path(args.out or Path(args.ckpt) / "mvbench")
     out.mkdir(parents=True, exist_ok=True)
-    suffix = "" if args.control == "none" else f".{args.control}"
     print(f"MVBench: {len(questions)} questions, {model.cfg.eval_frames} frames, control {args.control}", flush=True)
     begun, rows = time.time(), []
-    answerer = Answerer(model, wordpiece, tok, args.control)
-    with open(out / f"predictions{suffix}.jsonl", "w") as f, \
-            torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bf16"):
-        for row in evaluate(answerer, questions, args.batch, args.workers):
+    suffix = "" if args.control == "none" else f".{args.control}"
+    with open(out / f"predictions{suffix}.jsonl", "w") as f, autocast:
+        for row in evaluate(Answerer(model, wordpiece, tok, protocol), questions, args.batch, args.workers):
             f.write(json.dumps(row) + "\n")
             rows.append(row)
-    table = score(rows)
-    for name, numbers in ((f"mvbench{suffix}", table), ("chance", chance(questions))):
-        (out / f"{name}.json").write_text(json.dumps({k: round(v, 2) for k, v in numbers.items()}, indent=2))
-    normal = out / "mvbench.json"
-    columns = {"chance": chance(questions)}
-    if args.control != "none" and normal.is_file():
-        columns = {"normal": checkpoint.read_json(normal), args.control: table, **columns}
-    else:
-        columns = {"accuracy" if args.control == "none" else args.control: table, **columns}
-    print_table(columns)
+    report(rows, every, out, args.control)
     unread = [row for row in rows if "unread" in row]
     for row in unread[:5]:
         print(f"unread: {row['unread']}")
     seconds = time.time() - begun
     print(f"\n{len(rows)} questions ({len(unread)} with an unreadable medium, counted as wrong) in {seconds:.0f} s, "
           f"{len(rows) / seconds:.1f} per second; written to {out}")
+
+
+def report(rows, every, out, control):
+    """Writes the accuracies into the folder out and prints them, beside the normal run's where there is one."""
+    table, odds = score(rows), chance(rows)
+    suffix = "" if control == "none" else f".{control}"
+    for name, numbers in ((f"mvbench{suffix}", table), ("chance", odds)):
+        (out / f"{name}.json").write_text(json.dumps({k: round(v, 2) for k, v in numbers.items()}, indent=2))
+    normal = out / "mvbench.json"
+    columns = {"accuracy" if control == "none" else control: table, "chance": odds}
+    if control != "none" and normal.is_file():
+        columns = {"normal": read_json(normal), **columns}
+    print_table(columns, denominators(rows, every))
 
 
 if __name__ == "__main__":

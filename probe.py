@@ -26,6 +26,7 @@ import torch
 
 import checkpoint
 import qagen
+from llm_folder import load_llm
 from media import benchmark_video, mvbench_indices
 from mvbench import letter_ids
 from prompt import (
@@ -39,6 +40,7 @@ from prompt import (
 )
 from render import ACTIVITIES, COLOURS, FPS, FRAMES, SHAPES, UNITS, token_targets
 from standins import Teacher
+from storage import load_strictly, read_tensors
 
 COLUMNS = ("colour", "shape", "activity", "bridge", "alike 1", "voice", "alike 2", "reader")
 
@@ -83,7 +85,7 @@ def alike(queries):
 def load_teacher(folder):
     cfg, _ = checkpoint.read_config(folder)
     teacher = Teacher(cfg, [len(COLOURS), len(SHAPES), len(ACTIVITIES)]).eval()
-    checkpoint.load_strictly(teacher, checkpoint.read_tensors(folder / "model.safetensors"), folder)
+    load_strictly(teacher, read_tensors(folder / "model.safetensors"), folder)
     return teacher, cfg
 
 
@@ -143,7 +145,7 @@ PARTS = {  # how a part is asked -> its folder in a run, how it is loaded, the c
     eye: ("stage0/vit", load_teacher, COLUMNS[:3]),
     bridge: ("stage1", checkpoint.load_model, COLUMNS[3:5]),
     voice: ("stage2", checkpoint.load_model, COLUMNS[5:7]),
-    reader: ("stage0/llm", checkpoint.load_llm, COLUMNS[7:]),
+    reader: ("stage0/llm", load_llm, COLUMNS[7:]),
 }
 
 

@@ -38,6 +38,7 @@ SYSTEM = (
     "objects, and the action and pose of persons. Based on your observations, select the best option that accurately "
     "addresses the question.\n")
 ONLY_BEST = "Only give the best option."
+ANSWER_PREFIX = "Best option:("  # what the answer begins with, so that the option's letter comes next
 
 
 @dataclass
@@ -152,8 +153,11 @@ def mvbench_question(question, candidates):
     return f"Question: {question}\nOptions:\n{options}".rstrip() + "\n"
 
 
-def mvbench_prompt(tok, question, candidates, n_video, system=SYSTEM, answer_prefix="Best option:(", style="vicuna"):
-    """The benchmark's prompt, up to the bracket that the answer's letter follows. `system` stands in it twice."""
+def mvbench_prompt(tok, question, candidates, n_video, system=SYSTEM, answer_prefix=ANSWER_PREFIX, style="vicuna"):
+    """The benchmark's prompt, up to the bracket that the answer's letter follows. `system` stands in it twice.
+
+    An empty system or answer_prefix is the paper's table 8 or 9 without it.
+    """
     asked = system + mvbench_question(question, candidates) + ONLY_BEST
     return chat_prompt(tok, [], asked, n_video, instruction=system, style=style, answer_prefix=answer_prefix)
 

@@ -19,9 +19,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import checkpoint
 from prompt import CAPTION_INSTRUCTIONS, SYSTEM, VIDEO, caption_prompt, conversation_prompt, pad_batch
 from qagen import MARKS, STRAIGHT, as_turn
+from storage import whole_folder
 from tokenizer import train_sentencepiece, train_wordpiece
 from vit_video import VisionTransformer
 
@@ -242,7 +242,7 @@ def vocabulary(text, folder, size=1000):
         texts = [text for caption, many, plain in documents
                  for text in (caption, *(qa[key] for qa in many + plain for key in "iqa"))]
         texts += 1000 * [SYSTEM]                                           # the benchmark's prompt has words of its own
-        with checkpoint.whole_folder(folder, replace=False) as temporary:
+        with whole_folder(folder, replace=False) as temporary:
             train_sentencepiece(texts, str(temporary / "tokenizer.model"), vocab_size=size)
             train_wordpiece(texts, str(temporary / "vocab.txt"))
     return folder / "tokenizer.model", folder / "vocab.txt"

@@ -14,13 +14,12 @@ Run:    python train.py --stage 1          # the toy preset; goes on where an in
 import argparse
 import json
 import math
-import os
 import re
 import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +30,12 @@ from tqdm import tqdm
 import checkpoint
 import data
 import features
-from checkpoint import load_strictly, read_json, read_tensors, save_tensors
 from llama import Llama
+from llm_folder import DTYPES, llm_config, write_llm
 from media import Transform, train_indices
-from model import PRESETS, VideoChat2, lm_loss, set_trainable
+from model import PRESETS, Config, VideoChat2, lm_loss, set_trainable
 from standins import School, Teacher, TeacherData, collate_teacher, collate_text, soft_embed, vocabulary
+from storage import load_strictly, read_json, read_tensors, save_tensors, whole_folder
 from tokenizer import SentencePiece, WordPiece
 
 # ------------------------------------------------------------------------------------------------------------- options
@@ -56,7 +56,8 @@ class TrainConfig:
     data: str = option("data/toy", "folder with corpus_caption.json and corpus_instruct.json (toyworld.py)")
     out: str = option("", "folder of the run (default runs/PRESET); stage N writes OUT/stageN")
     init: str = option("", "checkpoint to start from (default: the stage before, in OUT)")
-    llm: str = option("", "folder of the LLM for stages 2 and 3 (default: the one of stage 0, in OUT)")
+    corpus: str = option("", "the stage's corpus file (default: the one in DATA)")
+    llm: str = option("", "the LLM's folder, for stages 2 and 3 (default: the one that the stage before knows of)")
     steps: int = option(0, "optimizer steps; 0: epochs x batches")
     only: str = option("", f"stage 0 alone has parts, {' and '.join(STANDINS)}: train this one (default: both)")
     epochs: int = option(1, "passes over the data, where steps is 0")
@@ -72,14 +73,29 @@ class TrainConfig:
     clip: float = option(1.0, "gradient norm is cut to this")
     cache_features: bool = option(False, "what the ViT sees of a clip is kept on disk; stages 2, 3 then freeze it, too")
     captions_first: float = option(0.0, "share of stage 1's steps with the captioning loss alone, before all three")
-    dtype: str = option("fp32", "fp32 or bf16 (autocast; the frozen LLM is then kept in bf16)")
+    dtype: str = option("fp32", "fp32, bf16 or fp16: what computes, and what the frozen LLM is kept in")
+    llm_int8: bool = option(False, "keep the frozen LLM's matrices in 8 bits: half of bf16's memory")
     device: str = option("", "cpu or cuda (default: cuda where there is one)")
     workers: int = option(1, "processes that decode ahead of the model; 0: none")
     seed: int = option(0, "the same seed gives the same run")
     log_every: int = option(20, "steps between two lines of the log")
     save_every: int = option(200, "steps between two checkpoints to go on from")
     restart: bool = option(False, "train again from the start although OUT has a checkpoint of this stage")
+    changes: dict = field(default_factory=dict)   # of the model's Config, by MODEL_OPTIONS
 
+
+MODEL_OPTIONS = {  # fields of model.Config that the command line can change; the default is the preset's
+    "train_frames": "frames of a clip in stages 2 and 3 (stage 2: 4 in the paper, 8 in its code)",
+    "max_text": "tokens of a prompt in stages 2 and 3 (stage 2: 32 in the paper, 512 in its code)",
+    "tell_seconds": "stage 3 says at which seconds a video's frames were taken",
+    "flip": "mirror half of the training clips, as the official code does: what is left is then called right",
+    "train_norm": "pixels in training: imagenet (as officially) or clip (as the official evaluation)",
+    "bos_ones": "stage 3 puts ones in the place of <s>, as the official training does",
+    "train_separators": "stage 3 learns ###Human: and ###Assistant: too, as officially",
+    "question_in_qformer": "stage 3 tells the Q-Former instruction and question (paper: better without it)",
+    "caption_sep": "stage 1 ends captions in [SEP], which the official code forgets",
+    "repeat_image": "stage 1 repeats an image for each temporal embedding, as officially",
+}
 
 RECIPES = {  # preset -> stage -> what differs from TrainConfig's defaults; steps that are 0 follow from epochs
     "toy": {
@@ -94,7 +110,8 @@ RECIPES = {  # preset -> stage -> what differs from TrainConfig's defaults; step
     "micro": {stage: dict(steps=4, batch=4, lr=1e-3, muon=1.0, lora_lr=2.0, log_every=1, save_every=2, workers=0,
                           cache_features=True) for stage in (*STANDINS, 1, 2, 3)},
     "paper": {
-        1: dict(epochs=10, batch=2048, lr=1e-4, warmup=0.1, dtype="bf16", workers=8),
+        # stage 1 warms up for a fifth of its ten epochs' first in the official code, for all of it in the paper
+        1: dict(epochs=10, batch=2048, lr=1e-4, warmup=0.02, dtype="bf16", workers=8),
         2: dict(epochs=1, batch=512, lr=1e-4, warmup=0.2, dtype="bf16", workers=8),
         3: dict(epochs=3, batch=128, lr=2e-5, lr_end=0.25, warmup=0.2, dtype="bf16", workers=8),
     },
@@ -105,18 +122,28 @@ def parse(argv=None):
     """Command line -> (TrainConfig, names of the options that were given). Derived from the dataclass."""
     p = argparse.ArgumentParser(prog="train.py", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    for f in fields(TrainConfig):
+    for f in fields(TrainConfig)[:-1]:
         text = f.metadata["help"] + ("" if f.default in ("", None, 0, False) else f" (default {f.default})")
         kind = dict(type=f.type, metavar=f.name.upper())
         if f.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
         p.add_argument("--" + f.name.replace("_", "-"), default=MISSING, help=text, **kind)
+    group = p.add_argument_group("of the model, and of what the official code does oddly (default: the preset's)")
+    kinds = {f.name: f.type for f in fields(Config)}
+    for name, text in MODEL_OPTIONS.items():
+        kind = dict(type=kinds[name], metavar=name.upper())
+        if kinds[name] is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)
+        group.add_argument("--" + name.replace("_", "-"), default=MISSING, help=text, **kind)
     given = {name: value for name, value in vars(p.parse_args(argv)).items() if value is not MISSING}
-    cfg = TrainConfig(**given)
+    cfg = TrainConfig(**{n: v for n, v in given.items() if n not in MODEL_OPTIONS},
+                      changes={n: v for n, v in given.items() if n in MODEL_OPTIONS})
     if cfg.stage not in (0, 1, 2, 3):
         p.error("--stage must be 0, 1, 2 or 3")
     if cfg.preset not in PRESETS:
         p.error(f"--preset {cfg.preset} is unknown; there are {', '.join(PRESETS)}")
+    if cfg.dtype not in DTYPES:
+        p.error(f"--dtype {cfg.dtype} is unknown; there are {', '.join(DTYPES)}")
     if cfg.only and (cfg.stage or cfg.only not in STANDINS):
         p.error(f"--only {cfg.only}: expected {' or '.join(STANDINS)}, with --stage 0")
     cfg.out = cfg.out or f"runs/{cfg.preset}"
@@ -128,8 +155,8 @@ def recipe(cfg, given, stage):
     """cfg with what the stage's recipe says, except where the command line said otherwise."""
     recipes = RECIPES.get(cfg.preset, RECIPES["paper"])
     if stage not in recipes:
-        raise ValueError(f"preset {cfg.preset} has no stage 0: its ViT and LLM come ready-made; "
-                         "give them by --init and --llm to stage 1 and 2")
+        raise ValueError(f"preset {cfg.preset} has no stage 0: its ViT and LLM come ready-made; bring them in by "
+                         f"python weights.py import --preset {cfg.preset} ... (see --help)")
     return TrainConfig(**{**asdict(cfg), **{k: v for k, v in recipes[stage].items() if k not in given}})
 
 
@@ -158,11 +185,14 @@ def jobs(cfg, given):
 
 
 def clips(cfg, model_cfg, corpus, frames):
-    """VideoTextData of one corpus file in the data folder, with the model's frames and pixels."""
-    path = Path(cfg.data) / corpus
+    """VideoTextData of one corpus file, by default in the data folder, with the model's frames and pixels."""
+    path = Path(cfg.corpus or Path(cfg.data) / corpus)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; make the toy world by: python toyworld.py --out {cfg.data}")
-    transform = Transform(model_cfg.vit.img_size, train=True, crop=model_cfg.crop, norm=model_cfg.train_norm)
+        raise FileNotFoundError(f"{path} does not exist; " + (
+            f"make the toy world by: python toyworld.py --out {cfg.data}" if cfg.preset in ("toy", "micro") else
+            "it lists your annotation files: name another by --corpus, or see data.py --help"))
+    transform = Transform(model_cfg.vit.img_size, train=True, crop=model_cfg.crop, norm=model_cfg.train_norm,
+                          flip=model_cfg.flip)
     return data.VideoTextData(data.load_corpus(path), frames, transform, model_cfg.train_choice, seed=cfg.seed)
 
 
@@ -192,10 +222,9 @@ def vit_job(cfg, name):
                          f"make the toy world again with --patch {48 * config.vit.patch_size // config.vit.img_size}")
     frames = train_indices(config.train_frames, targets.shape[1], config.train_choice)
     model = Teacher(config, [len(meta[key]) for key in ("colours", "shapes", "activities")])
-    model.stage, model.cfg = 0, config
 
     def write(folder):
-        checkpoint.write_model(model, folder, vocab)
+        checkpoint.write_checkpoint(model.state_dict(), 0, config, folder, vocab)
 
     videos = clips(cfg, config, "corpus_clips.json", config.train_frames)
     dataset = TeacherData(videos, targets, Path(cfg.data) / "annotations.jsonl", frames, epoch_size=100 * cfg.batch)
@@ -216,26 +245,35 @@ def llm_job(cfg, name):
         return {"lm": lm_loss(model, model(embeds, batch["mask"]), batch["labels"])}
 
     def write(folder):
-        checkpoint.write_llm(model, tokenizer_model, folder)
+        write_llm(model, tokenizer_model, folder)
 
     return Job(f"stage 0 {name}", Path(cfg.out) / "stage0" / name, model, dataset, collate_text, loss, write)
 
 
 FRESH = {1: ("query_tokens", "qformer.", "vision_temp_embed", "aligner.", "vision_layernorm."),  # begin at random
          2: ("extra_query_tokens", "llama_proj."), 3: ()}
-DROPPED = {1: ("norm.", "heads."),                      # stage 0's teacher heads
-           2: ("aligner.", "vision_temp_embed"), 3: ()}  # stage 1's heads
+DROPPED = {1: ("norm.", "heads."),                                       # stage 0's teacher heads
+           2: ("aligner.", "vision_temp_embed", "qformer.cls."), 3: ()}  # stage 1's heads
 
 
 def previous(cfg):
     """Folder of the checkpoint that a stage starts from. FileNotFoundError names the command that makes it."""
-    before = "stage0/vit" if cfg.stage == 1 else f"stage{cfg.stage - 1}"
+    made_here = 0 in recipe_stages(cfg.preset)
+    before = {1: "stage0/vit" if made_here else "init"}.get(cfg.stage, f"stage{cfg.stage - 1}")
     folder = Path(cfg.init or Path(cfg.out) / before)
     if not (folder / "config.json").is_file() or not finished(folder):
         state = "is not finished" if folder.is_dir() else "is missing"
-        raise FileNotFoundError(f"stage {cfg.stage} starts from {folder}, which {state}; "
-                                f"run: python train.py --stage {cfg.stage - 1} --preset {cfg.preset} --out {cfg.out}")
+        command = f"python train.py --stage {cfg.stage - 1} --preset {cfg.preset} --out {cfg.out}"
+        if not made_here and cfg.stage == 1:
+            command = f"python weights.py import --preset {cfg.preset} --out {folder} ... (see --help)"
+        raise FileNotFoundError(f"stage {cfg.stage} starts from {folder}, which {state}; run: {command}")
     return folder
+
+
+def recipe_stages(preset):
+    """The stages that a preset trains: 0 is there where ViT and LLM are not ready-made."""
+    recipes = RECIPES.get(preset, RECIPES["paper"])
+    return {stage if isinstance(stage, int) else 0 for stage in recipes}
 
 
 def finished(folder):
@@ -244,34 +282,37 @@ def finished(folder):
     return not path.is_file() or read_json(path)["done"]
 
 
+def the_llm(cfg, start, known):
+    """Folder of the LLM: --llm, or the one that the checkpoint `start` knows of, or the one that stage 0 made."""
+    if cfg.llm:
+        return Path(cfg.llm)
+    return checkpoint.find_llm(start, known["path"]) if known else Path(cfg.out) / "stage0" / "llm"
+
+
 def stage_job(cfg, stage):
     """Stages 1 to 3: the model of the stage, filled from the stage before, on captions or instructions."""
     start, folder = previous(cfg), Path(cfg.out) / f"stage{stage}"
-    config, _ = checkpoint.read_config(start)
+    config, found = checkpoint.read_config(start)
     if config.preset != cfg.preset:
         raise ValueError(f"{start} is of preset {config.preset}, not {cfg.preset}; choose another --preset or --init")
-    model, llm, tok = VideoChat2(config, stage), None, None
-    tensors = read_tensors(start / "model.safetensors")
+    config, llm, tok = replace(config, **cfg.changes), found["llm"], None
     if stage > 1:
-        where = Path(cfg.llm or Path(cfg.out) / "stage0" / "llm")
-        dtype = torch.bfloat16 if cfg.dtype == "bf16" and cfg.device != "cpu" else torch.float32
-        tok, mark = checkpoint.put_llm(model, where, dtype)
-        llm = {"path": os.path.relpath(where, folder), "fingerprint": mark}
-    fresh = FRESH[stage] + (checkpoint.LLM_PREFIX,)
-    load_strictly(model, tensors, start, fresh=fresh, dropped=DROPPED[stage])
+        where = the_llm(cfg, start, llm)
+        config.llama = replace(llm_config(where), init_std=config.llama.init_std,
+                               checkpoint_layers=config.llama.checkpoint_layers)
+    model = VideoChat2(config, stage, llm_later=True)
+    load_strictly(model, read_tensors(start / "model.safetensors"), start,
+                  fresh=FRESH[stage] + (checkpoint.LLM_PREFIX,), dropped=DROPPED[stage])
+    if stage > 1:
+        # stage 2 may choose its LLM; what follows has grown together with it
+        tok, llm = checkpoint.attach_llm(model, where, llm if stage == 3 else None, start,
+                                         dtype=DTYPES[cfg.dtype], int8=cfg.llm_int8)
+    elif llm:
+        llm = llm | {"path": str(checkpoint.find_llm(start, llm["path"]))}
+    llm = checkpoint.llm_record(llm, folder)
     wordpiece = WordPiece.load(start / "vocab.txt")
     generator = torch.Generator().manual_seed(cfg.seed)
-    n_video = config.n_query + config.n_extra
-    corpus, frames, collate, loss = {
-        1: ("corpus_caption.json", config.align_frames, data.AlignCollate(wordpiece, config.align_text),
-            lambda batch, done: model.align(batch, wordpiece.dec_id, generator, done < cfg.captions_first)),
-        2: ("corpus_caption.json", config.train_frames, data.CaptionCollate(tok, n_video, config.max_text),
-            lambda batch, _: {"lm": model.loss(batch)}),
-        3: ("corpus_instruct.json", config.train_frames,
-            data.InstructCollate(tok, wordpiece, n_video, config.max_text, config.style,
-                                 tell_seconds=config.tell_seconds, max_instruction=config.qformer.max_positions),
-            lambda batch, _: {"lm": model.loss(batch)}),
-    }[stage]
+    corpus, frames, collate, loss = stage_parts(cfg, stage, model, wordpiece, tok, generator)
     dataset = clips(cfg, config, corpus, frames)
     if cfg.cache_features:
         dataset.features = features.keep(model.vision_encoder, dataset, Path(cfg.out) / "features", cfg.device,
@@ -280,9 +321,26 @@ def stage_job(cfg, stage):
              set_trainable(model, stage, vit=not cfg.cache_features)]
 
     def write(unfinished):
-        checkpoint.write_model(model, unfinished, start / "vocab.txt", llm)
+        checkpoint.write_checkpoint(model.state_dict(), stage, config, unfinished, start / "vocab.txt", llm)
 
     return Job(f"stage {stage}", folder, model, dataset, collate, loss, write, notes, generator)
+
+
+def stage_parts(cfg, stage, model, wordpiece, tok, generator):
+    """What the stages differ in: (corpus file, frames of a clip, collate, loss)."""
+    config = model.cfg
+    n_video = config.n_query + config.n_extra
+    if stage == 1:
+        return ("corpus_caption.json", config.align_frames,
+                data.AlignCollate(wordpiece, config.align_text, config.caption_sep),
+                lambda batch, done: model.align(batch, wordpiece.dec_id, generator, done < cfg.captions_first))
+    if stage == 2:
+        collate = data.CaptionCollate(tok, n_video, config.max_text)
+        return "corpus_caption.json", config.train_frames, collate, lambda batch, _: {"lm": model.loss(batch)}
+    collate = data.InstructCollate(
+        tok, wordpiece, n_video, config.max_text, config.style, config.question_in_qformer, config.tell_seconds,
+        config.train_separators, max_instruction=min(config.max_text, config.qformer.max_positions))
+    return "corpus_instruct.json", config.train_frames, collate, lambda batch, _: {"lm": model.loss(batch)}
 
 
 # ------------------------------------------------------------------------------------------------------------- the loop
@@ -327,12 +385,13 @@ def make_optimizers(model, cfg):
     return optimizers
 
 
-def optimizer_step(optimizers, lr):
+def optimizer_step(optimizers, lr, scaler):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        optimizer.step()
+        scaler.step(optimizer)                                             # skipped where float16 overflowed
         optimizer.zero_grad(set_to_none=True)
+    scaler.update()
 
 
 def fit(job, cfg):
@@ -342,7 +401,8 @@ def fit(job, cfg):
     sampler = data.Sampler(job.dataset, cfg.batch, seed=cfg.seed)
     torch.manual_seed(cfg.seed)
     cfg.steps = cfg.steps or cfg.epochs * len(sampler)
-    first = 0 if cfg.restart else load_trainer(job, optimizers)
+    scaler = torch.amp.GradScaler(cfg.device, enabled=cfg.dtype == "fp16")  # without fp16 it does nothing
+    first = 0 if cfg.restart else load_trainer(job, optimizers, scaler)
     sampler.skip_to(first)
     batches = data.make_loader(job.dataset, sampler, job.collate, cfg.workers)
     print(f"{job.name}: {cfg.steps} steps of {cfg.batch} from {len(job.dataset):,} samples, {cfg.dtype} on {cfg.device}"
@@ -351,23 +411,25 @@ def fit(job, cfg):
     with StopSignal() as stop:
         for step, batch in zip(range(first, cfg.steps), forever(batches, sampler), strict=False):
             batch = to_device(batch, cfg.device)
-            with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.dtype == "bf16"):
+            with torch.autocast(cfg.device, DTYPES[cfg.dtype], enabled=cfg.dtype != "fp32"):
                 losses = job.loss(batch, step / cfg.steps)
             total = sum(losses.values())
-            total.backward()
+            scaler.scale(total).backward()
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-            optimizer_step(optimizers, learning_rate(step, cfg))
+            optimizer_step(optimizers, learning_rate(step, cfg), scaler)
             log.step(step, total, losses, norm, batch)
             for line in batch["bad"]:
                 log.bar.write(f"unreadable, another sample took its place: {line}")
             if step + 1 == cfg.steps:
                 break
             if stop.number or (step + 1) % cfg.save_every == 0:
-                save(job, optimizers, cfg, step + 1)
+                save(job, optimizers, scaler, cfg, step + 1)
             if stop.number:
                 print(f"\nstopped; the same command goes on from step {step + 1}")
                 sys.exit(128 + stop.number)
-    save(job, optimizers, cfg, cfg.steps)
+    save(job, optimizers, scaler, cfg, cfg.steps)
     print(f"{job.name}: done in {log.minutes():.1f} min, written to {job.folder}", flush=True)
 
 
@@ -440,12 +502,12 @@ class Log:
         sys.stdout.flush()
 
 
-def save(job, optimizers, cfg, step):
+def save(job, optimizers, scaler, cfg, step):
     """Writes the checkpoint; while the stage is not done, what going on needs lies beside it."""
     done = step >= cfg.steps
-    with checkpoint.whole_folder(job.folder) as folder:
+    with whole_folder(job.folder) as folder:
         job.write(folder)
-        state = {"done": done, "step": step, "options": asdict(cfg)}
+        state = {"done": done, "step": step, "options": asdict(cfg), "scaler": scaler.state_dict()}
         if not done:
             tensors = {f"optimizer.{n}.{i}.{k}": v for n, optimizer in enumerate(optimizers)
                        for i, state in optimizer.state_dict()["state"].items() for k, v in state.items()}
@@ -453,12 +515,12 @@ def save(job, optimizers, cfg, step):
             if job.generator:
                 tensors["generator"] = job.generator.get_state()
             save_tensors(tensors | {f"model.{n}": t for n, t in job.model.state_dict().items()
-                                    if not n.startswith(checkpoint.LLM_PREFIX) or "lora_" in n},
+                                    if not checkpoint.is_frozen_llm(n)},
                          folder / "trainer.safetensors")
         (folder / "trainer.json").write_text(json.dumps(state, indent=2))
 
 
-def load_trainer(job, optimizers):
+def load_trainer(job, optimizers, scaler):
     """Fills model, optimizer and generators from an unfinished checkpoint and returns its step; 0 if there is none."""
     path = job.folder / "trainer.json"
     if not path.is_file():
@@ -477,6 +539,7 @@ def load_trainer(job, optimizers):
     for optimizer, state in zip(optimizers, moments, strict=True):
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     torch.set_rng_state(tensors["random"])
+    scaler.load_state_dict(trainer["scaler"])
     if job.generator:
         job.generator.set_state(tensors["generator"])
     return trainer["step"]

@@ -18,13 +18,12 @@ TRAINED = {  # stage -> parameters that train, as the official code counts them 
         "lora": 8_388_608},
 }
 OFFICIAL = {1: 183_958_846, 2: 395_301_376, 3: 484_212_480}  # all of them together
-QFORMER_CLS = 768 * 768 + 768 + 2 * 768 + 30_523            # dense, LayerNorm and the bias over the vocabulary
 OFFICIAL_TOTAL = {
     1: 474_435_902,
-    # subtle: officially stage 2 deletes from the Q-Former what has no use without text, and stage 3 its cls. Here the
-    # Q-Former is the same in every stage and set_trainable freezes those parts, so that checkpoints fit each other.
-    2: 7_133_716_992 + (182_743_867 - 101_598_720),
-    3: 7_222_628_096 + QFORMER_CLS,
+    # subtle: officially stage 2 deletes from the Q-Former what has no use without text, and stage 3 takes it from stage
+    # 1's file. Here set_trainable freezes it, so that a checkpoint of stage 2 is all that stage 3 needs.
+    2: 7_133_716_992 + (182_121_216 - 101_598_720),
+    3: 7_222_628_096,
 }
 
 

@@ -33,9 +33,9 @@ def test_of_equal_candidates_the_last_one_counts():
 
 
 def test_an_unreadable_medium_is_never_right():
-    assert mvbench.row_of(question(), "B) 3", [])["correct"]
-    assert mvbench.row_of(question(), "", [])["correct"]                   # QUIRK: the official scorer lets "(" through
-    assert not mvbench.row_of(question(), "", [], unread="a.gif: no such file")["correct"]
+    assert mvbench.row_of(question(), "(B) 3", [])["correct"]
+    assert mvbench.row_of(question(), "(", [])["correct"]                  # QUIRK: the official scorer lets "(" through
+    assert not mvbench.row_of(question(), "(", [], unread="a.gif: no such file")["correct"]
 
 
 def test_average_is_right_over_asked_and_chance_follows_the_options():

@@ -18,6 +18,7 @@ import checkpoint
 import mvbench
 import probe
 import qagen
+import storage
 import toyworld
 import train
 from model import VideoChat2, micro_config, set_trainable
@@ -46,7 +47,7 @@ def options(world, out, stage, *more):
 
 
 def weights(folder):
-    return checkpoint.read_tensors(Path(folder) / "model.safetensors")
+    return storage.read_tensors(Path(folder) / "model.safetensors")
 
 
 def test_every_stage_leaves_a_checkpoint_and_its_losses(runs):
@@ -125,7 +126,8 @@ def test_an_unreadable_clip_is_counted_and_shown(world, runs, tmp_path, capsys):
 
 def test_chat_answers_the_same_question_with_the_same_words(world, runs):
     clip = next((world / "videos").rglob("*.gif"))
-    said = [chat.Chat(runs / "stage3", clip, max_new_tokens=8).ask("What happens?") for _ in range(2)]
+    model = checkpoint.load_model(runs / "stage3")
+    said = [chat.Chat(*model, clip, max_new_tokens=8).ask("What happens?") for _ in range(2)]
     assert said[0] == said[1]
 
 
@@ -167,7 +169,7 @@ def test_each_parameter_has_its_optimizer_and_its_rate():
     assert {"llama_proj.weight", "vision_encoder.patch_embed.proj.weight"} <= set(matrices)
     assert {"query_tokens", "llama_proj.bias", "vision_layernorm.weight"} <= set(others)
     assert [group["weight_decay"] for group in adamw.param_groups] == [0.02, 0.02, 0.0]
-    train.optimizer_step([adamw, muon], 0.1)
+    train.optimizer_step([adamw, muon], 0.1, torch.amp.GradScaler("cpu", enabled=False))
     assert [group["lr"] for group in (*adamw.param_groups, *muon.param_groups)] == [0.1, 0.5, 0.1, 0.2]
     (plain,) = train.make_optimizers(model, train.TrainConfig(stage=3))    # without Muon
     assert sum(len(group["params"]) for group in plain.param_groups) == len(matrices + lora + others + layers)

@@ -1,0 +1,424 @@
+"""Official files in and out: names at real size, numbers at tiny size. Run: pytest tests/test_weights.py"""
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import GOLDEN, golden_tensors
+
+import checkpoint
+import storage
+import weights
+from data import CaptionCollate, InstructCollate
+from llama import LlamaConfig
+from model import PRESETS, Config, VideoChat2, set_trainable
+from prompt import CAPTION_INSTRUCTIONS, IGNORE, conversation_prompt
+from qformer import QFormerConfig
+from tokenizer import SentencePiece
+from vit_video import ViTConfig
+
+KEYS = json.loads((GOLDEN / "keys.json").read_text())
+TIED = {"qformer.cls.predictions.decoder.weight", "qformer.cls.predictions.decoder.bias"}
+
+# ------------------------------------------------------------------------------------------------- names, at real size
+
+
+def official(name):
+    """A state dict of the real size on the meta device, from the recorded names and shapes."""
+    return {key: torch.empty(shape, device="meta", dtype=getattr(torch, dtype))
+            for key, (shape, dtype) in KEYS[name]["keys"].items()}
+
+
+def own(stage, preset="vicuna-7b"):
+    with torch.device("meta"):
+        return VideoChat2(PRESETS[preset](), stage).state_dict()
+
+
+def fitting(tensors, table, names, stage_own):
+    """Translates and looks at every shape -> what was dropped."""
+    ours, without = weights.to_ours(tensors, table, stage_own, dropped=names)
+    storage.fits({n: stage_own[n] for n in ours}, ours, "official")
+    return ours, without
+
+
+def test_the_vit_s_file_is_the_vit():
+    model = own(1)
+    ours, without = fitting(official("umt_l_vit_num_frames4"), weights.UMT, weights.DROPPED_UMT, model)
+    assert not without and set(ours) == {n for n in model if n.startswith("vision_encoder.")}
+    assert sum(t.numel() for t in ours.values()) == KEYS["umt_l_vit_num_frames4"]["params"]["total"]
+
+
+def test_stage_1_s_file_is_stage_1():
+    model = own(1)
+    ours, without = fitting(official("stage1_qformer"), weights.OFFICIAL[1], weights.DROPPED, model)
+    assert set(ours) == set(model)
+    assert set(without) == TIED | {"qformer.bert.embeddings.position_ids"}
+    assert sum(t.numel() for t in ours.values()) == KEYS["stage1_qformer"]["params"]["total"]
+
+
+@pytest.mark.parametrize("stage, name", [(2, "stage2_pt_vicuna"), (3, "stage3_it_vicuna_lora")])
+def test_the_whole_model_of_stages_2_and_3(stage, name):
+    model = own(stage)
+    ours, without = fitting(official(name), weights.OFFICIAL[stage], weights.DROPPED, model)
+    assert all(why.startswith(("follows", "counted")) for why in without.values()) and len(without) == 32 + 1
+    lacking = set(model) - set(ours)
+    if stage == 2:                                                         # it reads no text; stage 1's file does
+        lacking -= {n for n in model if weights.TEXT_HALF.match(n)}
+    assert not lacking
+    assert sum(t.numel() for t in ours.values()) == KEYS[name]["params"]["total"]
+
+
+@pytest.mark.parametrize("stage, name", [(1, "stage1_qformer"), (2, "stage2_pt_vicuna"), (3, "stage3_it_vicuna_lora")])
+def test_export_has_every_key_and_shape_of_the_official_file(stage, name):
+    wanted = official(name)
+    if stage > 1:
+        wanted = {key: wanted[key] for key in KEYS[name]["checkpoint_keys"]}   # without what is frozen
+    ours = {n: t for n, t in own(stage).items() if not checkpoint.is_frozen_llm(n)}
+    found = weights.to_official(ours, stage, Config())
+    assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in wanted.items()}
+    assert stage < 3 or set(found) == set(KEYS["released_stage3"]["keys_in_release"])
+
+
+def test_mistral_s_names():
+    model = own(3, "mistral-7b")
+    ours = {n: t for n, t in model.items() if not checkpoint.is_frozen_llm(n)}
+    found = weights.to_official(ours, 3, PRESETS["mistral-7b"]())
+    lora = [n for n in found if "lora_" in n]
+    assert len(lora) == 2 * (7 * 32 + 1) and not [n for n in found if "llama" in n]
+    assert {"mistral_proj.weight", "mistral_model.base_model.model.lm_head.lora_A.default.weight",
+            "mistral_model.base_model.model.model.layers.31.mlp.down_proj.lora_B.default.weight"} <= set(found)
+    assert found["mistral_model.base_model.model.model.layers.0.self_attn.k_proj.lora_B.default.weight"].shape[0] == 1024
+    again, without = weights.to_ours(found, weights.OFFICIAL[3], model, "mistral", weights.DROPPED)
+    assert set(again) == set(ours) and set(without) == {"qformer.bert.embeddings.position_ids"}
+
+
+def test_every_row_of_every_table_is_read_both_ways():
+    for table in (*weights.OFFICIAL.values(), weights.UMT):
+        for style in ("vicuna", "mistral"):
+            for left, _ in table:
+                llm = "mistral" if style == "mistral" else "llama"
+                name = left.replace("LLM", llm).replace("*", "model.layers.7.self_attn.q_proj")
+                ours = weights.renamed(name, table, style)
+                back = weights.renamed(ours, table, style, back=True)
+                assert back == name or table is weights.UMT, (name, ours, back)
+
+
+# ----------------------------------------------------------------------------------------------- numbers, at tiny size
+
+VIT = ViTConfig(img_size=32, patch_size=8, width=48, depth=3, heads=4, frames=4, pos_table="resized14")
+TINY = {
+    1: Config(vit=VIT, qformer=QFormerConfig(
+        vocab_size=201, width=64, depth=4, heads=4, ffn=128, vision_width=48, embed_dim=32, max_positions=64,
+        dropout=0.0, drop_path=0.0), n_query=8, n_extra=6),
+    2: Config(vit=VIT, qformer=QFormerConfig(
+        vocab_size=30523, width=64, depth=4, heads=4, ffn=128, vision_width=48, max_positions=128, dropout=0.0,
+        drop_path=0.0), llama=LlamaConfig(width=32, depth=2, heads=4, kv_heads=4, ffn=64, max_positions=1024),
+        n_query=8, n_extra=6, max_text=24, train_frames=4),
+    3: Config(vit=VIT, qformer=QFormerConfig(
+        vocab_size=30523, width=20, depth=4, heads=4, ffn=40, vision_width=48, max_positions=128, dropout=0.0,
+        drop_path=0.0), llama=LlamaConfig(width=32, depth=2, heads=4, kv_heads=4, ffn=64, max_positions=1024),
+        n_query=8, n_extra=6, max_text=128, train_frames=4, lora_r=4, lora_alpha=8, lora_dropout=0.0),
+}
+LLM_NAMES = {2: "llama_model.", 3: "llama_model.base_model.model."}
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """The official files at tiny size, with the recorded weights: an LLM folder, a BERT folder, stages 1 to 3."""
+    folder = tmp_path_factory.mktemp("official")
+    (folder / "bert").mkdir()
+    (folder / "bert" / "vocab.txt").write_bytes((GOLDEN / "vocab.txt").read_bytes())
+    (folder / "tiny_bert").mkdir()
+    (folder / "tiny_bert" / "vocab.txt").write_bytes((GOLDEN / "tiny_vocab.txt").read_bytes())
+    torch.save(recorded("stage1_cat"), folder / "stage1.pth")
+    for stage in (2, 3):
+        tensors = recorded(f"stage{stage}")
+        prefix = LLM_NAMES[stage]
+        frozen = {n: t for n, t in tensors.items() if n.startswith(prefix) and "lora_" not in n and "inv_freq" not in n}
+        llm = folder / f"llm{stage}"
+        llm.mkdir()
+        storage.save_tensors({n.removeprefix(prefix): t for n, t in frozen.items()}, llm / "model.safetensors")
+        config = json.loads((GOLDEN / f"stage{stage}.json").read_text())["config"]["llama"]
+        (llm / "config.json").write_text(json.dumps(config))
+        (llm / "tokenizer.model").write_bytes((GOLDEN / "tokenizer.model").read_bytes())
+        rest = {n: t for n, t in tensors.items() if n not in frozen}
+        torch.save({"model": rest} if stage == 3 else rest, folder / f"stage{stage}.pth")
+    torch.manual_seed(0)                                                   # stage 2 lacks its text half: stage 1 has it
+    with torch.device("meta"):
+        names = VideoChat2(TINY[2], 2).state_dict()
+    text = {n: torch.randn(t.shape) for n, t in names.items() if weights.TEXT_HALF.match(n)}
+    torch.save(text, folder / "text_half.pth")
+    return folder
+
+
+def recorded(name):
+    return {n[2:]: t for n, t in golden_tensors(name).items() if n.startswith("w.")}
+
+
+def files(given, stage):
+    more = {1: {}, 2: {"stage1": str(given / "text_half.pth")}, 3: {}}[stage]
+    return weights.Files(**{"llm": str(given / f"llm{stage}") if stage > 1 else "",
+                            "bert": str(given / ("bert" if stage > 1 else "tiny_bert")),
+                            f"stage{stage}": str(given / f"stage{stage}.pth")}, **more)
+
+
+@pytest.fixture(scope="module")
+def imported(given, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs")
+    for stage in (1, 2, 3):
+        weights.import_files(files(given, stage), TINY[stage], out / f"stage{stage}")
+    return out
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_import_then_export_gives_back_every_key_shape_and_value(given, imported, tmp_path, stage):
+    weights.export(imported / f"stage{stage}", tmp_path / "out.pth")
+    wanted = storage.read_foreign(given / f"stage{stage}.pth")
+    found = torch.load(tmp_path / "out.pth", weights_only=True)            # flat, as umt_l16_qformer.pth has to be
+    assert found.keys() == wanted.keys()
+    for name, t in wanted.items():
+        assert torch.equal(found[name], t) and found[name].dtype == t.dtype, name
+
+
+def close(found, wanted, name=""):
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4, msg=lambda text: f"{name}: {text}")
+
+
+def gradients_are_the_recorded_ones(model, stage, g, prefix="grad."):
+    named, seen = dict(model.named_parameters()), 0
+    for key in [key for key in g if key.startswith(prefix) and (prefix != "grad." or "image_" not in key)]:
+        name = weights.renamed(key.removeprefix(prefix), weights.OFFICIAL[stage])
+        close(named[name].grad, g[key], key)
+        seen += 1
+    return seen
+
+
+def run_llm(model, batch, g, key=""):
+    """Loss and gradients of a batch, and what the LLM makes of it on the way, against the recorded ones."""
+    S = g[f"out.{key}attention_mask"].shape[1]
+    hidden = []
+    hook = model.llama_model.register_forward_hook(lambda module, args, out: hidden.append((args[0], out)))
+    loss = model.loss(batch)
+    hook.remove()
+    ((embeds, final),) = hidden
+    mask = g[f"out.{key}attention_mask"].bool()
+    assert torch.equal(batch["mask"][:, :S], mask.long()) and not batch["mask"][:, S:].any()
+    assert torch.equal(batch["labels"][:, :S], g[f"out.{key}targets"])
+    close(embeds[:, :S][mask], g[f"out.{key}inputs_embeds"][mask])
+    close(final[:, :S][mask], g[f"out.{key}hidden_final"][mask])
+    logits = model.llama_model.lm_head(final[:, :S])                       # (B, S, V)
+    columns = json.loads((GOLDEN / "stage3.json").read_text())["config"]["logits_cols"]
+    close(logits[..., columns][mask], g[f"out.{key}logits_cols"][mask])
+    assert torch.equal(logits.argmax(-1)[mask], g[f"out.{key}logits_argmax"][mask])
+    close(loss, g[f"out.{key}loss"])
+    model.zero_grad()
+    loss.backward()
+
+
+def test_stage_3_gives_the_official_numbers(imported):
+    """Two conversations through the collate, the model and LoRA's gradients: ones for <s>, trained separators, the
+    question in the Q-Former."""
+    g, spec = golden_tensors("stage3"), json.loads((GOLDEN / "stage3_targets.json").read_text())["cases"]
+    model, wordpiece, tok = checkpoint.load_model(imported / "stage3")
+    cfg = model.cfg
+    assert cfg.bos_ones and cfg.train_separators and cfg.question_in_qformer  # the preset's defaults
+    set_trainable(model, 3)
+    collate = InstructCollate(tok, wordpiece, 14, cfg.max_text, cfg.style, cfg.question_in_qformer, cfg.tell_seconds,
+                              cfg.train_separators)
+    samples = [{"qas": case["qa"], "medium": "video", "path": "", "idx": 0, "bad": [], "video": video,
+                "seconds": [float(s) for s in case["msg"].split(" at ")[1].replace(" seconds. ", "").split(", ")]}
+               for case, video in zip(spec, g["in.image"], strict=False)]
+    batch = collate(samples)
+    S = g["in.qformer_input_ids"].shape[1]
+    assert torch.equal(batch["qf_ids"][:, :S], g["in.qformer_input_ids"])
+    vision = model.encode(batch["video"])
+    close(vision, g["out.vision_embeds"])
+    close(model.queries(vision, batch["qf_ids"], batch["qf_mask"]), g["out.img_embeds"])
+    run_llm(model, batch, g)
+    assert gradients_are_the_recorded_ones(model, 3, g) == len([key for key in g if key.startswith("grad.")]) == 17
+
+
+@pytest.mark.parametrize("medium, key", [("video", ""), ("image", "image_")])
+def test_stage_2_gives_the_official_numbers(imported, medium, key):
+    g, spec = golden_tensors("stage2"), json.loads((GOLDEN / "stage2.json").read_text())["config"]
+    model, _, tok = checkpoint.load_model(imported / "stage2")
+    set_trainable(model, 2)
+    asked = CAPTION_INSTRUCTIONS[medium].index(f"Describe the following {medium} concisely.")
+    videos = g["in.image_image"] if medium == "image" else g["in.image"]
+    samples = [{"text": text, "medium": medium, "path": "", "idx": 0, "bad": [], "video": video,
+                "draw": (asked + 0.5) / len(CAPTION_INSTRUCTIONS[medium])}
+               for text, video in zip(spec["captions"], videos, strict=True)]
+    batch = CaptionCollate(tok, 14, model.cfg.max_text)(samples)
+    close(model.queries(model.encode(batch["video"])), g[f"out.{key}img_embeds"])
+    run_llm(model, batch, g, key)
+    seen = gradients_are_the_recorded_ones(model, 2, g, f"grad.{key}")
+    assert seen == len([n for n in g if n.startswith("grad.image_")]) == 7
+
+
+def test_stage_1_gives_the_official_losses(imported):
+    g = golden_tensors("stage1_cat")
+    model, wordpiece, _ = checkpoint.load_model(imported / "stage1")
+    set_trainable(model, 1)
+    vision = model.encode_timed(g["in.image"])
+    close(vision, g["out.vision_embeds"])
+    losses = model.aligner.losses(
+        model.qformer, model.query_tokens, vision, g["in.input_ids"], g["in.attention_mask"], g["in.idx"],
+        wordpiece.dec_id, negatives=(g["in.vision_neg_indices"], g["in.text_neg_indices"]))
+    for ours, theirs in (("vtc", "vtc"), ("vtm", "vtm"), ("vtg", "cap")):
+        close(losses[ours], g[f"out.loss_{theirs}"])
+    sum(losses.values()).backward()
+    assert gradients_are_the_recorded_ones(model, 1, g) == 14
+
+
+def test_what_the_official_code_crashes_on_trains_on_the_right_targets(golden):
+    """Questions that end in newlines or spaces, and two closing tags; with separators as in released training."""
+    tok = SentencePiece(golden / "tokenizer.model")
+    cases = json.loads((golden / "stage3_targets.json").read_text())["cases"]
+    for case in [case for case in cases if "error" in case and "qa" in case]:
+        prompt = conversation_prompt(tok, case["qa"], 14, case["msg"], train_separators=True)
+        learnt = tok.decode([i for i in prompt.labels if i != IGNORE])
+        for qa in case["qa"]:
+            assert f"###Assistant: {qa['a'].strip()}" in learnt
+            assert not qa["q"].strip() or qa["q"].strip() not in learnt
+
+
+# ----------------------------------------------------------------------------------------------- the beginning of stage 1
+
+
+@pytest.fixture
+def beginning(tmp_path):
+    """A UMT and a BERT as they are given away: more blocks than needed, other parts, old names."""
+    cfg = replace(TINY[1], qformer=replace(TINY[1].qformer, vocab_size=201))
+    torch.manual_seed(1)
+    with torch.device("meta"):
+        model = VideoChat2(cfg, 1).state_dict()
+    vit = {n.replace("vision_encoder.", "encoder."): torch.randn(t.shape) for n, t in model.items()
+           if n.startswith("vision_encoder.")}
+    last = {n.replace("blocks.2.", "blocks.3."): t for n, t in vit.items() if "blocks.2." in n}
+    torch.save({"module": vit | last | {"encoder.norm.weight": torch.ones(48), "clip_decoder.0.weight": torch.ones(3),
+                                        "encoder.pos_embed": torch.ones(1, 64, 48)}}, tmp_path / "umt.pth")
+    bert = {n.removeprefix("qformer."): torch.randn(t.shape) for n, t in model.items()
+            if n.startswith("qformer.") and "_query" not in n and "crossattention" not in n}
+    for name in ("bert.embeddings.word_embeddings.weight", "cls.predictions.bias"):
+        bert[name] = bert[name][:200]                                      # BERT knows no [DEC]
+    old = {n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
+           for n, t in bert.items()}
+    (tmp_path / "bert").mkdir()
+    torch.save(old | {"bert.pooler.dense.weight": torch.ones(2), "cls.seq_relationship.bias": torch.ones(2),
+                      "bert.embeddings.token_type_embeddings.weight": torch.ones(2, 64),
+                      "cls.predictions.decoder.weight": bert["bert.embeddings.word_embeddings.weight"]},
+               tmp_path / "bert" / "pytorch_model.bin")
+    (tmp_path / "bert" / "vocab.txt").write_bytes((GOLDEN / "tiny_vocab.txt").read_bytes())
+    return cfg, vit, bert, tmp_path
+
+
+def test_stage_1_begins_with_umt_and_bert(beginning, capsys):
+    cfg, vit, bert, folder = beginning
+    weights.import_files(weights.Files(umt=str(folder / "umt.pth"), bert=str(folder / "bert")), cfg, folder / "init")
+    printed = capsys.readouterr().out
+    assert "behind the block that VideoChat2 reads" in printed and "at random" in printed and "crossattention" in printed
+    tensors = storage.read_tensors(folder / "init" / "model.safetensors")
+    assert torch.equal(tensors["vision_encoder.blocks.2.attn.q_bias"], vit["encoder.blocks.2.attn.q_bias"])
+    words = tensors["qformer.bert.embeddings.word_embeddings.weight"]
+    assert torch.equal(words[:200], bert["bert.embeddings.word_embeddings.weight"]) and len(words) == 201
+    assert words[200].std() < 0.05                                         # [DEC] begins at random
+    for part in ("intermediate", "output"):                                # query rows begin as text rows
+        text, query = (tensors[f"qformer.bert.encoder.layer.3.{part}{more}.dense.weight"] for more in ("", "_query"))
+        assert torch.equal(text, query) and torch.equal(text, bert[f"bert.encoder.layer.3.{part}.dense.weight"])
+    assert "qformer.bert.encoder.layer.0.attention.output_query.dense.weight" not in tensors
+    assert not [n for n in tensors if "crossattention" in n or n.startswith("aligner.")]
+    assert checkpoint.read_config(folder / "init")[1]["stage"] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------- what goes wrong
+
+
+def test_another_llm_is_refused_with_both_named(given, imported):
+    """The most common question about the official code: its released weights behind LLaMA-2, or a raw delta."""
+    with pytest.raises(ValueError, match=r"made with the LLM llm3 \(fingerprint \w+\), but .*llm2 is another one"):
+        checkpoint.load_model(imported / "stage3", llm=given / "llm2")
+    wrong = replace(files(given, 3), llm=str(given / "llm2"))
+    cfg = replace(TINY[3], llama=replace(TINY[3].llama, eps=1e-5))
+    with pytest.raises(ValueError, match="llm2 is another LLM than preset vicuna-7b's .Vicuna-7B v0.*rms_norm_eps"):
+        weights.gather(wrong, cfg)
+    weights.gather(wrong, cfg, any_llm=True)
+
+
+def test_a_file_that_holds_another_llm_s_weights_is_refused(given, tmp_path):
+    """Some people's stage 3 files have the LLM in them: it must be the folder's."""
+    whole = recorded("stage3")
+    torch.save(whole, tmp_path / "whole.pth")
+    weights.gather(replace(files(given, 3), stage3=str(tmp_path / "whole.pth")), TINY[3])
+    name = "llama_model.base_model.model.model.layers.1.self_attn.q_proj.weight"
+    torch.save(whole | {name: whole[name] + 1}, tmp_path / "whole.pth")
+    with pytest.raises(ValueError, match="llm3 is another LLM .*layers.1.self_attn.q_proj.weight differs"):
+        weights.gather(replace(files(given, 3), stage3=str(tmp_path / "whole.pth")), TINY[3])
+
+
+def changed(given, tmp_path, stage, change):
+    tensors = storage.read_foreign(given / f"stage{stage}.pth")
+    change(tensors)
+    torch.save(tensors, tmp_path / "changed.pth")
+    return replace(files(given, stage), **{f"stage{stage}": str(tmp_path / "changed.pth")})
+
+
+@pytest.mark.parametrize("stage, change, message", [
+    (3, lambda t: t.pop("llama_proj.weight"), "1 tensors are in none of the files: llama_proj.weight"),
+    (3, lambda t: t.update(depth_head=torch.ones(1)), "changed.pth: 1 tensors have names .* not know: depth_head"),
+    (3, lambda t: t.update(query_tokens=torch.ones(1, 9, 20)), r"changed.pth.*query_tokens \(1, 9, 20\) instead of"),
+    (1, lambda t: t.update({"qformer.cls.predictions.decoder.bias": torch.ones(201)}), "decoder.bias differs from"),
+])
+def test_what_does_not_fit_is_named(given, tmp_path, stage, change, message):
+    with pytest.raises(ValueError, match=message):
+        weights.gather(changed(given, tmp_path, stage, change), TINY[stage])
+
+
+def test_the_wrong_file_for_an_option_is_named(given):
+    with pytest.raises(ValueError, match="stage3.pth.*is this the file that the option asks for"):
+        weights.gather(replace(files(given, 3), stage1=str(given / "stage3.pth")), TINY[3])
+    with pytest.raises(ValueError, match="name --stage1, too"):
+        weights.gather(replace(files(given, 2), stage1=""), TINY[2])
+    with pytest.raises(ValueError, match="needs the frozen LLM.*--llm"):
+        weights.gather(replace(files(given, 3), llm=""), TINY[3])
+    with pytest.raises(ValueError, match="name --umt and --bert"):
+        weights.gather(weights.Files(llm="x"), TINY[1])
+
+
+def test_torn_and_foreign_files_leave_nothing_behind(given, tmp_path):
+    whole = (given / "stage3.pth").read_bytes()
+    (tmp_path / "torn.pth").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "page.pth").write_text("<html>404</html>")
+    for name in ("torn.pth", "page.pth"):
+        with pytest.raises(ValueError, match=f"{name} is damaged or not a PyTorch file"):
+            weights.import_files(replace(files(given, 3), stage3=str(tmp_path / name)), TINY[3], tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["page.pth", "torn.pth"]
+
+
+def test_check_says_what_is_in_it(imported, given, capsys, tmp_path):
+    weights.main(["check", "--ckpt", str(imported / "stage3")])
+    printed = capsys.readouterr().out
+    lora = next(line.split() for line in printed.splitlines() if line.split()[:1] == ["lora"])
+    assert lora[1:4] == ["8", "1,024", "float32"] and "whole: every tensor" in printed and "llm3" in printed
+    weights.main(["check", "--ckpt", str(given / "stage3.pth")])           # official files, too
+    assert "llama_proj" in capsys.readouterr().out
+    tensors = storage.read_tensors(imported / "stage3" / "model.safetensors")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_bytes((imported / "stage3" / "config.json").read_bytes())
+    storage.save_tensors({n: t for n, t in tensors.items() if n != "query_tokens"}, broken / "model.safetensors")
+    with pytest.raises(ValueError, match=r"1 missing \(query_tokens\)"):
+        weights.check(broken)
+    storage.save_tensors(tensors | {"query_tokens": torch.full((1, 8, 20), float("nan"))}, broken / "model.safetensors")
+    with pytest.raises(ValueError, match="query_tokens holds values that are no numbers"):
+        weights.check(broken)
+
+
+def test_a_folder_that_is_no_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="config.json does not exist"):
+        checkpoint.read_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        checkpoint.read_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ValueError, match="not a VideoChat2 checkpoint"):
+        checkpoint.read_config(tmp_path)
