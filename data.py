@@ -1,126 +1,29 @@
-"""From annotation files to batches: check entries, draw samples, order them, tokenise, pad.
+"""From annotations to batches: draw samples, order them, tokenise, pad.
 
-    corpus.json -> Source -> entry {"video", "caption" or "QA"} -> sample (video, text) -> batch of tensors
-                             drawn by Sampler                      VideoTextData           *Collate
+    Annotations -> entry {"video", "caption" or "QA"} -> sample (video, text) -> batch of tensors
+                   drawn by Sampler                      VideoTextData           *Collate
 
-It knows no model, and it forgives nothing silently: a malformed entry is an error that names file and entry; a medium
-that cannot be read has its whole sample replaced and is reported, so that no video ever meets another one's text.
-Not here: how a file becomes frames (media.py), how a conversation becomes ids (prompt.py).
-Formats are the official ones: dataset/__init__.py, pt_dataset.py, it_dataset.py. What a sample is depends on (seed,
-epoch, index) alone, not on workers or resumes.
+It knows no model, and it forgives nothing silently: a medium that cannot be read has its whole sample replaced and is
+reported, so that no video ever meets another one's text. What a sample is depends on (seed, epoch, index) alone, not
+on workers or resumes. Not here: annotation files (annotations.py), how a file becomes frames (media.py), how a
+conversation becomes ids (prompt.py). Source: the official pt_dataset.py and it_dataset.py.
 
     python data.py check corpus.json --decode
 """
 import argparse
-import json
 import random
 import sys
-from dataclasses import dataclass, fields
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from annotations import Annotations, Fault, load_annotations, load_corpus
 from media import MediaError, SampleError, read_media, train_frames
 from prompt import CAPTION_INSTRUCTIONS, Prompt, caption_prompt, conversation_prompt, pad_batch
-
-# ---- annotations -----------------------------------------------------------------------------------------------------
-
-@dataclass
-class Source:
-    """One annotation file of a corpus, and how it is to be read."""
-    anno: str              # JSON list of entries
-    root: str = ""         # folder that the entries' paths start from
-    media: str = "image"   # "video", "image" or "text"
-    weight: float = 1.0    # passes over the file in one epoch
-    media_key: str = ""    # key of the path in an entry; default: the name of the medium
-    suffix: str = ""       # put behind each path, where the file leaves ".mp4" off
-
-
-def load_corpus(corpus):
-    """Sources of a corpus: a JSON file or a list, of [anno, root], [anno, root, "video" | "text"] or dicts of Source.
-
-    In a file, relative paths start from the file's folder. Two items mean images, as in the official configs.
-    """
-    name, folder = "corpus", Path()
-    if not isinstance(corpus, list | tuple):
-        name, folder, corpus = corpus, Path(corpus).parent, read_json_list(corpus)
-    known = {f.name for f in fields(Source)}
-    sources = []
-    for i, item in enumerate(corpus):
-        if isinstance(item, list | tuple) and 2 <= len(item) <= 3:
-            item = dict(zip(("anno", "root", "media")[:len(item)], item, strict=True))
-        if not isinstance(item, dict) or "anno" not in item or set(item) - known:
-            raise ValueError(f"{name}: entry {i}: expected [anno, root], [anno, root, medium] or an object of "
-                             f"{', '.join(sorted(known))}, found {str(item)[:80]}")
-        source = Source(**item)
-        if source.media not in ("video", "image", "text"):
-            raise ValueError(f"{name}: entry {i}: media {source.media!r}: expected video, image or text")
-        source.anno, source.root = str(folder / source.anno), str(folder / source.root)
-        source.media_key = source.media_key or source.media
-        sources.append(source)
-    if not sources:
-        raise ValueError(f"{name}: the corpus has no sources")
-    return sources
-
-
-def read_json_list(path):
-    try:
-        items = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such annotation file") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(items, list):
-        raise ValueError(f"{path}: expected a JSON list, found {type(items).__name__}")
-    return items
-
-
-def load_annotations(source):
-    """Entries of a source, each looked at; the first faulty one is a ValueError that names file and entry."""
-    entries = read_json_list(source.anno)
-    for i, entry in enumerate(entries):
-        fault = fault_of(entry, source)
-        if fault:
-            raise ValueError(f"{source.anno}: entry {i}: {fault}")
-    if not entries:
-        raise ValueError(f"{source.anno}: the list is empty")
-    return entries
-
-
-def fault_of(entry, source):
-    """What is wrong with an entry, or ""."""
-    if not isinstance(entry, dict):
-        return f"expected an object, found {type(entry).__name__}"
-    if source.media != "text" and not is_text(entry.get(source.media_key)):
-        return f'no "{source.media_key}" with the path of its {source.media}; it has {", ".join(entry) or "nothing"}'
-    if "QA" in entry:
-        return fault_of_qa(entry)
-    if "caption" not in entry:
-        return f'neither "caption" nor "QA"; it has {", ".join(entry) or "nothing"}'
-    captions = entry["caption"] if isinstance(entry["caption"], list) else [entry["caption"]]
-    return "" if captions and all(map(is_text, captions)) else 'an empty "caption", or one that is not text'
-
-
-def fault_of_qa(entry):
-    qas = entry["QA"]
-    if not isinstance(qas, list) or not qas or not all(isinstance(qa, dict) for qa in qas):
-        return '"QA" must be a list of {"i", "q", "a"}'
-    for n, qa in enumerate(qas):
-        if not is_text(qa.get("a")):
-            return f'QA {n} has no answer "a"'
-        if not all(isinstance(qa.get(key, ""), str) for key in "iq"):
-            return f'QA {n} has an "i" or "q" that is not text'
-    span = [entry.get("start"), entry.get("end")]
-    if span != [None, None] and not (all(isinstance(s, int | float) for s in span) and 0 <= span[0] < span[1]):
-        return f'"start" and "end" must be seconds, start before end; found {span[0]} and {span[1]}'
-    return ""
-
-
-def is_text(value):
-    return isinstance(value, str) and value.strip() != ""
-
 
 # ---- samples ---------------------------------------------------------------------------------------------------------
 
@@ -139,7 +42,7 @@ class VideoTextData(torch.utils.data.Dataset):
         self.sources = sources
         self.entries = [load_annotations(source) for source in sources]
         self.starts = np.cumsum([0, *map(len, self.entries)]).tolist()  # source s holds starts[s] .. starts[s + 1]
-        if len({"QA" in entry for entries in self.entries for entry in entries}) > 1:
+        if sum(entries.header["qa"] for entries in self.entries) not in (0, len(self)):
             raise ValueError(f"{sources[0].anno} ...: captions and instructions in one corpus; train on one kind")
 
     def __len__(self):
@@ -153,18 +56,18 @@ class VideoTextData(torch.utils.data.Dataset):
         spans = zip(self.starts[:-1], self.starts[1:], strict=True)
         return [(s.media, s.weight, range(*span)) for s, span in zip(self.sources, spans, strict=True)]
 
-    def length(self, index):
-        """Of the text, in characters."""
-        _, entry = self.entry(index)
-        if "QA" in entry:
-            return sum(len(qa.get(key) or "") for qa in entry["QA"] for key in "iqa")
-        captions = entry["caption"]
-        return len(captions) if isinstance(captions, str) else max(map(len, captions))
+    def lengths(self, indices):
+        """Of these samples' texts, in characters: an array."""
+        lengths = np.empty(len(indices), np.int32)
+        for entries, begin, end in zip(self.entries, self.starts[:-1], self.starts[1:], strict=True):
+            here = (indices >= begin) & (indices < end)
+            lengths[here] = entries.chars[indices[here] - begin]
+        return lengths
 
     def path(self, index):
         """Of the entry's medium."""
         s, entry = self.entry(index)
-        return str(Path(self.sources[s].root) / (entry[self.sources[s].media_key] + self.sources[s].suffix))
+        return self.sources[s].path(entry)
 
     def entry(self, index):
         """-> (number of its source, entry)."""
@@ -199,7 +102,7 @@ class VideoTextData(torch.utils.data.Dataset):
         rng = random.Random(f"{self.seed} {self.epoch} {index}")
         sample = {"idx": index, "medium": source.media, "path": "", "seconds": [], "draw": rng.random()}
         if source.media != "text":
-            sample["path"] = self.path(index)
+            sample["path"] = source.path(entry)
             sample |= self.features[sample["path"]] if self.features else self.look(sample["path"], entry, rng)
         if "QA" in entry:
             sample["qas"] = rng.sample(entry["QA"], len(entry["QA"]))
@@ -246,8 +149,8 @@ class Sampler:
 
     def alike_in_length(self, indices, window=16, step=200):
         """Within each `window` batches, texts of nearly the same length together: less of a batch is padding."""
-        if hasattr(self.dataset, "length"):
-            classes = np.array([self.dataset.length(i) // step for i in indices])
+        if hasattr(self.dataset, "lengths"):
+            classes = self.dataset.lengths(indices) // step
             for begin in range(0, len(indices), window * self.size):
                 part = slice(begin, begin + window * self.size)
                 indices[part] = indices[part][np.argsort(classes[part], kind="stable")]
@@ -368,45 +271,70 @@ def make_loader(dataset, sampler, collate, workers=0):
 
 # ---- python data.py check --------------------------------------------------------------------------------------------
 
-def check(corpus, decode=False):
-    """Print what each source holds and every fault in it; -> how many faults."""
+class Media(torch.utils.data.Dataset):
+    """What is wrong with the medium of each good entry: (its number in the file, Fault or None)."""
+
+    def __init__(self, entries, decode):
+        self.entries, self.decode = entries, decode
+
+    def __len__(self):
+        return len(self.entries)
+
+    def __getitem__(self, i):
+        path = self.entries.source.path(self.entries[i])
+        if not Path(path).exists():
+            return i, Fault("missing", f"{path}: no such file")
+        try:
+            if self.decode:                                # first, last and some between: a torn file lacks its end
+                read_media(path, lambda first, last, fps: np.linspace(first, last, 8).round().astype(int).tolist())
+        except MediaError as error:
+            return i, Fault("undecodable", str(error))
+        return i, None
+
+
+def check(corpus, decode=False, workers=0, show=10):
+    """Print what each source holds and the first faults in it, of each kind how many; -> how many faults."""
     total = 0
     for source in load_corpus(corpus):
-        entries = read_json_list(source.anno)
-        faults = []
-        for i, entry in enumerate(tqdm(entries, desc=Path(source.anno).name, disable=not sys.stderr.isatty())):
-            fault = fault_of(entry, source) or fault_of_medium(entry, source, decode)
-            faults += [f"  entry {i}: {fault}"] if fault else []
-        print(f"{source.anno}: {len(entries)} entries of {source.media}, {len(faults)} faulty", *faults, sep="\n")
-        total += len(faults)
+        entries = Annotations(source)
+        kinds, lines = Counter(entries.header["kinds"]), entries.header["first"][:show]
+        if source.media != "text" and len(entries):
+            loader = torch.utils.data.DataLoader(Media(entries, decode), 64, num_workers=workers, collate_fn=list)
+            bar = tqdm(total=len(entries), desc=Path(source.anno).name, unit="file", leave=False,
+                       disable=not sys.stderr.isatty())
+            for batch in loader:
+                for i, fault in batch:
+                    if fault:
+                        kinds[fault.kind] += 1
+                        lines += [f"entry {entries.number(i)}: {fault.text}"] * (len(lines) < show)
+                bar.update(len(batch))
+            bar.close()
+        faulty, n = kinds.total(), len(entries) + entries.header["faulty"]
+        what = ": " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()) if faulty else ""
+        print(f"{source.anno}: {n} entries of {source.media}, {faulty} faulty{what}",
+              *(f"  {line}" for line in lines), *[f"  ... and {faulty - len(lines)} more"] * (faulty > len(lines)),
+              sep="\n", flush=True)
+        total += faulty
     return total
 
 
-def fault_of_medium(entry, source, decode):
-    if source.media == "text":
-        return ""
-    path = Path(source.root) / (entry[source.media_key] + source.suffix)
-    if not decode:
-        return "" if path.exists() else f"{path}: no such file"
-    try:
-        read_media(path, lambda first, last, fps: range(first, last + 1))
-    except MediaError as error:
-        return str(error)
-    return ""
-
-
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Look through a corpus before training on it.")
+    parser = argparse.ArgumentParser(prog="data.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["check"], help="count entries, list malformed ones and missing media")
     parser.add_argument("corpus", help="JSON list of [annotation file, media root, medium]")
-    parser.add_argument("--decode", action="store_true", help="also open every medium and decode all of it")
+    parser.add_argument("--decode", action="store_true", help="also open every medium and decode some of its frames")
+    parser.add_argument("--workers", type=int, default=1, help="processes that look at media (default %(default)s)")
+    parser.add_argument("--show", type=int, default=10, help="faults to print per source (default %(default)s)")
     args = parser.parse_args(argv)
-    return 1 if check(args.corpus, args.decode) else 0
+    return 1 if check(args.corpus, args.decode, args.workers, args.show) else 0
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("\nstopped")
     except (ValueError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -9,6 +9,8 @@ ours. Source: the official dataset/video_utils.py and, for the benchmark, mvbenc
 
     pytest tests/test_media.py
 """
+import queue
+import threading
 from pathlib import Path
 
 import decord
@@ -18,6 +20,7 @@ import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}  # .gif is read as video
+TIME_LIMIT = 60  # seconds that decoding may take before a file counts as damaged
 FOLDER_FPS = 3  # of a folder of frames: TVQA's, the only one in MVBench
 NORMS = {       # name: (mean, std) of red, green, blue in 0..1
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -88,11 +91,11 @@ class MediaError(SampleError):
     """A video, image or folder of frames that cannot be read."""
 
 
-def read_media(path, choose):
+def read_media(path, choose, limit=TIME_LIMIT):
     """Frames (T, 3, H, W) uint8 and their times in seconds, of a video, an image (T = 1) or a folder of 00001.jpg ...
 
     `choose(first, last, fps)` names the frames wanted by their numbers from first to last; numbers outside become the
-    nearest inside. Raises MediaError.
+    nearest inside. Raises MediaError, also for a video that takes more than `limit` seconds to decode.
     """
     path = Path(path)
     if path.is_dir():
@@ -103,7 +106,31 @@ def read_media(path, choose):
         raise MediaError(f"{path}: the file is empty")
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return read_image(path)[None], [0.0]  # (1, 3, H, W)
-    return read_video(path, choose)
+    return within(limit, read_video, path, choose)
+
+
+def within(limit, read, path, *args):
+    """read(path, *args), in a thread that is left behind where it takes more than `limit` seconds.
+
+    A decoder in C that a damaged file has sent astray cannot be interrupted, neither by an exception nor by Ctrl-C; but
+    it does not hold the interpreter, so whoever waits for it can go away. The process goes on, the thread ends with it.
+    """
+    results = queue.SimpleQueue()
+
+    def work():
+        try:
+            results.put((read(path, *args), None))
+        except BaseException as error:
+            results.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        found, error = results.get(timeout=limit)
+    except queue.Empty:
+        raise MediaError(f"{path}: decoding takes more than {limit:g} seconds") from None
+    if error:
+        raise error
+    return found
 
 
 def read_benchmark_clip(path, num_frames, bound=None):
@@ -120,14 +147,21 @@ def read_video(path, choose):
         fps = reader.get_avg_fps()
         fps = fps if fps > 0 else 1.0  # a GIF of one frame says nan
         indices = np.clip(choose(0, len(reader) - 1, fps), 0, len(reader) - 1).tolist()
-        if reader.next().shape[2] == 3:
-            frames = reader.get_batch(indices).asnumpy()                                 # (T, H, W, 3)
-        else:
-            frames = np.stack([without_padding(reader[i].asnumpy()) for i in indices])   # (T, H, W, 3)
+        frames = all_at_once(reader, indices)                                            # (T, H, W, 3)
     except (RuntimeError, decord.DECORDError) as error:
         raise MediaError(f"{path}: cannot be decoded as a video") from error
-    frames = torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()                   # (T, 3, H, W)
-    return frames, [i / fps for i in indices]
+    # subtle: channels stay last in memory, which is how they came and how resize is quickest
+    return torch.from_numpy(frames).permute(0, 3, 1, 2), [i / fps for i in indices]      # (T, 3, H, W)
+
+
+def all_at_once(reader, indices):
+    """The frames (T, H, W, 3), in a single call, so that no part of the file is decoded twice."""
+    try:
+        return reader.get_batch(indices).asnumpy()
+    except decord.DECORDError as error:
+        if "size must exactly match" not in str(error):
+            raise
+        return np.stack([without_padding(reader[i].asnumpy()) for i in indices])
 
 
 def without_padding(frame):
@@ -164,7 +198,8 @@ class Transform:
     """uint8 (T, 3, H, W) -> normalised float (T, 3, size, size), the same crop for all frames.
 
     train: a random crop of `scale` of the area, ratio 3/4 to 4/3, resized; flipped by chance if `flip` (off by default,
-    since it turns left into right but not the text). Else short side to `size`, centre crop. crop=False: only resized.
+    since it turns left into right, but not in the text). Else short side to `size`, centre crop. crop=False: resized
+    only.
     """
 
     def __init__(self, size, train=False, crop=True, norm="imagenet", scale=(0.5, 1.0), flip=False):
@@ -209,7 +244,12 @@ def benchmark_video(path, cfg, bound=None):
 
 
 def resize(x, height, width):
-    """Bicubic with antialiasing, rounded to whole levels as an image library would. (T, 3, H, W) -> float."""
+    """Bicubic with antialiasing, within 2 levels of Pillow's. (T, 3, H, W) uint8 -> float.
+
+    subtle: on bytes, PyTorch rounds between its two passes, as Pillow does; on floats it does not, differs by up to 8
+    levels at sharp edges, and takes nine times as long. Decoders can resize as well, but not alike: decord's
+    result differs by up to 68 levels.
+    """
     if x.shape[-2:] == (height, width):
         return x.float()
-    return F.interpolate(x.float(), (height, width), mode="bicubic", antialias=True).round().clamp(0, 255)
+    return F.interpolate(x, (height, width), mode="bicubic", antialias=True).float()

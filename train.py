@@ -30,6 +30,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import features
+from annotations import load_corpus
 from llama import Llama
 from llm_folder import DTYPES, llm_config, write_llm
 from media import Transform, train_indices
@@ -193,7 +194,7 @@ def clips(cfg, model_cfg, corpus, frames):
             "it lists your annotation files: name another by --corpus, or see data.py --help"))
     transform = Transform(model_cfg.vit.img_size, train=True, crop=model_cfg.crop, norm=model_cfg.train_norm,
                           flip=model_cfg.flip)
-    return data.VideoTextData(data.load_corpus(path), frames, transform, model_cfg.train_choice, seed=cfg.seed)
+    return data.VideoTextData(load_corpus(path), frames, transform, model_cfg.train_choice, seed=cfg.seed)
 
 
 def toy_vocabulary(cfg):

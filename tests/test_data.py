@@ -1,12 +1,14 @@
 """pytest tests/test_data.py"""
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import data
-from data import Sampler, Source, VideoTextData, load_annotations, load_corpus
+from annotations import load_corpus
+from data import Sampler, VideoTextData
 from media import MediaError, SampleError, Transform
 from prompt import IGNORE, VIDEO
 from tokenizer import SentencePiece, WordPiece
@@ -42,57 +44,6 @@ def world(tmp_path):
 def clips(world, **options):
     transform = Transform(32, train=True)
     return VideoTextData(load_corpus(world / "corpus.json"), 4, transform, **options)
-
-
-# ---- annotations -----------------------------------------------------------------------------------------------------
-
-def test_a_corpus_in_all_its_forms(tmp_path):
-    entries = [["a.json", "root"], ["b.json", "/abs", "video"], ["c.json", "", "text"],
-               {"anno": "d.json", "media": "video", "weight": 0.5, "media_key": "key", "suffix": ".mp4"}]
-    a, b, c, d = load_corpus(write(tmp_path / "corpus.json", entries))
-    assert a == Source(str(tmp_path / "a.json"), str(tmp_path / "root"), "image", media_key="image")
-    assert (b.root, b.media, c.media, d.media_key, d.suffix, d.weight) == ("/abs", "video", "text", "key", ".mp4", 0.5)
-    assert load_corpus([["a.json", "root"]])[0].anno == "a.json"
-
-
-@pytest.mark.parametrize("content, message", [
-    ("{", "corpus.json: not JSON"),
-    ({}, "corpus.json: expected a JSON list, found dict"),
-    ([], "corpus.json: the corpus has no sources"),
-    ([["a.json", "", "video"], ["b.json"]], r"corpus.json: entry 1: expected \[anno, root\]"),
-    ([{"video": "a.gif", "caption": "a"}], "corpus.json: entry 0: expected"),
-    ([["a.json", "", "audio"]], "corpus.json: entry 0: media 'audio': expected video, image or text"),
-])
-def test_a_faulty_corpus_is_named(tmp_path, content, message):
-    with pytest.raises(ValueError, match=message):
-        load_corpus(write(tmp_path / "corpus.json", content))
-
-
-GOOD = {"video": "a.gif", "QA": [{"q": "", "a": "yes"}]}
-
-
-@pytest.mark.parametrize("content, message", [
-    ('[{"video": ', "anno.json: not JSON"),
-    ([], "anno.json: the list is empty"),
-    ([GOOD, "a.gif"], "anno.json: entry 1: expected an object, found str"),
-    ([GOOD, {"caption": "a"}], 'anno.json: entry 1: no "video" with the path of its video; it has caption'),
-    ([{"video": "a.gif", "text": "a"}], 'anno.json: entry 0: neither "caption" nor "QA"; it has video, text'),
-    ([{"video": "a.gif", "caption": " "}], 'entry 0: an empty "caption"'),
-    ([{"video": "a.gif", "caption": []}], 'entry 0: an empty "caption"'),
-    ([{"video": "a.gif", "QA": {"q": "", "a": ""}}], 'entry 0: "QA" must be a list'),
-    ([{"video": "a.gif", "QA": [{"q": "why?"}]}], 'entry 0: QA 0 has no answer "a"'),
-    ([{"video": "a.gif", "QA": [{"q": 3, "a": "b"}]}], 'entry 0: QA 0 has an "i" or "q" that is not text'),
-    ([GOOD | {"start": 3.0, "end": 1.0}], 'entry 0: "start" and "end" must be seconds, .* found 3.0 and 1.0'),
-    ([GOOD | {"start": 3.0}], "found 3.0 and None"),
-])
-def test_a_faulty_entry_is_named(tmp_path, content, message):
-    with pytest.raises(ValueError, match=message):
-        load_annotations(Source(str(write(tmp_path / "anno.json", content)), media="video", media_key="video"))
-
-
-def test_a_missing_annotation_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none.json: no such annotation file"):
-        load_corpus(tmp_path / "none.json")
 
 
 # ---- samples ---------------------------------------------------------------------------------------------------------
@@ -134,7 +85,7 @@ def test_too_many_bad_media_stop_the_run(world):
 
 
 def test_captions_and_instructions_do_not_mix(world):
-    write(world / "qa.json", [GOOD])
+    write(world / "qa.json", [{"video": "a.gif", "QA": [{"q": "", "a": "yes"}]}])
     sources = load_corpus([[str(world / "videos.json"), "", "video"], [str(world / "qa.json"), "", "video"]])
     with pytest.raises(ValueError, match="captions and instructions in one corpus"):
         VideoTextData(sources, 4, Transform(32))
@@ -182,8 +133,8 @@ def test_a_batch_holds_texts_of_nearly_the_same_length():
         def __len__(self):
             return 256
 
-        def length(self, index):
-            return 500 if index % 4 == 0 else 20
+        def lengths(self, indices):
+            return np.where(indices % 4 == 0, 500, 20)
 
     batches = list(Sampler(Texts(), 8))
     assert sorted(i for batch in batches for i in batch) == list(range(256))
@@ -307,6 +258,7 @@ def test_check_lists_every_fault(world, capsys):
     write(world / "videos.json", entries)
     assert data.main(["check", str(world / "corpus.json")]) == 1
     out = capsys.readouterr().out
-    assert 'entry 1: an empty "caption"' in out and "none.gif: no such file" in out and "2 faulty" in out
+    assert 'entry 1: an empty "caption"' in out and "entry 2: " in out and "none.gif: no such file" in out
+    assert "videos.json: 6 entries of video, 2 faulty: 1 empty text, 1 missing" in out
     assert data.main(["check", str(world / "corpus.json"), "--decode"]) == 1
     assert "3.gif: cannot be decoded as a video" in capsys.readouterr().out

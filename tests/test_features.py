@@ -9,6 +9,7 @@ from PIL import Image
 
 import data
 import features
+from annotations import load_corpus
 from media import MediaError, Transform
 from model import micro_config
 from vit_video import VisionTransformer
@@ -28,9 +29,9 @@ def world(tmp_path):
     return tmp_path
 
 
-def clips(world, how="mvbench", crop=False):
+def clips(world, how="mvbench", crop=False, anno="captions.json"):
     cfg = micro_config()
-    sources = data.load_corpus([[str(world / "captions.json"), str(world), "video"]])
+    sources = load_corpus([[str(world / anno), str(world), "video"]])
     return data.VideoTextData(sources, cfg.align_frames, Transform(cfg.vit.img_size, train=True, crop=crop), how)
 
 
@@ -65,8 +66,8 @@ def test_what_lies_there_is_used_again_unless_something_changed(world, tmp_path)
     made = features.keep(model, clips(world), folder, "cpu").path.stat().st_mtime_ns
     assert features.keep(model, clips(world), folder, "cpu").path.stat().st_mtime_ns == made
     some = clips(world)                                                    # fewer clips, another order: still there
-    some.entries = [some.entries[0][2:0:-1]]
-    some.starts = [0, 2]
+    (world / "some.json").write_text(json.dumps([some.entries[0][2], some.entries[0][1]]))
+    some = clips(world, anno="some.json")
     assert features.keep(model, some, folder, "cpu").path.stat().st_mtime_ns == made
     path, seen = some.path(0), [features.Features(folder)[some.path(0)]]
     assert path.endswith("2.gif") and len(seen[0]["seconds"]) == some.num_frames
@@ -80,8 +81,10 @@ def test_what_lies_there_is_used_again_unless_something_changed(world, tmp_path)
 
 def test_a_part_of_a_clip_is_refused_although_the_whole_is_kept(world, tmp_path):
     features.keep(vit(), clips(world), tmp_path / "kept", "cpu")
+    entries = json.loads((world / "captions.json").read_text())
+    entries[1] |= {"start": 0.0, "end": 2.0}
+    (world / "captions.json").write_text(json.dumps(entries))
     cut = clips(world)
-    cut.entries[0][1] |= {"start": 0.0, "end": 2.0}
     with pytest.raises(ValueError, match="whole videos"):
         features.keep(vit(), cut, tmp_path / "kept", "cpu")
 

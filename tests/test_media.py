@@ -173,3 +173,33 @@ def test_without_crop_nothing_is_lost():
     assert Transform(32, crop=False)(frames[..., :20]).shape == (2, 3, 32, 32)
     with pytest.raises(ValueError, match="norm 'vit': expected one of imagenet, clip"):
         Transform(32, norm="vit")
+
+
+@pytest.mark.parametrize("size", [(40, 60), (300, 500)])                   # larger and smaller than the result
+def test_bicubic_is_pillows_on_noise_too(size):
+    frames = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        found = media.resize(frames.contiguous(memory_format=layout), 112, 96)         # (2, 3, 112, 96)
+        for one, frame in zip(found, frames, strict=True):
+            image = Image.fromarray(frame.permute(1, 2, 0).numpy()).resize((96, 112), Image.Resampling.BICUBIC)
+            assert np.abs(one.permute(1, 2, 0).numpy() - np.asarray(image).astype(float)).max() <= 2
+
+
+def test_random_resized_crops_are_pillows():
+    frames = torch.randint(0, 256, (1, 3, 90, 120), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    transform = Transform(48, train=True, norm="clip")
+    for seed in range(5):
+        top, left, height, width = transform.random_box(90, 120, random.Random(seed))
+        image = Image.fromarray(frames[0].permute(1, 2, 0).numpy())
+        image = image.crop((left, top, left + width, top + height)).resize((48, 48), Image.Resampling.BICUBIC)
+        found = transform(frames, random.Random(seed))[0] * transform.std + transform.mean         # (3, 48, 48)
+        assert np.abs(found.permute(1, 2, 0).numpy() - np.asarray(image)).max() <= 2.01
+
+
+def test_flip_mirrors_half_of_the_clips_and_is_off_by_default():
+    frames = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    plain = Transform(32, train=True, crop=False)(frames, random.Random(0))
+    mirror = Transform(32, train=True, crop=False, flip=True)
+    flipped = [torch.equal(mirror(frames, random.Random(seed)), plain.flip(-1)) for seed in range(100)]
+    assert 35 < sum(flipped) < 65
+    assert all(torch.equal(Transform(32, train=True, crop=False)(frames, random.Random(s)), plain) for s in range(20))
