@@ -206,12 +206,12 @@ def test_a_file_that_changes_under_a_running_training_is_noticed(tmp_path):
 
 
 MEASURE = """
-import resource, sys
+import sys
 from annotations import Annotations, Source
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-before = peak()
+from bench import memory_of
+before = memory_of()
 entries = Annotations(Source(sys.argv[1], media="video", media_key="video"))
-print(len(entries), peak() - before)
+print(len(entries), memory_of() - before)
 """
 
 

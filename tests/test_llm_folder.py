@@ -191,16 +191,19 @@ def test_lora_and_what_lies_on_the_meta_device(tmp_path, golden):
 
 
 MEASURE = """
-import sys, torch, resource
+import sys
+import torch
 import llm_folder
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-from llama import Llama
-before = peak()
+from bench import memory_of
+from llama import Llama, LlamaConfig
+with torch.device("meta"):
+    Llama(LlamaConfig(vocab_size=8, width=8, depth=1, heads=1, kv_heads=1, ffn=8))     # what torch loads for it first
+before = memory_of()
 with torch.device("meta"):
     llama = Llama(llm_folder.llm_config(sys.argv[1]))
 llm_folder.put_llm(llama, sys.argv[1], dtype=torch.float16)
 model = sum(p.numel() * p.element_size() for p in llama.parameters()) / 2**20
-print(peak() - before, model)
+print(memory_of() - before, model)
 """
 
 

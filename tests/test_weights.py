@@ -3,16 +3,18 @@ import json
 from dataclasses import replace
 
 import pytest
+import sentencepiece
 import torch
 from conftest import GOLDEN, golden_tensors
 
 import checkpoint
+import mvbench
 import storage
 import weights
 from data import CaptionCollate, InstructCollate
 from llama import LlamaConfig
 from model import PRESETS, Config, VideoChat2, set_trainable
-from prompt import CAPTION_INSTRUCTIONS, IGNORE, conversation_prompt
+from prompt import CAPTION_INSTRUCTIONS, IGNORE, SYSTEM, conversation_prompt
 from qformer import QFormerConfig
 from tokenizer import SentencePiece
 from vit_video import ViTConfig
@@ -281,6 +283,37 @@ def test_what_the_official_code_crashes_on_trains_on_the_right_targets(golden):
         for qa in case["qa"]:
             assert f"###Assistant: {qa['a'].strip()}" in learnt
             assert not qa["q"].strip() or qa["q"].strip() not in learnt
+
+
+@pytest.mark.parametrize("ablation", [{}, {"system": ""}, {"answer_prefix": ""}, {"question_in_qformer": True}])
+def test_mvbench_s_first_logits_are_those_of_transformers_and_peft(given, imported, ablation):
+    """The notebook's order of things, put together by hand from segments that are tokenised apart, around 8 frames with
+    a position table that was made for 4; <s> has its own embedding here, unlike in training."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    q = {"question": "What happened?", "candidates": ["He sat.", "He ran.", "He fell."], "answer": "He ran."}
+    model, wordpiece, tok = checkpoint.load_model(imported / "stage3")
+    ours = mvbench.Answerer(model, wordpiece, tok, mvbench.Protocol(max_new_tokens=1, **ablation))
+    video = torch.randn(1, 8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    tokens = ours.read(ours.look(video), [q])                              # (1, 14, D)
+    seen = []
+    model.llama_model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out))
+    ours.answer([q], tokens)
+
+    system = ablation.get("system", SYSTEM)
+    asked = "Question: What happened?\nOptions:\n(A) He sat.\n(B) He ran.\n(C) He fell.\nOnly give the best option."
+    ending = ablation.get("answer_prefix", "Best option:(")
+    segments = (f"{system}###Human: <Video>", f"</Video>\n###Human: {system}{asked}\n###Assistant:"
+                + f" {ending}" * bool(ending))
+    spm = sentencepiece.SentencePieceProcessor(model_file=str(GOLDEN / "tokenizer.model"))
+    theirs = transformers.LlamaForCausalLM.from_pretrained(given / "llm3", dtype=torch.float32)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    theirs = peft.get_peft_model(theirs, config).eval()
+    lora = {n.removeprefix("llama_model."): t for n, t in recorded("stage3").items() if "lora_" in n}
+    assert not theirs.load_state_dict(lora, strict=False).unexpected_keys
+    embed = theirs.get_input_embeddings()
+    before, after = embed(torch.tensor([[1, *spm.encode(segments[0])]])), embed(torch.tensor([spm.encode(segments[1])]))
+    logits = theirs(inputs_embeds=torch.cat((before, tokens, after), 1)).logits[:, -1]
+    close(seen[0], logits)
 
 
 # --------------------------------------------------------------------------------------------- the beginning of stage 1

@@ -1,0 +1,336 @@
+"""What training needs, measured or counted.
+
+    memory    the memory of a training step at real size, without a GPU: weights, gradients, optimizer, activations
+    index     how long annotation files of millions of entries take, and how much memory
+
+memory runs one real step of the stage on tensors that have shapes but no values, and counts the bytes that live at each
+moment; nothing is estimated from formulas. What a GPU does otherwise than a CPU is put in its place: the attention
+kernel keeps queries, keys, values and output, LayerNorm is computed in float32.
+
+Run:    python bench.py memory --preset vicuna-7b --stage 3 --batch 4
+        python bench.py index --entries 5000000
+"""
+import argparse
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+import weakref
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+
+import llama
+import model as videochat2
+from annotations import Annotations, Source, load_corpus
+from checkpoint import is_frozen_llm
+from data import Sampler, VideoTextData
+from int8 import use_int8
+from llm_folder import DTYPES
+from model import PRESETS, VideoChat2, set_trainable
+from prompt import VIDEO
+from train import TrainConfig, make_optimizers
+from vit_video import VisionTransformer
+
+GIB = 2 ** 30
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+class LiveBytes(TorchDispatchMode):
+    """Within it, every operation's results are counted from their birth until they are freed."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        for t in tree_leaves(results):
+            if torch.is_tensor(t):
+                self.note(t)
+        return results
+
+    def note(self, t):
+        storage = t.untyped_storage()
+        if storage._cdata in self.known:
+            return
+        n = -(-storage.nbytes() // 512) * 512                  # the CUDA allocator's smallest piece
+        self.known[storage._cdata] = n
+        self.now += n
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.forget, storage._cdata)
+
+    def forget(self, key):
+        self.now -= self.known.pop(key)
+
+
+class FlashAttention(torch.autograd.Function):
+    """What a fused attention kernel keeps for the backward pass, without its numbers."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):                                 # (B, nh, S, hs)
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])
+
+
+def as_on_a_gpu(dtype, targets):
+    """Patches for the time of the count: what differs on a GPU, and what would have to look at values."""
+    layer_norm = F.layer_norm
+
+    def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
+        return FlashAttention.apply(q.to(dtype), k.to(dtype), v.to(dtype))
+
+    def loss(model, hidden, labels):
+        logits = model.lm_head(hidden[:, :targets].flatten(0, 1)).float()                      # (B * targets, V)
+        return F.cross_entropy(logits, labels[:, :targets].flatten())
+
+    return [
+        mock.patch.object(F, "scaled_dot_product_attention", attention),
+        mock.patch.object(F, "layer_norm", lambda x, *rest: layer_norm(x.float(), *rest)),     # autocast does on CUDA
+        mock.patch.object(VisionTransformer, "positions", lambda self, T, device: torch.empty(
+            T, self.cfg.grid ** 2, self.cfg.width)),
+        mock.patch.object(llama, "attention_mask", lambda mask, s: None),
+        mock.patch.object(videochat2, "lm_loss", loss),
+    ]
+
+
+@dataclass
+class Step:
+    """What a training step is of."""
+    stage: int
+    batch: int
+    frames: int
+    text: int              # tokens beside the video's; in stage 1 of the caption
+    targets: int           # of them with a loss
+    dtype: torch.dtype
+    int8: bool = False
+
+
+def counted_step(cfg, step):
+    """{name: bytes} of one training step as on one GPU, the second one: the optimizer has its moments by then."""
+    with torch.device("meta"):
+        model = VideoChat2(cfg, step.stage)
+        if step.int8:
+            use_int8(model.llama_model)
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        for patch in as_on_a_gpu(step.dtype, step.targets):
+            stack.enter_context(patch)
+        live = LiveBytes()
+        model.to_empty(device="cpu").train()
+        set_trainable(model, step.stage)
+        for name, p in model.named_parameters():
+            if is_frozen_llm(name) and p.is_floating_point() and not name.endswith(".scale"):
+                p.data = p.data.to(step.dtype)
+            live.note(p)
+        found = {"frozen weights": sum(size_of(p) for p in model.parameters() if not p.requires_grad),
+                 "trained weights": sum(size_of(p) for p in model.parameters() if p.requires_grad)}
+        optimizers = make_optimizers(model, TrainConfig(stage=step.stage))
+        batch = empty_batch(cfg, step)
+        stack.enter_context(live)
+        for _ in range(2):
+            before = live.now
+            live.peak = 0
+            with torch.autocast("cpu", torch.bfloat16, enabled=step.dtype != torch.float32):
+                loss = loss_of(model, step, batch)
+            found["activations"] = live.now - before
+            loss.backward()
+            found["gradients"] = sum(size_of(p.grad) for p in model.parameters() if p.grad is not None)
+            del loss
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        found["optimizer"] = live.now - found["frozen weights"] - found["trained weights"]
+        found["peak"] = live.peak
+    return found
+
+
+def size_of(t):
+    return t.numel() * t.element_size()
+
+
+def empty_batch(cfg, step):
+    """A batch of the step's shapes."""
+    n_video = cfg.n_query + cfg.n_extra
+    size = cfg.vit.img_size
+    batch = {"video": torch.empty(step.batch, step.frames, 3, size, size)}
+    ids = torch.zeros(step.batch, step.text + (n_video if step.stage > 1 else 0), dtype=torch.long)
+    batch |= {"ids": ids, "labels": ids, "mask": torch.ones_like(ids)}
+    if step.stage == 1:
+        return batch | {"idx": torch.arange(step.batch)}
+    ids[:, 1:1 + n_video] = VIDEO
+    if step.stage == 3:
+        instruction = torch.zeros(step.batch, 64, dtype=torch.long)
+        batch |= {"qf_ids": instruction, "qf_mask": torch.ones_like(instruction)}
+    return batch
+
+
+def loss_of(model, step, batch):
+    if step.stage > 1:
+        return model.loss(batch)
+    others = torch.arange(step.batch).roll(1)
+    vision = model.encode_timed(batch["video"])
+    texts = batch["ids"], batch["mask"], batch["idx"]
+    return sum(model.aligner.losses(model.qformer, model.query_tokens, vision, *texts, dec_id=0,
+                                    negatives=(others, others)).values())
+
+
+def memory(args):
+    cfg = PRESETS[args.preset]()
+    if not cfg.llama.vocab_size:                               # the toy's is known after its tokenizer is made
+        cfg.llama.vocab_size = cfg.qformer.vocab_size = 1000
+    frames = args.frames or (cfg.align_frames if args.stage == 1 else cfg.train_frames)
+    text = args.text or {1: cfg.align_text, 2: 64, 3: cfg.max_text}[args.stage]
+    step = Step(args.stage, args.batch, frames, text, min(args.targets or text // 2, text), DTYPES[args.dtype],
+                args.llm_int8)
+    found = counted_step(cfg, step)
+    one = counted_step(cfg, replace(step, batch=args.batch + 1))
+    print(f"{args.preset}, stage {args.stage}: {args.batch} clips of {frames} frames, {text} tokens of text, "
+          f"{args.dtype}{', LLM in 8 bits' * args.llm_int8}; AdamW, no recomputation")
+    for name in ("frozen weights", "trained weights", "gradients", "optimizer", "activations"):
+        print(f"  {name:28} {found[name] / GIB:8.2f} GiB")
+    print(f"  {'peak within the step':28} {found['peak'] / GIB:8.2f} GiB\n"
+          f"  {'each further clip':28} {(one['peak'] - found['peak']) / GIB:8.2f} GiB\n"
+          "The CUDA context and its libraries take 0.5 to 1 GiB more, and the allocator some percent.")
+
+
+# ---------------------------------------------------------------------------------------------------------------- index
+
+
+def index(args):
+    """Generates an annotation file, indexes it in a process of its own, and opens it in workers."""
+    with tempfile.TemporaryDirectory(dir=args.folder or None) as folder:
+        path = Path(folder) / "captions.json"
+        write_captions(path, args.entries)
+        print(f"{args.entries:,} captions, {path.stat().st_size / 2**20:,.0f} MiB", flush=True)
+        seconds, grown = in_a_process(open_annotations, path)
+        print(f"  index made     {seconds:9.2f} s, {args.entries / seconds:,.0f} entries per second; the process grew "
+              f"by {grown:,.0f} MiB; {os.path.getsize(f'{path}.index') / 2**20:,.0f} MiB on disk", flush=True)
+        seconds, grown = in_a_process(open_annotations, path)
+        print(f"  opened again   {seconds:9.4f} s, the process grew by {grown:,.1f} MiB")
+        for workers in (1, 4):
+            added, speed = in_a_process(read_in_workers, path, workers)
+            print(f"  {workers} worker(s)    {added:9.1f} MiB added by each after 20,000 entries; {speed:,.0f} entries "
+                  "per second in all")
+        seconds, grown = in_a_process(first_batches, path)
+        print(f"  first batch    {seconds:9.2f} s, in an epoch's random order, by batches of like length; the process "
+              f"grew by {grown:,.0f} MiB")
+
+
+def write_captions(path, n):
+    words = "a man in a red shirt walks slowly across the wet street while two dogs play near the old house".split()
+    with open(path, "w") as f:
+        for i in tqdm(range(n), desc="writing", unit="entry", unit_scale=True, leave=False,
+                      disable=not sys.stderr.isatty()):
+            text = " ".join(words[j] for j in range(i % 7, 7 + i % 13))
+            f.write(("," if i else "[") + json.dumps({"video": f"{i // 1000:06d}/{i:09d}.mp4", "caption": text}))
+        f.write("]")
+
+
+def in_a_process(measure, *args):
+    """What measure(*args) returns in a fresh process, so that its memory is its own."""
+    with ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, *args).result()
+
+
+def open_annotations(path):
+    """-> (seconds, MiB that the process grew by at its largest)."""
+    before, begun = memory_of(), time.time()
+    entries = Annotations(Source(str(path), media="video", media_key="video"))
+    assert entries[len(entries) - 1]["caption"]
+    return time.time() - begun, memory_of() - before
+
+
+def memory_of(key="VmHWM"):
+    """MiB of this process, at its largest or now (VmRSS). subtle: ru_maxrss would begin with the parent's memory."""
+    return int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def first_batches(path):
+    """Seconds until the sampler has drawn an epoch's order, and MiB that it takes."""
+    corpus = [{"anno": str(path), "media": "video"}]
+    before, begun = memory_of(), time.time()
+    dataset = VideoTextData(load_corpus(corpus), 4, None)
+    next(iter(Sampler(dataset, 2048)))
+    return time.time() - begun, memory_of() - before
+
+
+def read_in_workers(path, workers):
+    """-> (MiB that each worker adds, entries per second of all)."""
+    entries = Annotations(Source(str(path), media="video", media_key="video"))
+    context = torch.multiprocessing.get_context("fork")
+    results, begun = context.SimpleQueue(), time.time()
+    processes = [context.Process(target=read_some, args=(entries, seed, results)) for seed in range(workers)]
+    for process in processes:
+        process.start()
+    added = [results.get() for _ in processes]
+    for process in processes:
+        process.join()
+    return max(added), workers * 20_000 / (time.time() - begun)
+
+
+def read_some(entries, seed, results):
+    before = own_memory()
+    for i in torch.randint(len(entries), (20_000,), generator=torch.Generator().manual_seed(seed)).tolist():
+        assert entries[i]["caption"]
+    results.put((own_memory() - before) / 1024)
+
+
+def own_memory():
+    """KiB that are this process's alone: what it shares with its parent, or with the page cache, costs nothing."""
+    rows = dict(line.split(":") for line in open("/proc/self/smaps_rollup") if ":" in line and "kB" in line)
+    return sum(int(rows[key].split()[0]) for key in ("Private_Dirty", "Private_Clean"))
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+
+def parse(argv=None):
+    p = argparse.ArgumentParser(prog="bench.py", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = p.add_subparsers(dest="command", required=True, metavar="memory|index")
+    m = commands.add_parser("memory", help="what one training step needs, counted without a GPU")
+    m.add_argument("--preset", default="vicuna-7b", choices=tuple(PRESETS), help="(default %(default)s)")
+    m.add_argument("--stage", type=int, choices=(1, 2, 3), required=True)
+    m.add_argument("--batch", type=int, default=4, help="clips per step (default %(default)s)")
+    m.add_argument("--frames", type=int, default=0, help="of a clip (default: the preset's)")
+    m.add_argument("--text", type=int, default=0, help="tokens beside the video's (default 32, 64 and 512)")
+    m.add_argument("--targets", type=int, default=0, help="tokens with a loss (default: half of the text)")
+    m.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="(default %(default)s)")
+    m.add_argument("--llm-int8", action="store_true", help="the frozen LLM in 8 bits")
+    i = commands.add_parser("index", help="annotation files of millions of entries")
+    i.add_argument("--entries", type=int, default=5_000_000, help="(default 5,000,000)")
+    i.add_argument("--folder", default="", help="where the file is written and deleted again (default: the system's)")
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse(argv)
+    {"memory": memory, "index": index}[args.command](args)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nstopped")
+    except (ValueError, OSError) as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,66 @@
+"""Counted memory against real memory, and the index's costs. Run: pytest tests/test_bench.py"""
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench
+from model import PRESETS
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL = """
+import ctypes, sys
+from dataclasses import replace
+import torch
+import bench, test_bench
+from model import VideoChat2, set_trainable
+from train import TrainConfig, make_optimizers
+
+def two_steps(cfg, step):
+    model = VideoChat2(cfg, step.stage).train()
+    set_trainable(model, step.stage)
+    optimizers = make_optimizers(model, TrainConfig(stage=step.stage))
+    batch = bench.empty_batch(cfg, step)
+    ids = batch["ids"]
+    batch["labels"] = torch.zeros_like(ids).masked_fill(torch.arange(ids.shape[1]) > step.targets, -100)
+    for _ in range(2):
+        bench.loss_of(model, step, batch).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+torch.set_num_threads(2)
+cfg, step = test_bench.sizes(int(sys.argv[1]))
+small = replace(cfg, vit=replace(cfg.vit, depth=1), llama=replace(cfg.llama, depth=1, vocab_size=100))
+two_steps(small, replace(step, batch=1, text=20, targets=10))              # what PyTorch loads when it is first needed
+ctypes.CDLL(None).malloc_trim(0)                                           # give back what that has freed
+before = bench.memory_of("VmRSS")
+two_steps(cfg, step)
+print((bench.memory_of("VmHWM") - before) * 2**20)
+"""
+
+
+def sizes(stage):
+    """A model of a middling size, whose activations outweigh what a process has anyway."""
+    cfg = PRESETS["micro"]()
+    cfg = replace(
+        cfg, vit=replace(cfg.vit, img_size=128, patch_size=16, width=256, depth=6, heads=4),
+        qformer=replace(cfg.qformer, vocab_size=500, width=128, depth=4, heads=4, ffn=512, vision_width=256,
+                        embed_dim=128),
+        llama=replace(cfg.llama, vocab_size=4000, width=384, depth=8, heads=6, kv_heads=6, ffn=1024))
+    return cfg, bench.Step(stage, batch=6, frames=4, text=200, targets=100, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_counted_memory_is_what_a_real_step_takes(stage):
+    """In float32 on the CPU, whose attention kernel keeps what a GPU's keeps: within a tenth."""
+    counted = bench.counted_step(*sizes(stage))
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+    result = subprocess.run([sys.executable, "-c", REAL, str(stage)], capture_output=True, text=True, env=env,
+                            check=True)
+    real = float(result.stdout)
+    assert real > 4e8 and counted["peak"] == pytest.approx(real, rel=0.1), (counted, real)

@@ -1,0 +1,221 @@
+"""MVBench as people have it on their disks: all 20 tasks, real encoded videos, frame folders, and what is missing.
+
+Run: pytest tests/test_real_layout.py
+"""
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from videos import number, painted, write_video
+
+import checkpoint
+import llm_folder
+import mvbench
+import storage
+from llama import Llama
+from media import read_benchmark_clip
+from model import PRESETS, VideoChat2
+from prompt import SYSTEM, VIDEO
+from tokenizer import SentencePiece
+
+SUFFIX = {"ssv2_video": ".webm", "nturgbd": ".avi"}                        # as the original archives have them
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """The official folder tree, two questions a task: H.264, VP9 in WebM, AVI, folders of JPEGs at 3 per second."""
+    root = tmp_path_factory.mktemp("MVBench")
+    for t, task in enumerate(mvbench.TASKS):
+        entries = []
+        for q in range(2):
+            folder = root / "video" / task.folder
+            if task.short == "ER":
+                name = f"s01e0{q}_seg02_clip_0{q}"
+                (folder / name).mkdir(parents=True)
+                for i in range(1, 31):
+                    Image.fromarray(painted(i)).save(folder / name / f"{i:05d}.jpg", quality=95)
+            else:
+                name = f"{task.short}_{q}{SUFFIX.get(task.folder, '.mp4')}"
+                codec = {".webm": "libvpx-vp9", ".avi": "mpeg4"}.get(SUFFIX.get(task.folder), "libx264")
+                write_video(folder / name, codec, frames=40, rate=10, **({"q:v": 2} if codec == "mpeg4" else {}))
+            entry = {"video": name, "question": f"What happens, {t}?", "answer": "It spins.",
+                     "candidates": ["It jumps.", "It spins.", "Nothing."], "question_type": "ignored"}
+            entries.append(entry | ({"start": 1.0, "end": 3.0} if task.bound else {}))
+        (root / "json").mkdir(exist_ok=True)
+        (root / "json" / f"{task.file}.json").write_text(json.dumps(entries))
+    return root
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory, golden):
+    """A checkpoint of stage 3 at micro size, with random weights and a full vocabulary, and its LLM's folder."""
+    out = tmp_path_factory.mktemp("run")
+    cfg = PRESETS["micro"]()
+    cfg.llama.vocab_size = SentencePiece(golden / "tokenizer.model").vocab_size
+    cfg.qformer.vocab_size = 30523
+    torch.manual_seed(0)
+    llama = Llama(cfg.llama)
+    with torch.no_grad():                                                  # letters that differ in more than rounding
+        llama.lm_head.weight[mvbench.letter_ids(SentencePiece(golden / "tokenizer.model"))] *= 30
+    with storage.whole_folder(out / "llm") as folder:
+        llm_folder.write_llm(llama, golden / "tokenizer.model", folder)
+    _, mark = llm_folder.survey(out / "llm")
+    model = VideoChat2(cfg, 3, llm_later=True)
+    with storage.whole_folder(out / "stage3") as folder:
+        checkpoint.write_checkpoint(model.state_dict(), 3, cfg, folder, golden / "vocab.txt",
+                                    {"path": "../llm", "fingerprint": mark})
+    return out / "stage3"
+
+
+def run(ckpt, data, out, *more):
+    mvbench.main(["--ckpt", str(ckpt), "--data", str(data), "--out", str(out), "--workers", "0", "--batch", "8", *more])
+    return [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+
+
+def test_every_medium_of_the_20_tasks_is_found_and_asked(tree, ckpt, tmp_path, capsys):
+    rows = run(ckpt, tree, tmp_path)
+    assert len(rows) == 40 and not any("unread" in row for row in rows)
+    printed = capsys.readouterr().out
+    assert "missing" not in printed and printed.count("2/2") == 20 and "40/40" in printed
+
+
+def test_frames_bounds_and_folders_follow_the_protocol(tree):
+    """The frames that reach the model, by the number painted into each."""
+    questions = {q["task"]: q for q in mvbench.load_questions(tree)}
+
+    def seen(task, n=4):
+        q = questions[task]
+        return [number(frame.permute(1, 2, 0).numpy()) for frame in read_benchmark_clip(q["media"], n, q["bound"])]
+
+    assert questions["Action Sequence"]["bound"] == (1.0, 3.0) and questions["State Change"]["bound"] is None
+    assert seen("State Change") == [4, 14, 24, 33]                         # 40 frames: int(39 / 8 + round(39 / 4 * i))
+    assert seen("Action Sequence") == [12, 17, 22, 27]                     # seconds 1 to 3 at 10 per second
+    assert seen("Action Antonym") == [4, 14, 24, 33]                       # VP9 in WebM
+    assert seen("Fine-grained Pose") == [4, 14, 24, 33]                    # AVI
+    assert seen("Episodic Reasoning", 3) == [4, 6, 8]                      # 3 per second, the first is 00001.jpg
+
+
+def moved(tree, tmp_path, moves):
+    """A copy of the tree in which folders lie elsewhere: pairs (from, to), relative to it."""
+    root = tmp_path / "moved"
+    shutil.copytree(tree, root)
+    for source, target in moves:
+        (root / target).parent.mkdir(parents=True, exist_ok=True)
+        (root / source).rename(root / target)
+    return root
+
+
+@pytest.mark.parametrize("moves", [
+    [("video/clevrer", "video/data0613/clevrer"), ("video/star", "video/data0613/star")],      # not yet merged
+    [("video/clevrer", "data0613/clevrer")],
+    [("video/perception", "perception"), ("video/tvqa", "tvqa")],                              # beside video/
+    [("video/sta", "video/sta_zip/sta"), ("video/sta_zip", "video/sta")],                      # unpacked into its name
+    [(f"video/ssv2_video/AA_{q}.webm", f"video/AA_{q}.webm") for q in range(2)],               # flat
+    [("json", "j"), *[(f"j/{task.file}.json", f"{task.file}.json") for task in mvbench.TASKS]],
+])
+def test_trees_as_people_have_them(tree, tmp_path, moves):
+    questions = mvbench.load_questions(moved(tree, tmp_path, moves))
+    assert len(questions) == 40 and all(q["media"] for q in questions)
+
+
+def test_everything_in_one_flat_folder(tree, tmp_path):
+    for path in (tree / "json").iterdir():
+        shutil.copy(path, tmp_path)
+    for task in mvbench.TASKS:
+        for path in (tree / "video" / task.folder).iterdir():
+            (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
+    assert all(q["media"] == str(tmp_path / q["media"].rpartition("/")[2]) for q in mvbench.load_questions(tmp_path))
+
+
+def test_something_videos_made_into_mp4(tree, tmp_path):
+    root = moved(tree, tmp_path, [("video/ssv2_video/AA_0.webm", "gone")])
+    write_video(root / "video" / "ssv2_video" / "AA_0.mp4", frames=5)
+    assert mvbench.load_questions(root, ["Action Antonym"])[0]["media"].endswith("AA_0.mp4")
+
+
+def test_what_is_missing_is_told_per_task_and_not_counted(tree, ckpt, tmp_path, capsys):
+    root = moved(tree, tmp_path, [("video/nturgbd", "gone"), ("video/clevrer/video_validation/MC_1.mp4", "gone.mp4"),
+                                  ("json/scene_transition.json", "gone.json")])
+    (root / "video" / "perception" / "videos" / "SC_0.mp4").write_bytes(b"torn" * 99)
+    rows = run(ckpt, root, tmp_path / "out")
+    out, err = capsys.readouterr()
+    assert "Fine-grained Pose: 2 of 2 media are missing (video/nturgbd/); NTU RGB+D's owners" in out
+    assert "Moving Count: 1 of 2 media are missing (video/clevrer/video_validation/)" in out
+    assert "scene_transition.json does not exist: this task is left out" in err
+    assert len(rows) == 40 - 2 - 2 - 1 and sum("unread" in row for row in rows) == 1     # torn is asked, and wrong
+    lines = {line[:28].strip(): line.split()[-1] for line in out.splitlines() if line[:28].strip()}
+    assert (lines["Moving Count"], lines["State Change"], lines["Avg"]) == ("1/2", "2/2", "35/38")
+    assert "1 with an unreadable medium" in out
+
+
+def test_only_and_limit(tree, ckpt, tmp_path):
+    rows = run(ckpt, tree, tmp_path, "--only", "Action Sequence,Fine-grained Pose", "--limit", "1")
+    assert [row["task"] for row in rows] == ["Action Sequence", "Fine-grained Pose"]
+
+
+def test_wrong_folders_are_named(tree, ckpt, tmp_path):
+    with pytest.raises(FileNotFoundError, match="--data is the folder that holds json/ and video/"):
+        run(ckpt, tmp_path, tmp_path / "out")
+    shutil.copytree(tree / "json", tmp_path / "json")
+    with pytest.raises(FileNotFoundError, match="holds none of the media"):
+        run(ckpt, tmp_path, tmp_path / "out")
+
+
+# ---- what the paper's ablations change -------------------------------------------------------------------------------
+
+def answerer(ckpt, **protocol):
+    model, wordpiece, tok = checkpoint.load_model(ckpt)
+    return mvbench.Answerer(model, wordpiece, tok, mvbench.Protocol(max_new_tokens=2, **protocol))
+
+
+def noting(calls, function):
+    """function, which notes its arguments in calls."""
+    return lambda *args: calls.append(args) or function(*args)
+
+
+def test_system_answer_prompt_and_question_in_the_qformer(tree, ckpt):
+    """The notebook's settings: what the LLM and the Q-Former read under each."""
+    (q,) = mvbench.load_questions(tree, ["State Change"], limit=1)
+    shown = []
+    for protocol in ({}, {"system": ""}, {"answer_prefix": ""}, {"question_in_qformer": True}):
+        model = answerer(ckpt, **protocol)
+        ids, seen = [], []
+        model.model.splice = noting(ids, model.model.splice)
+        model.model.queries = noting(seen, model.model.queries)
+        vision = torch.randn(1, 16, model.model.cfg.vit.width)
+        model.answer([q], model.read(vision, [q]))
+        (prompt, _), (_, qf_ids, qf_mask) = ids[0], seen[0]
+        text = model.tok.decode([i for i in prompt[0].tolist() if i != VIDEO])
+        shown.append((text, [model.wordpiece.pieces[i] for i in qf_ids[qf_mask == 1].tolist()]))
+    (normal, read), (bare, nothing), (free, _), (_, with_question) = shown
+    assert normal.count(SYSTEM) == 2 and normal.endswith("Best option:(") and read[1:4] == ["carefully", "watch", "the"]
+    assert SYSTEM not in bare and nothing == ["[CLS]", "[SEP]"]
+    assert free.endswith("Only give the best option.\n###Assistant:")
+    assert with_question[1:4] == read[1:4] and with_question[-3:] == ["nothing", ".", "[SEP]"]
+    assert "only" not in with_question[-20:]                               # the notebook asks that of the LLM alone
+
+
+def test_without_an_answer_prompt_the_prediction_is_as_it_was_said(ckpt):
+    assert answerer(ckpt).first_line([]) == "("
+    assert answerer(ckpt, answer_prefix="").first_line([]) == ""
+
+
+def test_frames_stretch_the_position_table(tree, ckpt, tmp_path):
+    """8 or 16 frames with a table that was made for 4, by one option."""
+    probabilities = [run(ckpt, tree, tmp_path / str(n), "--only", "State Change", "--frames", str(n))[0][
+        "letter_probabilities"] for n in (4, 8, 16)]
+    assert len({tuple(p) for p in probabilities}) == 3
+
+
+def test_flags_reach_the_model(tree, ckpt, tmp_path):
+    base = run(ckpt, tree, tmp_path / "base", "--only", "State Change")
+    for flag in (["--no-system"], ["--no-answer-prompt"], ["--question-in-qformer"], ["--norm", "clip"],
+                 ["--llm-int8"], ["--dtype", "bf16"], ["--control", "blank"]):
+        out = tmp_path / flag[0]
+        mvbench.main(["--ckpt", str(ckpt), "--data", str(tree), "--out", str(out), "--workers", "0", "--only",
+                      "State Change", *flag])
+        name = "predictions.blank.jsonl" if "blank" in flag else "predictions.jsonl"
+        rows = [json.loads(line) for line in (out / name).read_text().splitlines()]
+        assert [r["letter_probabilities"] for r in rows] != [r["letter_probabilities"] for r in base], flag
