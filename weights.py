@@ -1,7 +1,7 @@
 """The official files <-> a checkpoint of ours: names both ways, nothing left over, nothing missing in silence.
 
     l16_25m.pth                   UMT-L, the video ViT                              --umt
-    bert-base-uncased/            vocab.txt, and what the Q-Former begins with      --bert
+    bert-base-uncased/            what the Q-Former begins with; its vocab.txt      --bert
     umt_l16_qformer.pth           after stage 1                                     --stage1
     videochat2_7b_stage2.pth      after stage 2                                     --stage2
     videochat2_7b_stage3.pth      after stage 3                                     --stage3
@@ -80,6 +80,7 @@ DROPPED_UMT = [(r"^(?!(vision_encoder\.)?encoder\.(patch_embed|blocks)\.)", "not
 DROPPED_BERT = [
     (r"token_type_embeddings", "the Q-Former has one kind of text"),
     (r"^bert\.pooler\.|^cls\.seq_relationship\.", "BERT's head for pairs of sentences"), *DROPPED]
+BERT_VOCAB = Path(__file__).resolve().parent / "assets" / "bert_vocab.txt"  # bert-base-uncased's
 TEXT_HALF = re.compile(  # of the Q-Former, which the official stage 2 deletes
     r"^qformer\.bert\.(embeddings\.(word|position)_embeddings|encoder\.layer\.\d+\.(intermediate|output))\.")
 
@@ -294,9 +295,7 @@ def said_of(path, official, ours, without, again):
 
 def import_files(files, cfg, out, any_llm=False):
     """Official files -> a checkpoint folder; prints what became of every file."""
-    if not files.bert:
-        raise ValueError("--bert is needed for its vocab.txt, which the Q-Former reads texts by")
-    vocab = Path(files.bert) / "vocab.txt"
+    vocab = Path(files.bert) / "vocab.txt" if files.bert else BERT_VOCAB
     words = WordPiece.load(vocab).vocab_size
     if words != cfg.qformer.vocab_size:
         raise ValueError(f"{vocab} has {words} words, [DEC] included, and the Q-Former {cfg.qformer.vocab_size}: take "
@@ -390,7 +389,7 @@ def parse(argv=None):
     take.add_argument("--preset", default="vicuna-7b", help=f"{', '.join(PRESETS)} (default %(default)s)")
     take.add_argument("--llm", default="", help="the frozen LLM's folder: Vicuna-7B v0 (delta applied), or Mistral-7B")
     take.add_argument("--umt", default="", help="l16_25m.pth: the ViT that stage 1 begins with")
-    take.add_argument("--bert", default="", help="folder of bert-base-uncased: vocab.txt, and to begin stage 1 weights")
+    take.add_argument("--bert", default="", help="folder of bert-base-uncased: what the Q-Former begins stage 1 with")
     for stage, file in ((1, "umt_l16_qformer.pth"), (2, "videochat2_7b_stage2.pth"), (3, "videochat2_7b_stage3.pth")):
         take.add_argument(f"--stage{stage}", default="", help=f"{file}: what stage {stage} has trained")
     take.add_argument("--any-llm", action="store_true", help="another LLM than the preset's")

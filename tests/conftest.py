@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
+BERT_VOCAB = GOLDEN.parent.parent / "assets" / "bert_vocab.txt"
 WEIGHTS_OF = {"qformer_text": "qformer_query", "qformer_joint": "qformer_query", "qformer_cap": "qformer_query",
               "vit_interp": "vit"}  # kept once: they are the same
 

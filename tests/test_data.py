@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import BERT_VOCAB
 from PIL import Image
 
 import data
@@ -173,7 +174,7 @@ def tok(golden):
 
 @pytest.fixture(scope="module")
 def wordpiece(golden):
-    return WordPiece.load(golden / "vocab.txt")
+    return WordPiece.load(BERT_VOCAB)
 
 
 def batches_of(dataset, collate, workers=0):

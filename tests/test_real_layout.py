@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import BERT_VOCAB
 from PIL import Image
 from videos import number, painted, write_video
 
@@ -64,7 +65,7 @@ def ckpt(tmp_path_factory, golden):
     _, mark = llm_folder.survey(out / "llm")
     model = VideoChat2(cfg, 3, llm_later=True)
     with storage.whole_folder(out / "stage3") as folder:
-        checkpoint.write_checkpoint(model.state_dict(), 3, cfg, folder, golden / "vocab.txt",
+        checkpoint.write_checkpoint(model.state_dict(), 3, cfg, folder, BERT_VOCAB,
                                     {"path": "../llm", "fingerprint": mark})
     return out / "stage3"
 

@@ -2,6 +2,7 @@
 import json
 
 import pytest
+from conftest import BERT_VOCAB
 
 from tokenizer import SentencePiece, WordPiece, train_sentencepiece, train_wordpiece, words
 
@@ -11,7 +12,7 @@ TOY = ["Question: Which shape moves?\nOptions:\n(A) the red circle\n(B) the blue
 
 @pytest.fixture(scope="module")
 def wordpiece(golden):
-    return WordPiece.load(golden / "vocab.txt")
+    return WordPiece.load(BERT_VOCAB)
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,19 @@
 """Official files in and out: names at real size, numbers at tiny size. Run: pytest tests/test_weights.py"""
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import sentencepiece
 import torch
 from conftest import GOLDEN, golden_tensors
+from PIL import Image
+from videos import write_video
 
 import checkpoint
 import mvbench
 import storage
+import train
 import weights
 from data import CaptionCollate, InstructCollate
 from llama import LlamaConfig
@@ -129,8 +133,6 @@ LLM_NAMES = {2: "llama_model.", 3: "llama_model.base_model.model."}
 def given(tmp_path_factory):
     """The official files at tiny size, with the recorded weights: an LLM folder, a BERT folder, stages 1 to 3."""
     folder = tmp_path_factory.mktemp("official")
-    (folder / "bert").mkdir()
-    (folder / "bert" / "vocab.txt").write_bytes((GOLDEN / "vocab.txt").read_bytes())
     (folder / "tiny_bert").mkdir()
     (folder / "tiny_bert" / "vocab.txt").write_bytes((GOLDEN / "tiny_vocab.txt").read_bytes())
     torch.save(recorded("stage1_cat"), folder / "stage1.pth")
@@ -161,7 +163,7 @@ def recorded(name):
 def files(given, stage):
     more = {1: {}, 2: {"stage1": str(given / "text_half.pth")}, 3: {}}[stage]
     return weights.Files(**{"llm": str(given / f"llm{stage}") if stage > 1 else "",
-                            "bert": str(given / ("bert" if stage > 1 else "tiny_bert")),
+                            "bert": "" if stage > 1 else str(given / "tiny_bert"),
                             f"stage{stage}": str(given / f"stage{stage}.pth")}, **more)
 
 
@@ -364,6 +366,105 @@ def test_stage_1_begins_with_umt_and_bert(beginning, capsys):
     assert "qformer.bert.encoder.layer.0.attention.output_query.dense.weight" not in tensors
     assert not [n for n in tensors if "crossattention" in n or n.startswith("aligner.")]
     assert checkpoint.read_config(folder / "init")[1]["stage"] == 0
+
+
+# --------------------------------------------------------------------------------------- training on what was imported
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory):
+    """Real formats: videos, images of every kind, home-made keys and suffixes, clips with bounds, texts alone."""
+    root = tmp_path_factory.mktemp("data")
+    for i in range(4):
+        write_video(root / "videos" / f"{i}.mp4", frames=30, rate=10, width=64, height=48)
+    for i, mode in enumerate(["L", "P", "RGBA", "RGB"]):
+        Image.new("RGB", (50, 40), (60 * i, 90, 200)).convert(mode).save(root / f"{i}.{'png' if i < 3 else 'webp'}")
+    i = "Watch the video and answer."
+    files = {
+        "videos.json": [{"key": f"{n}", "caption": f"a man with {n} dogs"} for n in range(4)],
+        "images.json": [{"image": f"{n}.{'png' if n < 3 else 'webp'}", "caption": [f"picture {n}", "a picture"]}
+                        for n in range(4)],
+        "qa.json": [{"video": f"{n}.mp4", "QA": [{"i": i, "q": "Who runs?", "a": "A dog."}, {"q": "Why?", "a": "Fun."}]}
+                    for n in range(4)],
+        "clips.json": [{"video": f"{n}.mp4", "start": 1.0, "end": 2.5, "QA": [{"i": "", "q": "", "a": "A red bar."}]}
+                       for n in range(4)],
+        "image_qa.json": [{"image": f"{n}.png", "QA": [{"i": "Look.", "q": "What?", "a": "A wall."}]}
+                          for n in range(3)],
+        "text.json": [{"QA": [{"q": "Who are you?", "a": "A model."}]}] * 4,
+    }
+    for name, entries in files.items():
+        (root / name).write_text(json.dumps(entries))
+    video = {"anno": "videos.json", "root": "videos", "media": "video", "media_key": "key", "suffix": ".mp4"}
+    (root / "corpus_caption.json").write_text(json.dumps([video, ["images.json", "."]]))
+    (root / "corpus_instruct.json").write_text(json.dumps([
+        ["qa.json", "videos", "video"], ["clips.json", "videos", "video"], ["image_qa.json", "."],
+        ["text.json", "", "text"]]))
+    return root
+
+
+def train_stage(corpora, out, stage, *more):
+    train.main(["--preset", "vicuna-7b", "--stage", str(stage), "--data", str(corpora), "--out", str(out), "--steps",
+                "4", "--batch", "2", "--workers", "0", "--dtype", "fp32", "--log-every", "1", "--lr", "1e-3", *more])
+    return storage.read_tensors(out / f"stage{stage}" / "model.safetensors")
+
+
+def test_every_stage_trains_on_what_was_imported_and_goes_back(beginning, given, imported, corpora, tmp_path):
+    """init -> stage 1; the official stage 1 -> stage 2 -> stage 3 -> a file for the official code."""
+    cfg, _, _, folder = beginning
+    weights.import_files(weights.Files(umt=str(folder / "umt.pth"), bert=str(folder / "bert")), cfg, tmp_path / "init")
+    before = storage.read_tensors(tmp_path / "init" / "model.safetensors")
+    after = train_stage(corpora, tmp_path, 1)                              # it finds init by itself
+    frozen = [n for n in after if n.startswith("vision_encoder.")]
+    assert frozen and all(torch.equal(after[n], before[n]) for n in frozen)
+    name = "qformer.bert.encoder.layer.0.attention.self.query.weight"
+    assert not torch.equal(after[name], before[name])
+
+    run, llm = tmp_path / "run", ["--llm", str(given / "llm2")]
+    second = train_stage(corpora, run, 2, "--init", str(imported / "stage1"), *llm)
+    first, name = storage.read_tensors(imported / "stage1" / "model.safetensors"), "vision_encoder.blocks.0.attn.q_bias"
+    assert not torch.equal(second[name], first[name])
+    third = train_stage(corpora, run, 3, "--max-text", "200")              # it knows the LLM of stage 2
+    assert all(t.abs().sum() > 0 for n, t in third.items() if "lora_B" in n)
+    weights.export(run / "stage3", run / "official.pth")
+    assert "llama_model.base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight" in torch.load(
+        run / "official.pth", weights_only=True)
+
+
+def test_a_released_stage_3_can_be_tuned_further_but_not_with_another_llm(given, imported, corpora, tmp_path):
+    start = ["--init", str(imported / "stage3"), "--max-text", "120"]
+    after = train_stage(corpora, tmp_path, 3, *start)
+    before = storage.read_tensors(imported / "stage3" / "model.safetensors")
+    assert after.keys() == before.keys() and not torch.equal(after["llama_proj.weight"], before["llama_proj.weight"])
+    with pytest.raises(ValueError, match="stage3 was made with the LLM llm3 .*llm2 is another one"):
+        train_stage(corpora, tmp_path / "other", 3, *start, "--llm", str(given / "llm2"))
+
+
+@pytest.mark.parametrize("flags", [
+    ["--no-bos-ones"], ["--no-train-separators"], ["--no-question-in-qformer"], ["--train-norm", "clip"], ["--flip"],
+    ["--no-tell-seconds"], ["--train-frames", "2"], ["--llm-int8"], ["--dtype", "bf16"], ["--dtype", "fp16"]])
+def test_each_oddity_is_one_flag_away(given, imported, corpora, tmp_path, flags):
+    """Every flag changes what is learned, and is written into the checkpoint's config where it is the model's."""
+    start = ["--init", str(imported / "stage3"), "--max-text", "120"]
+    if not hasattr(test_each_oddity_is_one_flag_away, "plain"):
+        test_each_oddity_is_one_flag_away.plain = train_stage(corpora, tmp_path / "plain", 3, *start)
+    changed = train_stage(corpora, tmp_path, 3, *start, *flags)
+    plain = test_each_oddity_is_one_flag_away.plain
+    assert not torch.equal(changed["llama_proj.weight"], plain["llama_proj.weight"])
+    assert all(t.isfinite().all() and t.dtype == torch.float32 for t in changed.values())
+    option = flags[0].removeprefix("--").removeprefix("no-").replace("-", "_")
+    if option in train.MODEL_OPTIONS:
+        cfg, _ = checkpoint.read_config(tmp_path / "stage3")
+        value = flags[1] if len(flags) > 1 else not flags[0].startswith("--no-")
+        assert str(getattr(cfg, option)) == str(value)
+
+
+@pytest.mark.parametrize("flag", ["--caption-sep", "--no-repeat-image"])
+def test_stage_1_s_oddities_too(beginning, corpora, tmp_path, flag):
+    cfg, _, _, folder = beginning
+    weights.import_files(weights.Files(umt=str(folder / "umt.pth"), bert=str(folder / "bert")), cfg, tmp_path / "init")
+    shutil.copytree(tmp_path / "init", tmp_path / "other" / "init")
+    plain, changed = train_stage(corpora, tmp_path, 1), train_stage(corpora, tmp_path / "other", 1, flag)
+    assert not torch.equal(plain["query_tokens"], changed["query_tokens"])
 
 
 # ------------------------------------------------------------------------------------------------------ what goes wrong
