@@ -164,8 +164,8 @@ class Window:
             if self.at < len(self.text) or not self.more():
                 return self.text[self.at:self.at + 1]
 
-    def value(self):
-        """Takes the next value -> (first byte, bytes, value). Raises json.JSONDecodeError."""
+    def entry(self, number):
+        """Takes the next value -> (first byte, bytes, value). number: for the error, where there is no value."""
         self.peek()
         while True:
             # subtle: a value is whole when its end stands behind it: 12 at the end of the text may be the half of 1234
@@ -178,7 +178,7 @@ class Window:
             if whole or len(self.text) - self.at > LONGEST or not self.more():
                 break
         if fault:
-            raise fault
+            raise NotAList(f"not JSON: entry {number}, at byte {self.byte}: {fault.msg}")
         begin = self.byte
         self.go(end)
         return begin, self.byte - begin, value
@@ -189,33 +189,40 @@ def each_entry(path, progress=lambda done: None):
 
     progress: called with the bytes that are done, now and then.
     """
-    number = 0
     try:
         with open(path, "rb") as f:
-            window = Window(f)
-            if window.peek() != "[":
-                _, _, other = window.value()
-                raise ValueError(f"{path}: expected a JSON list, found {type(other).__name__}")
-            window.go(window.at + 1)
-            while number or window.peek() != "]":
-                yield window.value()
-                number += 1
-                if number % 10_000 == 0:
-                    progress(window.byte)
-                if window.peek() != ",":
-                    break
-                window.go(window.at + 1)
-            if window.peek() != "]":
-                raise ValueError(f"{path}: not JSON: expected , or ] behind entry {number - 1}, at byte {window.byte}")
-            window.go(window.at + 1)
-            if window.peek():
-                raise ValueError(f"{path}: not JSON: more behind the list, at byte {window.byte}")
+            yield from entries_of(Window(f), progress)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such annotation file") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON: entry {number}, at byte {window.byte}: {error.msg}") from None
+    except NotAList as error:
+        raise ValueError(f"{path}: {error}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not JSON: not UTF-8 ({error.reason})") from None
+
+
+class NotAList(Exception):
+    """Why a file is no JSON list."""
+
+
+def entries_of(window, progress):
+    if window.peek() != "[":
+        _, _, other = window.entry(0)
+        raise NotAList(f"expected a JSON list, found {type(other).__name__}")
+    window.go(window.at + 1)
+    number = 0
+    while number or window.peek() != "]":
+        yield window.entry(number)
+        number += 1
+        if number % 10_000 == 0:
+            progress(window.byte)
+        if window.peek() != ",":
+            break
+        window.go(window.at + 1)
+    if window.peek() != "]":
+        raise NotAList(f"not JSON: expected , or ] behind entry {number - 1}, at byte {window.byte}")
+    window.go(window.at + 1)
+    if window.peek():
+        raise NotAList(f"not JSON: more behind the list, at byte {window.byte}")
 
 
 # ---- the index -------------------------------------------------------------------------------------------------------
@@ -254,30 +261,17 @@ def read_header(path, source):
 
 
 def make_index(source, path):
-    """Reads the annotation file through and writes its index, whole or not at all."""
+    """Reads the annotation file through and writes its index, whole or not at all -> its header."""
     header = {"made_for": made_for(source), "entries": 0, "faulty": 0, "qa": 0, "cut": 0, "kinds": {}, "first": []}
-    temporary, numbers, rows = Path(f"{path}.{os.getpid()}.partial"), [], []
-    size = header["made_for"]["bytes"]
+    temporary, numbers, size = Path(f"{path}.{os.getpid()}.partial"), [], header["made_for"]["bytes"]
     bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"index of {Path(source.anno).name}", leave=False,
                disable=size < 1e7 or not sys.stderr.isatty())
     try:
         with open(temporary, "wb") as f:
             f.write(b" " * HEADER)
-            for number, (start, length, entry) in enumerate(each_entry(source.anno, lambda n: bar.update(n - bar.n))):
-                fault = fault_of(entry, source)
-                if fault:
-                    numbers.append(number)
-                    header["kinds"][fault.kind] = header["kinds"].get(fault.kind, 0) + 1
-                    header["first"] += [f"entry {number}: {fault.text[:160]}"] * (len(numbers) <= SHOWN)
-                    continue
-                header["qa"] += "QA" in entry
-                header["cut"] += entry.get("start") is not None
-                rows.append((start, length, text_length(entry)))
-                if len(rows) == 1 << 16:
-                    header["entries"] += write_rows(f, rows)
-            header["entries"] += write_rows(f, rows)
+            for rows in good_rows(source, header, numbers, lambda done: bar.update(done - bar.n)):
+                f.write(np.array(rows, ROW).tobytes())
             f.write(np.array(numbers, "<i8").tobytes())
-            header["faulty"] = len(numbers)
             f.seek(0)
             f.write(json.dumps(header).encode().ljust(HEADER))
             f.flush()
@@ -289,11 +283,25 @@ def make_index(source, path):
     return header
 
 
-def write_rows(f, rows):
-    f.write(np.array(rows, ROW).tobytes())
-    n = len(rows)
-    rows.clear()
-    return n
+def good_rows(source, header, numbers, progress):
+    """Yields lists of rows of the good entries; notes in header and numbers what there is, and what is faulty."""
+    rows = []
+    for number, (start, length, entry) in enumerate(each_entry(source.anno, progress)):
+        fault = fault_of(entry, source)
+        if fault:
+            numbers.append(number)
+            header["faulty"] += 1
+            header["kinds"][fault.kind] = header["kinds"].get(fault.kind, 0) + 1
+            header["first"] += [f"entry {number}: {fault.text[:160]}"] * (len(numbers) <= SHOWN)
+            continue
+        header["entries"] += 1
+        header["qa"] += "QA" in entry
+        header["cut"] += entry.get("start") is not None
+        rows.append((start, length, text_length(entry)))
+        if len(rows) == 1 << 16:
+            yield rows
+            rows = []
+    yield rows
 
 
 class Annotations:

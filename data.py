@@ -292,23 +292,25 @@ class Media(torch.utils.data.Dataset):
         return i, None
 
 
+def media_faults(entries, decode, workers):
+    """Yields (number in the file, Fault) of every medium that is missing or, with decode, cannot be read."""
+    loader = torch.utils.data.DataLoader(Media(entries, decode), 64, num_workers=workers, collate_fn=list)
+    with tqdm(total=len(entries), desc=Path(entries.source.anno).name, unit="file", leave=False,
+              disable=not sys.stderr.isatty()) as bar:
+        for batch in loader:
+            yield from ((entries.number(i), fault) for i, fault in batch if fault)
+            bar.update(len(batch))
+
+
 def check(corpus, decode=False, workers=0, show=10):
     """Print what each source holds and the first faults in it, of each kind how many; -> how many faults."""
     total = 0
     for source in load_corpus(corpus):
         entries = Annotations(source)
         kinds, lines = Counter(entries.header["kinds"]), entries.header["first"][:show]
-        if source.media != "text" and len(entries):
-            loader = torch.utils.data.DataLoader(Media(entries, decode), 64, num_workers=workers, collate_fn=list)
-            bar = tqdm(total=len(entries), desc=Path(source.anno).name, unit="file", leave=False,
-                       disable=not sys.stderr.isatty())
-            for batch in loader:
-                for i, fault in batch:
-                    if fault:
-                        kinds[fault.kind] += 1
-                        lines += [f"entry {entries.number(i)}: {fault.text}"] * (len(lines) < show)
-                bar.update(len(batch))
-            bar.close()
+        for number, fault in media_faults(entries, decode, workers) if source.media != "text" and len(entries) else ():
+            kinds[fault.kind] += 1
+            lines += [f"entry {number}: {fault.text}"] * (len(lines) < show)
         faulty, n = kinds.total(), len(entries) + entries.header["faulty"]
         what = ": " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()) if faulty else ""
         print(f"{source.anno}: {n} entries of {source.media}, {faulty} faulty{what}",

@@ -75,15 +75,15 @@ def each_tensor(path):
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, "pt") as f:
-                for name in f.keys():
-                    yield name, f.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is damaged or not a safetensors file ({error}); copy or make it again") from None
-    else:
-        yield from read_foreign(path).items()
+    yield from each_safetensor(path) if path.suffix == ".safetensors" else read_foreign(path).items()
+
+
+def each_safetensor(path):
+    try:
+        with safe_open(path, "pt") as f:
+            yield from ((name, f.get_tensor(name)) for name in f.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file ({error}); copy or make it again") from None
 
 
 def read_foreign(path):
@@ -163,10 +163,13 @@ def put(module, name, tensor):
 def save_foreign(tensors, path):
     """{name: tensor} -> a PyTorch file, for the code of others: whole or not at all, as every file here."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
         to_disk(temporary)
         temporary.replace(path)
+    except RuntimeError as error:                              # PyTorch's word for a full disk
+        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}; is there room on the disk?") from None
     finally:
         temporary.unlink(missing_ok=True)

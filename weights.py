@@ -1,4 +1,4 @@
-"""The official files <-> a checkpoint of ours: names both ways, nothing left over, nothing missing in silence.
+"""The official files <-> a checkpoint of ours: nothing left over, nothing missing in silence.
 
     l16_25m.pth                   UMT-L, the video ViT                              --umt
     bert-base-uncased/            what the Q-Former begins with; its vocab.txt      --bert
@@ -8,10 +8,8 @@
     Vicuna-7B v0, Mistral-7B      the frozen LLM, in Hugging Face layout            --llm
 
 What is imported is of the highest stage that is named; a later file takes the place of what an earlier one brought, as
-in the official code, which reads them one over another. Our names follow the official ones where that costs nothing, so
-the tables below are short. Each is read in both directions. Not here: files (storage.py), the LLM's folder
-(llm_folder.py), our checkpoint (checkpoint.py). Source: the state dicts of videochat2_{qformer,pt_vicuna,it_vicuna}.py,
-it_mistral.py and the notebook's list of missing keys.
+in the official code, which reads them one over another. Not here: what the tensors are called (official.py), how files
+are read (storage.py), the LLM's folder (llm_folder.py), our checkpoint (checkpoint.py).
 
 Run:    python weights.py import --preset vicuna-7b --llm vicuna-7b-v0 --umt l16_25m.pth --bert bert-base-uncased
                                  --out runs/vicuna-7b/init
@@ -30,117 +28,11 @@ import torch
 import checkpoint
 from llm_folder import HF_NAMES, llm_config, llm_tokenizer, survey
 from model import PRESETS, VideoChat2
+from official import BERT, DROPPED, DROPPED_BERT, DROPPED_UMT, OFFICIAL, UMT, to_official, to_ours
 from storage import fits, read_tensors, save_foreign, whole_folder
 from tokenizer import WordPiece
 
-# ------------------------------------------------------------------------------------------------------------ the names
-# Tables of (official name, our name), one per component. * is the same on both sides; LLM is "llama" for Vicuna and
-# "mistral" for Mistral.
-
-VIT = [("vision_encoder.encoder.*", "vision_encoder.*")]
-QFORMER = [
-    ("vision_layernorm.*", "vision_layernorm.*"),
-    ("query_tokens", "query_tokens"),
-    ("qformer.bert.*", "qformer.bert.*"),
-]
-ALIGN = [  # the heads of stage 1
-    ("vision_temp_embed", "vision_temp_embed"),
-    ("qformer.cls.*", "qformer.cls.*"),
-    ("temp", "aligner.temp"),
-    ("vision_proj.*", "aligner.vision_proj.*"),
-    ("text_proj.*", "aligner.text_proj.*"),
-    ("itm_head.*", "aligner.itm_head.*"),
-]
-CONNECT = [
-    ("extra_query_tokens", "extra_query_tokens"),
-    ("LLM_proj.*", "llama_proj.*"),
-]
-LORA = [  # as peft names them
-    ("LLM_model.base_model.model.*.lora_A.default.weight", "llama_model.*.lora_A.weight"),
-    ("LLM_model.base_model.model.*.lora_B.default.weight", "llama_model.*.lora_B.weight"),
-]
-LLM = {2: [("LLM_model.*", "llama_model.*")], 3: [("LLM_model.base_model.model.*", "llama_model.*")]}
-UMT = [("encoder.*", "vision_encoder.*"), *VIT]
-BERT = [
-    ("bert.embeddings.*", "qformer.bert.embeddings.*"),
-    ("bert.encoder.layer.*", "qformer.bert.encoder.layer.*"),
-    ("cls.predictions.*", "qformer.cls.predictions.*"),
-]
-OFFICIAL = {  # of the checkpoint of each stage
-    1: VIT + QFORMER + ALIGN,
-    2: VIT + QFORMER + ALIGN + CONNECT + LLM[2],
-    3: VIT + QFORMER + ALIGN + CONNECT + LORA + LLM[3],
-}
-DROPPED = [  # (official name, why it is not imported); only what follows from something else, or has no use here
-    (r"\.rotary_emb\.inv_freq$", "follows from the LLM's rope_theta"),
-    (r"\.position_ids$", "counted on the spot"),
-    (r"^(qformer\.)?cls\.predictions\.decoder\.", "the word embeddings and bias themselves"),
-]
-DROPPED_UMT = [(r"^(?!(vision_encoder\.)?encoder\.(patch_embed|blocks)\.)", "not of the ViT's blocks")]
-DROPPED_BERT = [
-    (r"token_type_embeddings", "the Q-Former has one kind of text"),
-    (r"^bert\.pooler\.|^cls\.seq_relationship\.", "BERT's head for pairs of sentences"), *DROPPED]
 BERT_VOCAB = Path(__file__).resolve().parent / "assets" / "bert_vocab.txt"  # bert-base-uncased's
-TEXT_HALF = re.compile(  # of the Q-Former, which the official stage 2 deletes
-    r"^qformer\.bert\.(embeddings\.(word|position)_embeddings|encoder\.layer\.\d+\.(intermediate|output))\.")
-
-
-def renamed(name, table, style="vicuna", back=False):
-    """A name by the first row of the table that fits, from official to ours or back; None if no row fits."""
-    llm = "mistral" if style == "mistral" else "llama"
-    for official, ours in table:
-        source, target = (ours, official) if back else (official, ours)
-        source, target = (re.sub(r"^LLM", llm, text) for text in (source, target))
-        found = re.fullmatch(re.escape(source).replace(r"\*", "(.+)"), name)
-        if found:
-            return target.replace("*", found[1]) if found.groups() else target
-    return None
-
-
-def to_ours(tensors, table, own, style="vicuna", dropped=()):
-    """Official {name: tensor} -> ({our name: tensor}, {official name: why it was dropped}). ValueError for the unknown.
-
-    own: the names that our model has. What a table knows and the model has not is of another stage, and dropped.
-    """
-    ours, without, unknown = {}, {}, []
-    for name, t in tensors.items():
-        reason = next((why for pattern, why in dropped if re.search(pattern, name)), "")
-        new = renamed(name, table, style)
-        base = re.sub(r"\.(weight|bias)$", r".base.\1", new or "")
-        new = base if base in own else new                                 # a layer's own weight, behind LoRA
-        if reason or new and new not in own:
-            without[name] = reason or "not needed in this stage"
-        elif new:
-            ours[new] = t
-        else:
-            unknown.append(name)
-    if unknown:
-        raise ValueError(f"{len(unknown)} tensors have names that VideoChat2 does not know: {', '.join(unknown[:4])}"
-                         f"{', ...' if len(unknown) > 4 else ''}; is this the file that the option asks for?")
-    return ours, without
-
-
-def to_official(tensors, stage, cfg):
-    """Our {name: tensor} of a stage -> the official state dict of that stage, without the frozen LLM.
-
-    What the official files repeat (tied weights) or keep although it follows from sizes is written again.
-    """
-    table = OFFICIAL[stage]
-    official = {renamed(n, table, cfg.style, back=True): t for n, t in tensors.items()
-                if stage != 2 or not TEXT_HALF.match(n)}                   # which stage 2 does not have
-    official["qformer.bert.embeddings.position_ids"] = torch.arange(cfg.qformer.max_positions)[None]
-    if stage == 1:
-        official["qformer.cls.predictions.decoder.weight"] = tensors[
-            "qformer.bert.embeddings.word_embeddings.weight"]
-        official["qformer.cls.predictions.decoder.bias"] = tensors["qformer.cls.predictions.bias"]
-    elif cfg.style == "vicuna":                                            # Mistral's are not kept
-        pair = torch.arange(0, cfg.llama.head_size, 2).float()
-        inv_freq = 1.0 / (cfg.llama.rope_theta ** (pair / cfg.llama.head_size))
-        for i in range(cfg.llama.depth):
-            name = renamed(f"llama_model.model.layers.{i}.self_attn.rotary_emb.inv_freq", LLM[stage], back=True)
-            official[name] = inv_freq
-    return official
-
 
 # --------------------------------------------------------------------------------------------------------------- import
 
@@ -188,12 +80,8 @@ def gather(files, cfg, any_llm=False):
         own = VideoChat2(cfg, max(stage, 1)).state_dict()
     found, llm_weights = Imported(stage, cfg), {}
     for kind, path in sources(files):
-        table, drop = {"umt": (UMT, DROPPED_UMT), "bert": (BERT, DROPPED_BERT)}.get(
-            kind, (OFFICIAL.get(int(kind[-1])) if kind[-1].isdigit() else None, DROPPED))
+        table, drop = tables_of(kind, cfg)
         official = read_bert(path, cfg) if kind == "bert" else read_tensors(path)
-        if kind == "umt":
-            drop = [*drop, (rf"\.blocks\.({'|'.join(map(str, range(cfg.vit.depth, 100)))})\.",
-                            "behind the block that VideoChat2 reads")]
         refuse_untied(official, path)
         try:
             ours, without = to_ours(official, table, own, cfg.style, drop)
@@ -206,6 +94,14 @@ def gather(files, cfg, any_llm=False):
         found.tensors |= ours
     finish(found, own, files, llm_weights)
     return found
+
+
+def tables_of(kind, cfg):
+    """(names, what is dropped) of a file of this kind."""
+    behind = "|".join(map(str, range(cfg.vit.depth, 100)))
+    unused = (rf"\.blocks\.({behind})\.", "behind the block that VideoChat2 reads")
+    return {"umt": (UMT, [*DROPPED_UMT, unused]), "bert": (BERT, DROPPED_BERT)}.get(kind) or (
+        OFFICIAL[int(kind.removeprefix("stage"))], DROPPED)
 
 
 def sources(files):
@@ -300,6 +196,8 @@ def import_files(files, cfg, out, any_llm=False):
     if words != cfg.qformer.vocab_size:
         raise ValueError(f"{vocab} has {words} words, [DEC] included, and the Q-Former {cfg.qformer.vocab_size}: take "
                          "that of bert-base-uncased")
+    if (Path(out) / "trainer.json").is_file():
+        raise ValueError(f"{out} holds what train.py has trained, which import would replace: name another --out")
     found = gather(files, cfg, any_llm)
     print(*found.lines, sep="\n")
     if found.missing:
@@ -330,6 +228,8 @@ def export(ckpt, out):
 
 def check(ckpt):
     """Prints what a checkpoint folder, or an official file, holds per module; ValueError if something is missing."""
+    if not Path(ckpt).exists():
+        raise FileNotFoundError(f"{ckpt}: no such checkpoint folder or file")
     if Path(ckpt).is_file():
         tensors = read_tensors(ckpt)
     else:
@@ -360,7 +260,7 @@ def print_llm(ckpt, llm):
         print("  LLM: none yet")
         return
     try:
-        where = checkpoint.find_llm(ckpt, llm["path"])
+        where = os.path.normpath(checkpoint.find_llm(ckpt, llm["path"]))
         print(f"  LLM: {where}, fingerprint {llm['fingerprint']}")
     except FileNotFoundError as error:
         print(f"  LLM: fingerprint {llm['fingerprint']}; {error}")

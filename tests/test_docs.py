@@ -42,7 +42,14 @@ def help_of(script):
     """What --help prints; of a script without options, which would run instead, nothing."""
     if "ArgumentParser" not in (ROOT / script).read_text(encoding="utf-8"):
         return ""
-    result = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, cwd=ROOT)
+    shown = run_help(script)
+    parts = re.search(r"^usage:.*? (\w+(?:\|\w+)+) ", shown, re.S)         # commands within a command
+    return shown + "".join(run_help(script, part) for part in (parts[1].split("|") if parts else []))
+
+
+def run_help(*command):
+    result = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:], "--help"], capture_output=True,
+                            text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

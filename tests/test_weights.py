@@ -12,6 +12,7 @@ from videos import write_video
 
 import checkpoint
 import mvbench
+import official
 import storage
 import train
 import weights
@@ -29,7 +30,7 @@ TIED = {"qformer.cls.predictions.decoder.weight", "qformer.cls.predictions.decod
 # ------------------------------------------------------------------------------------------------- names, at real size
 
 
-def official(name):
+def state_dict(name):
     """A state dict of the real size on the meta device, from the recorded names and shapes."""
     return {key: torch.empty(shape, device="meta", dtype=getattr(torch, dtype))
             for key, (shape, dtype) in KEYS[name]["keys"].items()}
@@ -42,21 +43,21 @@ def own(stage, preset="vicuna-7b"):
 
 def fitting(tensors, table, names, stage_own):
     """Translates and looks at every shape -> what was dropped."""
-    ours, without = weights.to_ours(tensors, table, stage_own, dropped=names)
+    ours, without = official.to_ours(tensors, table, stage_own, dropped=names)
     storage.fits({n: stage_own[n] for n in ours}, ours, "official")
     return ours, without
 
 
 def test_the_vit_s_file_is_the_vit():
     model = own(1)
-    ours, without = fitting(official("umt_l_vit_num_frames4"), weights.UMT, weights.DROPPED_UMT, model)
+    ours, without = fitting(state_dict("umt_l_vit_num_frames4"), official.UMT, official.DROPPED_UMT, model)
     assert not without and set(ours) == {n for n in model if n.startswith("vision_encoder.")}
     assert sum(t.numel() for t in ours.values()) == KEYS["umt_l_vit_num_frames4"]["params"]["total"]
 
 
 def test_stage_1_s_file_is_stage_1():
     model = own(1)
-    ours, without = fitting(official("stage1_qformer"), weights.OFFICIAL[1], weights.DROPPED, model)
+    ours, without = fitting(state_dict("stage1_qformer"), official.OFFICIAL[1], official.DROPPED, model)
     assert set(ours) == set(model)
     assert set(without) == TIED | {"qformer.bert.embeddings.position_ids"}
     assert sum(t.numel() for t in ours.values()) == KEYS["stage1_qformer"]["params"]["total"]
@@ -65,22 +66,22 @@ def test_stage_1_s_file_is_stage_1():
 @pytest.mark.parametrize("stage, name", [(2, "stage2_pt_vicuna"), (3, "stage3_it_vicuna_lora")])
 def test_the_whole_model_of_stages_2_and_3(stage, name):
     model = own(stage)
-    ours, without = fitting(official(name), weights.OFFICIAL[stage], weights.DROPPED, model)
+    ours, without = fitting(state_dict(name), official.OFFICIAL[stage], official.DROPPED, model)
     assert all(why.startswith(("follows", "counted")) for why in without.values()) and len(without) == 32 + 1
     lacking = set(model) - set(ours)
     if stage == 2:                                                         # it reads no text; stage 1's file does
-        lacking -= {n for n in model if weights.TEXT_HALF.match(n)}
+        lacking -= {n for n in model if official.TEXT_HALF.match(n)}
     assert not lacking
     assert sum(t.numel() for t in ours.values()) == KEYS[name]["params"]["total"]
 
 
 @pytest.mark.parametrize("stage, name", [(1, "stage1_qformer"), (2, "stage2_pt_vicuna"), (3, "stage3_it_vicuna_lora")])
 def test_export_has_every_key_and_shape_of_the_official_file(stage, name):
-    wanted = official(name)
+    wanted = state_dict(name)
     if stage > 1:
         wanted = {key: wanted[key] for key in KEYS[name]["checkpoint_keys"]}   # without what is frozen
     ours = {n: t for n, t in own(stage).items() if not checkpoint.is_frozen_llm(n)}
-    found = weights.to_official(ours, stage, Config())
+    found = official.to_official(ours, stage, Config())
     assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in wanted.items()}
     assert stage < 3 or set(found) == set(KEYS["released_stage3"]["keys_in_release"])
 
@@ -88,26 +89,26 @@ def test_export_has_every_key_and_shape_of_the_official_file(stage, name):
 def test_mistral_s_names():
     model = own(3, "mistral-7b")
     ours = {n: t for n, t in model.items() if not checkpoint.is_frozen_llm(n)}
-    found = weights.to_official(ours, 3, PRESETS["mistral-7b"]())
+    found = official.to_official(ours, 3, PRESETS["mistral-7b"]())
     lora = [n for n in found if "lora_" in n]
     assert len(lora) == 2 * (7 * 32 + 1) and not [n for n in found if "llama" in n]
     assert {"mistral_proj.weight", "mistral_model.base_model.model.lm_head.lora_A.default.weight",
             "mistral_model.base_model.model.model.layers.31.mlp.down_proj.lora_B.default.weight"} <= set(found)
     k_proj = "mistral_model.base_model.model.model.layers.0.self_attn.k_proj"
     assert found[f"{k_proj}.lora_B.default.weight"].shape[0] == 1024       # eight heads of keys, not 32
-    again, without = weights.to_ours(found, weights.OFFICIAL[3], model, "mistral", weights.DROPPED)
+    again, without = official.to_ours(found, official.OFFICIAL[3], model, "mistral", official.DROPPED)
     assert set(again) == set(ours) and set(without) == {"qformer.bert.embeddings.position_ids"}
 
 
 def test_every_row_of_every_table_is_read_both_ways():
-    for table in (*weights.OFFICIAL.values(), weights.UMT):
+    for table in (*official.OFFICIAL.values(), official.UMT):
         for style in ("vicuna", "mistral"):
             for left, _ in table:
                 llm = "mistral" if style == "mistral" else "llama"
                 name = left.replace("LLM", llm).replace("*", "model.layers.7.self_attn.q_proj")
-                ours = weights.renamed(name, table, style)
-                back = weights.renamed(ours, table, style, back=True)
-                assert back == name or table is weights.UMT, (name, ours, back)
+                ours = official.renamed(name, table, style)
+                back = official.renamed(ours, table, style, back=True)
+                assert back == name or table is official.UMT, (name, ours, back)
 
 
 # ----------------------------------------------------------------------------------------------- numbers, at tiny size
@@ -151,7 +152,7 @@ def given(tmp_path_factory):
     torch.manual_seed(0)                                                   # stage 2 lacks its text half: stage 1 has it
     with torch.device("meta"):
         names = VideoChat2(TINY[2], 2).state_dict()
-    text = {n: torch.randn(t.shape) for n, t in names.items() if weights.TEXT_HALF.match(n)}
+    text = {n: torch.randn(t.shape) for n, t in names.items() if official.TEXT_HALF.match(n)}
     torch.save(text, folder / "text_half.pth")
     return folder
 
@@ -192,7 +193,7 @@ def close(found, wanted, name=""):
 def gradients_are_the_recorded_ones(model, stage, g, prefix="grad."):
     named, seen = dict(model.named_parameters()), 0
     for key in [key for key in g if key.startswith(prefix) and (prefix != "grad." or "image_" not in key)]:
-        name = weights.renamed(key.removeprefix(prefix), weights.OFFICIAL[stage])
+        name = official.renamed(key.removeprefix(prefix), official.OFFICIAL[stage])
         close(named[name].grad, g[key], key)
         seen += 1
     return seen
