@@ -90,10 +90,10 @@ class VideoTextData(torch.utils.data.Dataset):
         _, _, span = next(group for group in self.groups() if index in group[2])
         return span[(index - span.start + 1) % len(span)]
 
-    def look(self, path, entry, rng):
+    def look(self, source, entry, rng):
         """-> video (T, 3, size, size) and the seconds of its frames."""
         choose = train_frames(self.num_frames, self.how, rng, entry.get("start"), entry.get("end"))
-        frames, seconds = read_media(path, choose)
+        frames, seconds = read_media(source.path(entry), choose, still=source.media == "image")
         return {"video": self.transform(frames, rng), "seconds": seconds}
 
     def sample(self, index):
@@ -103,7 +103,7 @@ class VideoTextData(torch.utils.data.Dataset):
         sample = {"idx": index, "medium": source.media, "path": "", "seconds": [], "draw": rng.random()}
         if source.media != "text":
             sample["path"] = source.path(entry)
-            sample |= self.features[sample["path"]] if self.features else self.look(sample["path"], entry, rng)
+            sample |= self.features[sample["path"]] if self.features else self.look(source, entry, rng)
         if "QA" in entry:
             sample["qas"] = rng.sample(entry["QA"], len(entry["QA"]))
         else:
@@ -281,12 +281,14 @@ class Media(torch.utils.data.Dataset):
         return len(self.entries)
 
     def __getitem__(self, i):
-        path = self.entries.source.path(self.entries[i])
+        source = self.entries.source
+        path = source.path(self.entries[i])
         if not Path(path).exists():
             return i, Fault("missing", f"{path}: no such file")
         try:
             if self.decode:                                # first, last and some between: a torn file lacks its end
-                read_media(path, lambda first, last, fps: np.linspace(first, last, 8).round().astype(int).tolist())
+                read_media(path, lambda first, last, fps: np.linspace(first, last, 8).round().astype(int).tolist(),
+                           still=source.media == "image")
         except MediaError as error:
             return i, Fault("undecodable", str(error))
         return i, None

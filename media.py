@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}  # .gif is read as video
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}  # .gif: see read_media
 TIME_LIMIT = 60  # seconds that decoding may take before a file counts as damaged
 FOLDER_FPS = 3  # of a folder of frames: TVQA's, the only one in MVBench
 NORMS = {       # name: (mean, std) of red, green, blue in 0..1
@@ -91,11 +91,12 @@ class MediaError(SampleError):
     """A video, image or folder of frames that cannot be read."""
 
 
-def read_media(path, choose, limit=TIME_LIMIT):
+def read_media(path, choose, still=False, limit=TIME_LIMIT):
     """Frames (T, 3, H, W) uint8 and their times in seconds, of a video, an image (T = 1) or a folder of 00001.jpg ...
 
     `choose(first, last, fps)` names the frames wanted by their numbers from first to last; numbers outside become the
-    nearest inside. Raises MediaError, also for a video that takes more than `limit` seconds to decode.
+    nearest inside. still: an image is meant, so that a GIF is its first frame. Raises MediaError, also for a video that
+    takes more than `limit` seconds to decode.
     """
     path = Path(path)
     if path.is_dir():
@@ -104,7 +105,7 @@ def read_media(path, choose, limit=TIME_LIMIT):
         raise MediaError(f"{path}: no such file")
     if path.stat().st_size == 0:
         raise MediaError(f"{path}: the file is empty")
-    if path.suffix.lower() in IMAGE_SUFFIXES:
+    if still or path.suffix.lower() in IMAGE_SUFFIXES:
         return read_image(path)[None], [0.0]  # (1, 3, H, W)
     return within(limit, read_video, path, choose)
 

@@ -101,7 +101,7 @@ def test_a_decoder_that_hangs_is_left_behind(tmp_path, monkeypatch):
     real = media.read_video
     monkeypatch.setattr(media, "read_video", lambda path, choose: time.sleep(600) if path.name == "1.mp4" else
                         real(path, choose))
-    monkeypatch.setattr(media.read_media, "__defaults__", (0.5,))
+    monkeypatch.setattr(media.read_media, "__defaults__", (False, 0.5))
     (tmp_path / "a.json").write_text(str([{"video": f"{i}.mp4", "caption": f"clip {i}"} for i in range(3)])
                                      .replace("'", '"'))
     dataset = VideoTextData(load_corpus([[str(tmp_path / "a.json"), str(tmp_path), "video"]]), 2, Transform(32))

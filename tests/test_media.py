@@ -99,12 +99,17 @@ def test_a_video_of_one_frame(tmp_path):
     assert bars(frames) == [0, 0] and seconds == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
-def test_every_kind_of_image_becomes_rgb(tmp_path, mode):
-    name = "a.jpg" if mode == "CMYK" else "a.png"
+@pytest.mark.parametrize("mode, name", [("L", "a.png"), ("P", "a.png"), ("RGBA", "a.png"), ("CMYK", "a.jpg"),
+                                        ("1", "a.png"), ("RGBA", "a.webp"), ("L", "a.jpg"), ("P", "a.gif")])
+def test_every_kind_of_image_becomes_rgb(tmp_path, mode, name):
     Image.new("RGB", (20, 10), (255, 255, 255)).convert(mode).save(tmp_path / name)
-    frames, seconds = read_media(tmp_path / name, every)
+    frames, seconds = read_media(tmp_path / name, every, still=True)
     assert frames.shape == (1, 3, 10, 20) and frames.min() > 250 and seconds == [0.0]
+
+
+def test_where_an_image_is_meant_a_gif_is_its_first_frame(tmp_path):
+    frames, seconds = read_media(paint(tmp_path, "a.gif", 40), every, still=True)
+    assert bars(frames) == [0] and seconds == [0.0] and frames.shape == (1, 3, 48, 48)
 
 
 def test_a_folder_of_frames(tmp_path):

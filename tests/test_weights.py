@@ -17,7 +17,8 @@ import storage
 import train
 import weights
 from data import CaptionCollate, InstructCollate
-from llama import LlamaConfig
+from llama import Llama, LlamaConfig
+from llm_folder import write_llm
 from model import PRESETS, Config, VideoChat2, set_trainable
 from prompt import CAPTION_INSTRUCTIONS, IGNORE, SYSTEM, conversation_prompt
 from qformer import QFormerConfig
@@ -98,6 +99,30 @@ def test_mistral_s_names():
     assert found[f"{k_proj}.lora_B.default.weight"].shape[0] == 1024       # eight heads of keys, not 32
     again, without = official.to_ours(found, official.OFFICIAL[3], model, "mistral", official.DROPPED)
     assert set(again) == set(ours) and set(without) == {"qformer.bert.embeddings.position_ids"}
+
+
+def test_mistral_in_and_out_at_tiny_size(tmp_path):
+    """LoRA on every linear layer and lm_head, eight-fold shared keys, no inv_freq: files, model and answer."""
+    torch.manual_seed(0)
+    cfg = PRESETS["mistral-7b"]()
+    cfg = replace(cfg, vit=VIT, qformer=replace(TINY[3].qformer), n_query=8, n_extra=6, lora_r=4, eval_frames=4,
+                  llama=replace(cfg.llama, vocab_size=32000, width=64, depth=2, heads=8, kv_heads=1, ffn=96))
+    with storage.whole_folder(tmp_path / "llm") as folder:
+        write_llm(Llama(cfg.llama), GOLDEN / "tokenizer.model", folder)
+    model = VideoChat2(cfg, 3, llm_later=True)
+    wanted = official.to_official({n: torch.randn(t.shape) for n, t in model.state_dict().items()
+                                   if not checkpoint.is_frozen_llm(n)}, 3, cfg)
+    torch.save({"model": wanted}, tmp_path / "stage3.pth")
+    given = weights.Files(llm=str(tmp_path / "llm"), stage3=str(tmp_path / "stage3.pth"))
+    weights.import_files(given, cfg, tmp_path / "run")
+    weights.export(tmp_path / "run", tmp_path / "out.pth")
+    found = torch.load(tmp_path / "out.pth", weights_only=True)
+    assert found.keys() == wanted.keys() and all(torch.equal(found[n], t) for n, t in wanted.items())
+    ours = mvbench.Answerer(*checkpoint.load_model(tmp_path / "run"), mvbench.Protocol(max_new_tokens=2))
+    q = {"question": "What?", "candidates": ["This.", "That."], "answer": "This."}
+    tokens = ours.read(ours.look(torch.randn(1, 4, 3, 32, 32)), [q])
+    (said, letters), = ours.answer([q], tokens)
+    assert said.startswith("(") and len(letters) == 2
 
 
 def test_every_row_of_every_table_is_read_both_ways():
@@ -530,6 +555,14 @@ def test_torn_and_foreign_files_leave_nothing_behind(given, tmp_path):
         with pytest.raises(ValueError, match=f"{name} is damaged or not a PyTorch file"):
             weights.import_files(replace(files(given, 3), stage3=str(tmp_path / name)), TINY[3], tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["page.pth", "torn.pth"]
+
+
+def test_what_was_trained_is_not_replaced_by_an_import(given, imported, tmp_path):
+    shutil.copytree(imported / "stage3", tmp_path / "stage3")
+    weights.import_files(files(given, 3), TINY[3], tmp_path / "stage3")    # an import may be repeated
+    (tmp_path / "stage3" / "trainer.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds what train.py has trained"):
+        weights.import_files(files(given, 3), TINY[3], tmp_path / "stage3")
 
 
 def test_check_says_what_is_in_it(imported, given, capsys, tmp_path):
