@@ -46,7 +46,9 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         y = self.base(x)                                                        # (..., out)
         # the update stays in float32 beside a bfloat16 base: its steps are too small for bfloat16
-        update = self.lora_B(self.lora_A(self.dropout(x.to(self.lora_A.weight.dtype))))     # (..., r), (..., out)
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.lora_A.weight.dtype)                                  # autocast would narrow it again
+        update = self.lora_B(self.lora_A(self.dropout(x)))                      # (..., r), (..., out)
         return y + (self.scale * update).to(y.dtype)
 
     @torch.no_grad()
