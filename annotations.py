@@ -5,7 +5,7 @@
 A file of 25 million captions as Python objects takes many GB in every process. So each file is read through once, entry
 by entry, and where each begins is written beside it (NAME.index):
 
-    header (JSON, 4 KiB)     what the index is of, how many entries, what was wrong
+    header (JSON, 64 KiB)    what the index is of, how many entries, what was wrong
     rows                     of each good entry: first byte, bytes, characters of its text
     numbers                  of the faulty entries
 
@@ -227,15 +227,15 @@ def entries_of(window, progress):
 
 # ---- the index -------------------------------------------------------------------------------------------------------
 
-HEADER = 4096
+HEADER = 1 << 16
 ROW = np.dtype([("start", "<i8"), ("length", "<i4"), ("chars", "<i4")])
-SHOWN = 10                 # faulty entries whose text the header keeps
+SHOWN = 100                # faulty entries whose text the header keeps
 
 
-def index_path(anno):
-    """Beside the annotation file; where nothing may be written there, in the user's cache."""
-    beside = Path(f"{anno}.index")
-    if beside.is_file() or os.access(beside.parent, os.W_OK):
+def index_path(source):
+    """Beside the annotation file; where none fits and nothing may be written there, in the user's cache."""
+    beside = Path(f"{source.anno}.index")
+    if os.access(beside.parent, os.W_OK) or read_header(beside, source):
         return beside
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "videochat2"
     cache.mkdir(parents=True, exist_ok=True)
@@ -273,7 +273,7 @@ def make_index(source, path):
                 f.write(np.array(rows, ROW).tobytes())
             f.write(np.array(numbers, "<i8").tobytes())
             f.seek(0)
-            f.write(json.dumps(header).encode().ljust(HEADER))
+            f.write(header_bytes(header))
             f.flush()
             os.fsync(f.fileno())
         temporary.replace(path)
@@ -281,6 +281,13 @@ def make_index(source, path):
         bar.close()
         temporary.unlink(missing_ok=True)
     return header
+
+
+def header_bytes(header):
+    """HEADER bytes; of the faults' texts as many as find room."""
+    while len(text := json.dumps(header, ensure_ascii=False).encode()) > HEADER:
+        header["first"].pop()
+    return text.ljust(HEADER)
 
 
 def good_rows(source, header, numbers, progress):
@@ -312,9 +319,9 @@ class Annotations:
     """
 
     def __init__(self, source):
-        self.source, self.index = source, index_path(source.anno)
         if not Path(source.anno).is_file():
             raise FileNotFoundError(f"{source.anno}: no such annotation file")
+        self.source, self.index = source, index_path(source)
         self.header = read_header(self.index, source) or make_index(source, self.index)
         self.open()
 

@@ -127,7 +127,7 @@ def counted_step(cfg, step):
     """{name: bytes} of one training step as on one GPU, the second one: the optimizer has its moments by then."""
     with torch.device("meta"):
         model = VideoChat2(cfg, step.stage)
-        if step.int8:
+        if step.int8 and step.stage > 1:
             use_int8(model.llama_model)
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

@@ -68,7 +68,7 @@ def load_model(folder, llm="", device="cpu", dtype=torch.float32, int8=False):
     if found["stage"] > 1:
         if not found["llm"]:
             raise ValueError(f"{folder}/config.json names no LLM, which a model of stage {found['stage']} needs")
-        tok = attach_llm(model, find_llm(folder, llm or found["llm"]["path"]), found["llm"], folder,
+        tok = attach_llm(model, Path(llm) if llm else find_llm(folder, found["llm"]["path"]), found["llm"], folder,
                          dtype=dtype, int8=int8, device=device)[0]
     left = [name for name, t in model.state_dict().items() if t.is_meta]
     if left:
@@ -83,6 +83,9 @@ def attach_llm(model, where, expected, needed_by, **options):
     options: of llm_folder.put_llm.
     """
     tok, sizes = llm_tokenizer(where), llm_config(where)
+    if tok.vocab_size > sizes.vocab_size:
+        raise ValueError(f"{where}/tokenizer.model has {tok.vocab_size} pieces, but the LLM beside it knows "
+                         f"{sizes.vocab_size}: it is another LLM's")
     other = [f"{f.name} {getattr(sizes, f.name)} instead of {getattr(model.cfg.llama, f.name)}" for f in fields(sizes)
              if f.name in HF_NAMES and getattr(sizes, f.name) != getattr(model.cfg.llama, f.name)]
     if other:
@@ -106,7 +109,8 @@ def find_llm(folder, path):
 
 def llm_record(llm, folder):
     """llm {"path", "fingerprint"} as a checkpoint in `folder` notes it: the path holds when runs/ moves as a whole."""
-    return llm and llm | {"path": os.path.relpath(llm["path"], folder)}
+    # subtle: a link in either path would lead a relative one astray
+    return llm and llm | {"path": os.path.relpath(os.path.realpath(llm["path"]), os.path.realpath(folder))}
 
 
 # ------------------------------------------------------------------------------ options of every command that loads one

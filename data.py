@@ -125,7 +125,8 @@ class Sampler:
         groups = dataset.groups() if hasattr(dataset, "groups") else [("", 1.0, range(len(dataset)))]
         self.media = {}  # medium -> [(range of indices, how many of them an epoch takes)]
         for medium, weight, span in groups:
-            self.media.setdefault(medium, []).append((span, round(weight * len(span))))
+            if round(weight * len(span)):
+                self.media.setdefault(medium, []).append((span, round(weight * len(span))))
         if len(self) == 0:
             raise ValueError(f"{len(dataset)} samples do not fill a batch of {self.size}")
         self.skip_to(0)

@@ -2,7 +2,7 @@
 
 Each row of a weight (out, in), which makes one output channel, is divided by its largest magnitude / 127 and rounded:
 
-    W (out, in)  ->  weight int8 (out, in), scale (out,)        y = x W^T  =  (x weight^T) * scale, nearly
+    W (out, in)  ->  weight int8 (out, in), scale (out,)        W = weight * scale, nearly
 
 Weights alone are 8 bits wide; inputs, sums and gradients keep their dtype. What it saves is memory, not time: a weight
 is widened each time it is used. Not here: which layers (use_int8: all of the LLM's but lm_head and embeddings, which
@@ -16,8 +16,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
+def widened(weight, scale, dtype):
+    """weight int8 (out, in) * scale (out,) -> (out, in). subtle: x weight^T, scaled only then, overflows float16."""
+    return (weight * scale[:, None]).to(dtype)
+
+
 class Int8Product(torch.autograd.Function):
-    """(x weight^T) * scale with a gradient for x alone.
+    """x W^T with a gradient for x alone.
 
     subtle: autograd would keep the widened weight of every layer until the backward pass, and so more than int8 saves.
     Here the narrow one is kept and widened a second time.
@@ -26,12 +31,12 @@ class Int8Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, scale):                                # (..., in), (out, in), (out,)
         ctx.save_for_backward(weight, scale)
-        return F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)     # (..., out)
+        return F.linear(x, widened(weight, scale, x.dtype))            # (..., out)
 
     @staticmethod
     def backward(ctx, grad):                                           # (..., out)
         weight, scale = ctx.saved_tensors
-        return (grad * scale.to(grad.dtype)) @ weight.to(grad.dtype), None, None   # (..., in)
+        return grad @ widened(weight, scale, grad.dtype), None, None   # (..., in)
 
 
 class Int8Linear(nn.Module):

@@ -176,7 +176,7 @@ def read_image(path):
     try:
         with Image.open(path) as image:
             pixels = np.array(image.convert("RGB"))          # (H, W, 3)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise MediaError(f"{path}: cannot be decoded as an image") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)         # (3, H, W)
 

@@ -4,8 +4,9 @@
 the official scorer. Reads the official folder layout (json/<task>.json, video/<folder>/...), which the toy world has.
 --control blank asks the same model without the video: what it still gets right, it gets from the text.
 
-Writes into --out (default CKPT/mvbench): predictions.jsonl, one line per question, and mvbench.json, the accuracies;
-with a control, the same two with the control's name. It does not train and knows no question's making (qagen.py).
+Writes into --out (default CKPT/mvbench): predictions.jsonl, one line per question, mvbench.json, the accuracies, and
+settings.json; what is not the paper's protocol on the whole benchmark says so in the files' names. It does not train
+and knows no question's making (qagen.py).
 Source: paper section 3 and table 2; official mvbench.ipynb.
 
 Run:    python mvbench.py --ckpt runs/toy/stage3
@@ -320,8 +321,7 @@ def print_table(columns, asked=None):
     """columns {title: {task: percent}}, asked {task: "166/200"} -> the 20-task table on the console."""
     titles = list(columns)
     print(f"\n{'task':28}" + "".join(f"{title:>10}" for title in titles) + ("     asked" if asked else ""))
-    first = columns[titles[0]]
-    for name in first:
+    for name in asked or columns[titles[0]]:
         line = f"{name:28}" + "".join(f"{columns[title].get(name, float('nan')):10.1f}" for title in titles)
         line += f"{asked[name]:>10}" if asked else ""
         print("-" * len(line) + "\n" + line if name == "Avg" else line)
@@ -375,12 +375,13 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     print(f"MVBench: {len(questions)} questions, {model.cfg.eval_frames} frames, control {args.control}", flush=True)
     begun, rows = time.time(), []
-    suffix = "" if args.control == "none" else f".{args.control}"
+    suffix = suffix_of(args)
+    (out / f"settings{suffix}.json").write_text(json.dumps(vars(args), indent=2))
     with open(out / f"predictions{suffix}.jsonl", "w") as f, autocast:
         for row in evaluate(Answerer(model, wordpiece, tok, protocol), questions, args.batch, args.workers):
             f.write(json.dumps(row) + "\n")
             rows.append(row)
-    report(rows, every, out, args.control)
+    report(rows, every, out, suffix, args.control)
     unread = [row for row in rows if "unread" in row]
     for row in unread[:5]:
         print(f"unread: {row['unread']}")
@@ -389,13 +390,21 @@ def main(argv=None):
           f"{len(rows) / seconds:.1f} per second; written to {out}")
 
 
-def report(rows, every, out, control):
-    """Writes the accuracies into the folder out and prints them, beside the normal run's where there is one."""
+def suffix_of(args):
+    """What the file names say of a run that is not the paper's protocol on the whole benchmark: ".blank.frames8"."""
+    parts = {"blank": args.control == "blank", f"frames{args.frames}": args.frames, "no-system": args.no_system,
+             "no-answer-prompt": args.no_answer_prompt, "question-in-qformer": args.question_in_qformer,
+             args.norm: args.norm, "part": args.only or args.limit}
+    return "".join(f".{part}" for part, said in parts.items() if said)
+
+
+def report(rows, every, out, suffix, control):
+    """Writes the accuracies into the folder out; prints them, beside those without the control where they are known."""
     table, odds = score(rows), chance(rows)
-    suffix = "" if control == "none" else f".{control}"
-    for name, numbers in ((f"mvbench{suffix}", table), ("chance", odds)):
+    without = suffix.replace(f".{control}", "", 1)
+    for name, numbers in ((f"mvbench{suffix}", table), (f"chance{without}", odds)):
         (out / f"{name}.json").write_text(json.dumps({k: round(v, 2) for k, v in numbers.items()}, indent=2))
-    normal = out / "mvbench.json"
+    normal = out / f"mvbench{without}.json"
     columns = {"accuracy" if control == "none" else control: table, "chance": odds}
     if control != "none" and normal.is_file():
         columns = {"normal": read_json(normal), **columns}

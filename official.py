@@ -81,10 +81,10 @@ def renamed(name, table, style="vicuna", back=False):
     return None
 
 
-def to_ours(tensors, table, own, style="vicuna", dropped=()):
+def to_ours(tensors, table, own, style="vicuna", dropped=(), others=()):
     """Official {name: tensor} -> ({our name: tensor}, {official name: why it was dropped}). ValueError for the unknown.
 
-    own: the names that our model has. What a table knows and the model has not is of another stage, and dropped.
+    own: the names that our model has; others: those of the model in other stages, which are dropped.
     """
     ours, without, unknown = {}, {}, []
     for name, t in tensors.items():
@@ -92,10 +92,10 @@ def to_ours(tensors, table, own, style="vicuna", dropped=()):
         new = renamed(name, table, style)
         base = re.sub(r"\.(weight|bias)$", r".base.\1", new or "")
         new = base if base in own else new                                 # a layer's own weight, behind LoRA
-        if reason or new and new not in own:
-            without[name] = reason or "not needed in this stage"
-        elif new:
+        if new in own and not reason:
             ours[new] = t
+        elif reason or new in others or base in others:
+            without[name] = reason or "not needed in this stage"
         else:
             unknown.append(name)
     if unknown:

@@ -28,7 +28,8 @@ def whole_folder(folder, replace=True):
     """Gives a temporary folder to fill; it takes the place of `folder` only when the block ends without an error.
 
     Without `replace`, a folder that another process has finished meanwhile stays.
-    subtle: every file is flushed to the disk before the rename; a crash leaves the old folder or the new one.
+    subtle: every file is flushed to the disk before the rename, so that a crash leaves the old folder or the new one;
+    in the moment between two renames the old one is called .NAME.PID.old.
     """
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
@@ -97,15 +98,18 @@ def read_foreign(path):
             found = found[key]
     if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found):
         raise ValueError(f"{path} holds a {type(found).__name__}, not named tensors")
-    return {name: t for name, t in found.items() if torch.is_tensor(t)}
+    tensors = {name: t for name, t in found.items() if torch.is_tensor(t)}
+    if not tensors:
+        raise ValueError(f"{path} holds {', '.join(list(found)[:4])}, but no tensors by those names")
+    return tensors
 
 
 def read_old_format(path, error):
     """Files of torch before 1.6 are no zip archives, and cannot be mapped into memory."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError):
-        held = re.search(r"Unsupported (?:global|class|operand).*?([\w.]*\.\w+)", str(error))
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as second:
+        held = re.search(r"Unsupported (?:global|class|operand).*?([\w.]*\.\w+)", f"{error} {second}")
         if held:
             raise ValueError(f"{path} holds {held[1]} besides tensors, which loading could let run anything; if you "
                              "trust the file, save its tensors alone: torch.save(torch.load(FILE, weights_only=False)"

@@ -164,8 +164,8 @@ class SentencePiece:
             ends.append(character[size - 1])
 
     def decode(self, ids):
-        """Text of `ids`; <s> and </s> leave no trace."""
-        return self.model.decode(list(ids))
+        """Text of `ids`; <s>, </s>, and rows that an LLM has beyond its tokenizer's pieces, leave no trace."""
+        return self.model.decode([i for i in ids if i < self.vocab_size])
 
 
 def train_sentencepiece(texts, path, vocab_size):

@@ -284,10 +284,24 @@ def finished(folder):
 
 
 def the_llm(cfg, start, known):
-    """Folder of the LLM: --llm, or the one that the checkpoint `start` knows of, or the one that stage 0 made."""
-    if cfg.llm:
-        return Path(cfg.llm)
-    return checkpoint.find_llm(start, known["path"]) if known else Path(cfg.out) / "stage0" / "llm"
+    """Folder of the LLM: --llm, or the one that the checkpoint `start` knows of, or the one that stage 0 made.
+
+    Stage 1 does without, and passes on what is known.
+    """
+    if cfg.llm or not known:
+        return Path(cfg.llm or Path(cfg.out) / "stage0" / "llm")
+    try:
+        return checkpoint.find_llm(start, known["path"])
+    except FileNotFoundError:
+        if cfg.stage > 1:
+            raise
+        return Path(known["path"])
+
+
+def begun_with(cfg, folder):
+    """The LLM of an unfinished run that goes on, or None."""
+    goes_on = (folder / "config.json").is_file() and not cfg.restart
+    return checkpoint.read_config(folder)[1]["llm"] if goes_on else None
 
 
 def stage_job(cfg, stage):
@@ -296,20 +310,20 @@ def stage_job(cfg, stage):
     config, found = checkpoint.read_config(start)
     if config.preset != cfg.preset:
         raise ValueError(f"{start} is of preset {config.preset}, not {cfg.preset}; choose another --preset or --init")
-    config, llm, tok = replace(config, **cfg.changes), found["llm"], None
-    if stage > 1:
-        where = the_llm(cfg, start, llm)
+    preset, llm, tok = PRESETS[cfg.preset](), found["llm"], None
+    config = replace(config, **{name: getattr(preset, name) for name in MODEL_OPTIONS} | cfg.changes)
+    where = the_llm(cfg, start, llm)
+    if stage == 2:                                                         # it may choose its LLM; stage 3 may not
         config.llama = replace(llm_config(where), init_std=config.llama.init_std,
                                checkpoint_layers=config.llama.checkpoint_layers)
     model = VideoChat2(config, stage, llm_later=True)
     load_strictly(model, read_tensors(start / "model.safetensors"), start,
                   fresh=FRESH[stage] + (checkpoint.LLM_PREFIX,), dropped=DROPPED[stage])
     if stage > 1:
-        # stage 2 may choose its LLM; what follows has grown together with it
-        tok, llm = checkpoint.attach_llm(model, where, llm if stage == 3 else None, start,
-                                         dtype=DTYPES[cfg.dtype], int8=cfg.llm_int8)
+        expected, needed_by = (llm, start) if stage == 3 else (begun_with(cfg, folder), folder)
+        tok, llm = checkpoint.attach_llm(model, where, expected, needed_by, dtype=DTYPES[cfg.dtype], int8=cfg.llm_int8)
     elif llm:
-        llm = llm | {"path": str(checkpoint.find_llm(start, llm["path"]))}
+        llm = llm | {"path": str(where)}
     llm = checkpoint.llm_record(llm, folder)
     wordpiece = WordPiece.load(start / "vocab.txt")
     generator = torch.Generator().manual_seed(cfg.seed)

@@ -77,14 +77,15 @@ def gather(files, cfg, any_llm=False):
     if files.llm:
         cfg = replace(cfg, llama=checked_llm(files.llm, cfg, any_llm))
     with torch.device("meta"):
-        own = VideoChat2(cfg, max(stage, 1)).state_dict()
+        models = {n: VideoChat2(cfg, n).state_dict() for n in (1, 3)}
+        own = models.get(max(stage, 1)) or VideoChat2(cfg, stage).state_dict()
     found, llm_weights = Imported(stage, cfg), {}
     for kind, path in sources(files):
         table, drop = tables_of(kind, cfg)
         official = read_bert(path, cfg) if kind == "bert" else read_tensors(path)
         refuse_untied(official, path)
         try:
-            ours, without = to_ours(official, table, own, cfg.style, drop)
+            ours, without = to_ours(official, table, own, cfg.style, drop, models[1] | models[3])
             fits({n: own[n] for n in ours}, ours, path)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
@@ -189,6 +190,15 @@ def said_of(path, official, ours, without, again):
     return lines
 
 
+def refuse_to_replace(out):
+    """An import may take the place of an import, and of nothing else."""
+    inside = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if inside and not {"config.json"} <= inside <= {"config.json", "model.safetensors", "vocab.txt"}:
+        other = sorted(inside - {"config.json", "model.safetensors", "vocab.txt"})
+        raise ValueError(f"{out} holds more than an import ({', '.join(other[:3])}), and would be replaced: name "
+                         "another --out")
+
+
 def import_files(files, cfg, out, any_llm=False):
     """Official files -> a checkpoint folder; prints what became of every file."""
     vocab = Path(files.bert) / "vocab.txt" if files.bert else BERT_VOCAB
@@ -196,8 +206,7 @@ def import_files(files, cfg, out, any_llm=False):
     if words != cfg.qformer.vocab_size:
         raise ValueError(f"{vocab} has {words} words, [DEC] included, and the Q-Former {cfg.qformer.vocab_size}: take "
                          "that of bert-base-uncased")
-    if (Path(out) / "trainer.json").is_file():
-        raise ValueError(f"{out} holds what train.py has trained, which import would replace: name another --out")
+    refuse_to_replace(Path(out))
     found = gather(files, cfg, any_llm)
     print(*found.lines, sep="\n")
     if found.missing:

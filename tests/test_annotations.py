@@ -91,6 +91,15 @@ def test_faulty_entries_are_left_out_where_the_corpus_says_so_and_told(tmp_path,
     assert entries.header["kinds"] == {"malformed": 1, "empty text": 1}
 
 
+def test_the_texts_of_many_faults_do_not_spill_into_the_rows(tmp_path):
+    wanted = [{"video": f"{i}.mp4", "caption": f"clip {i}"} for i in range(200)]
+    (tmp_path / "a.json").write_text(json.dumps([{"视频" * 80: i} for i in range(150)] + wanted, ensure_ascii=False),
+                                     encoding="utf-8")
+    for _ in range(2):                                                     # made, and opened
+        entries = load_annotations(source(tmp_path / "a.json", faulty="skip"))
+        assert [entries[i] for i in range(200)] == wanted and 50 < len(entries.header["first"]) <= 100
+
+
 # ---- reading entry by entry ------------------------------------------------------------------------------------------
 
 LISTS = ["[]", " [ ] ", "[1]", '[1, 23, "a]", {"b": [1, {"c": "}]"}]}, null]\n', '[\n {"a": 1}\n,\t{"a": 2}\r\n]',
@@ -194,6 +203,13 @@ def test_a_folder_that_may_not_be_written_to(tmp_path, monkeypatch):
     assert Annotations(source(path))[7] == wanted[7]
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["a.json"]
     assert len(list((tmp_path / "cache" / "videochat2").iterdir())) == 1
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache2"))
+    Annotations(source(path))                                              # beside it, for everybody
+    monkeypatch.setattr(annotations.os, "access", lambda *_: False)
+    assert annotations.index_path(source(path)).parent == tmp_path
+    path.write_text(json.dumps(wanted[:5]))                                # which is soon out of date
+    assert len(Annotations(source(path))) == 5 and len(list((tmp_path / "cache2" / "videochat2").iterdir())) == 1
 
 
 def test_a_file_that_changes_under_a_running_training_is_noticed(tmp_path):

@@ -27,6 +27,14 @@ def test_a_row_of_zeros_stays_zero():
     assert torch.equal(Int8Linear(linear)(torch.randn(3, 4)), torch.zeros(3, 2))
 
 
+def test_large_outputs_do_not_overflow_in_float16():
+    """LLaMA has channels in the hundreds; the sum before scaling is 127 / max|W| times larger."""
+    linear = nn.Linear(64, 1, bias=False)
+    nn.init.constant_(linear.weight, 0.05)
+    y = Int8Linear(linear)(torch.full((1, 64), 100.0).half())
+    assert y.item() == pytest.approx(320, rel=0.01)
+
+
 def test_the_gradient_is_that_of_the_rounded_weight():
     torch.manual_seed(0)
     narrow = Int8Linear(nn.Linear(16, 8, bias=False))

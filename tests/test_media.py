@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import media
 from media import MediaError, SampleError, Transform, read_media
@@ -134,6 +135,14 @@ def test_unreadable_media_say_why(tmp_path):
         with pytest.raises(MediaError) as caught:
             read_media(tmp_path / name, every)
         assert str(caught.value).startswith(f"{tmp_path / name}: {reason}") and "\n" not in str(caught.value)
+
+
+def test_a_png_with_too_much_text_in_it(tmp_path):
+    info = PngInfo()
+    info.add_text("comment", "x" * 2_000_000, zip=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+    with pytest.raises(MediaError, match="a.png: cannot be decoded as an image"):
+        read_media(tmp_path / "a.png", every)
 
 
 def test_an_error_in_a_worker_stays_one_line():

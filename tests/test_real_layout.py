@@ -72,7 +72,8 @@ def ckpt(tmp_path_factory, golden):
 
 def run(ckpt, data, out, *more):
     mvbench.main(["--ckpt", str(ckpt), "--data", str(data), "--out", str(out), "--workers", "0", "--batch", "8", *more])
-    return [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    newest = max(out.glob("predictions*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
+    return [json.loads(line) for line in newest.read_text().splitlines()]
 
 
 def test_every_medium_of_the_20_tasks_is_found_and_asked(tree, ckpt, tmp_path, capsys):
@@ -214,9 +215,17 @@ def test_flags_reach_the_model(tree, ckpt, tmp_path):
     base = run(ckpt, tree, tmp_path / "base", "--only", "State Change")
     for flag in (["--no-system"], ["--no-answer-prompt"], ["--question-in-qformer"], ["--norm", "clip"],
                  ["--llm-int8"], ["--dtype", "bf16"], ["--control", "blank"]):
-        out = tmp_path / flag[0]
-        mvbench.main(["--ckpt", str(ckpt), "--data", str(tree), "--out", str(out), "--workers", "0", "--only",
-                      "State Change", *flag])
-        name = "predictions.blank.jsonl" if "blank" in flag else "predictions.jsonl"
-        rows = [json.loads(line) for line in (out / name).read_text().splitlines()]
+        rows = run(ckpt, tree, tmp_path / "base", "--only", "State Change", *flag)
         assert [r["letter_probabilities"] for r in rows] != [r["letter_probabilities"] for r in base], flag
+    names = {path.name for path in (tmp_path / "base").glob("predictions*")}   # none has taken another's place
+    assert {"predictions.part.jsonl", "predictions.blank.part.jsonl", "predictions.no-system.part.jsonl",
+            "predictions.clip.part.jsonl", "predictions.question-in-qformer.part.jsonl"} <= names
+
+
+def test_a_control_of_a_part_beside_the_whole(tree, ckpt, tmp_path, capsys):
+    run(ckpt, tree, tmp_path)
+    assert len(run(ckpt, tree, tmp_path, "--control", "blank", "--only", "Action Count")) == 2
+    assert "normal" not in capsys.readouterr().out.split("control blank")[1]   # that one was of another extent
+    run(ckpt, tree, tmp_path, "--control", "blank")
+    assert "normal" in capsys.readouterr().out and len(json.loads((tmp_path / "mvbench.json").read_text())) == 21
+    assert json.loads((tmp_path / "settings.blank.part.json").read_text())["only"] == "Action Count"

@@ -118,3 +118,9 @@ def test_too_small_a_vocabulary_leaves_no_file(tmp_path):
     with pytest.raises(ValueError, match="tokenizer.model: no tokenizer of 100 pieces"):
         train_sentencepiece(TOY, tmp_path / "tokenizer.model", vocab_size=100)
     assert not (tmp_path / "tokenizer.model").exists()
+
+
+def test_rows_beyond_the_pieces_are_no_text(golden):
+    """Some LLMs have more rows than their tokenizer has pieces, for padding; one that is drawn is not the end."""
+    tok = SentencePiece(golden / "tokenizer.model")
+    assert tok.decode([*tok.encode("a kite"), tok.vocab_size, tok.vocab_size + 7]) == "a kite"

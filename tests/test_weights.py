@@ -43,7 +43,7 @@ def own(stage, preset="vicuna-7b"):
 
 
 def fitting(tensors, table, names, stage_own):
-    """Translates and looks at every shape -> what was dropped."""
+    """Translates and looks at every shape -> what was taken and what was dropped."""
     ours, without = official.to_ours(tensors, table, stage_own, dropped=names)
     storage.fits({n: stage_own[n] for n in ours}, ours, "official")
     return ours, without
@@ -465,6 +465,38 @@ def test_a_released_stage_3_can_be_tuned_further_but_not_with_another_llm(given,
         train_stage(corpora, tmp_path / "other", 3, *start, "--llm", str(given / "llm2"))
 
 
+def test_an_option_is_of_one_stage_and_does_not_leak_into_the_next(given, imported, corpora, tmp_path):
+    """The paper's stage 2 has 4 frames and 32 tokens; its stage 3 has not."""
+    start = ["--init", str(imported / "stage1"), "--llm", str(given / "llm2")]
+    train_stage(corpora, tmp_path, 2, *start, "--train-frames", "2", "--max-text", "32")
+    train_stage(corpora, tmp_path, 3)
+    seen = [checkpoint.read_config(tmp_path / f"stage{n}")[0] for n in (2, 3)]
+    assert [(cfg.train_frames, cfg.max_text) for cfg in seen] == [(2, 32), (8, 512)]
+
+
+def test_a_stopped_stage_2_goes_on_with_its_own_llm(given, imported, corpora, tmp_path):
+    options = ["--init", str(imported / "stage1"), "--llm", str(given / "llm2")]
+    train_stage(corpora, tmp_path, 2, *options)
+    state = json.loads((tmp_path / "stage2" / "trainer.json").read_text())
+    (tmp_path / "stage2" / "trainer.json").write_text(json.dumps({**state, "done": False}))
+    with pytest.raises(ValueError, match="stage2 was made with the LLM llm2 .*llm3 is another one"):
+        train_stage(corpora, tmp_path, 2, *options[:2], "--llm", str(given / "llm3"))
+
+
+def test_stage_1_needs_no_llm(beginning, given, corpora, tmp_path):
+    """Where it was imported it is known; where stage 1 trains it need not be."""
+    cfg, _, _, folder = beginning
+    shutil.copytree(given / "llm2", tmp_path / "llm")
+    begin = weights.Files(umt=str(folder / "umt.pth"), bert=str(folder / "bert"), llm=str(tmp_path / "llm"))
+    weights.import_files(begin, replace(cfg, llama=TINY[2].llama), tmp_path / "run" / "init")
+    (tmp_path / "llm").rename(tmp_path / "elsewhere")
+    train_stage(corpora, tmp_path / "run", 1)
+    assert checkpoint.read_config(tmp_path / "run" / "stage1")[1]["llm"]["path"] == "../../llm"
+    with pytest.raises(FileNotFoundError, match="name its place by --llm"):
+        train_stage(corpora, tmp_path / "run", 2)
+    train_stage(corpora, tmp_path / "run", 2, "--llm", str(tmp_path / "elsewhere"))
+
+
 @pytest.mark.parametrize("flags", [
     ["--no-bos-ones"], ["--no-train-separators"], ["--no-question-in-qformer"], ["--train-norm", "clip"], ["--flip"],
     ["--no-tell-seconds"], ["--train-frames", "2"], ["--llm-int8"], ["--dtype", "bf16"], ["--dtype", "fp16"]])
@@ -557,12 +589,25 @@ def test_torn_and_foreign_files_leave_nothing_behind(given, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["page.pth", "torn.pth"]
 
 
-def test_what_was_trained_is_not_replaced_by_an_import(given, imported, tmp_path):
+def test_an_import_replaces_an_import_and_nothing_else(given, imported, tmp_path):
     shutil.copytree(imported / "stage3", tmp_path / "stage3")
-    weights.import_files(files(given, 3), TINY[3], tmp_path / "stage3")    # an import may be repeated
-    (tmp_path / "stage3" / "trainer.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds what train.py has trained"):
-        weights.import_files(files(given, 3), TINY[3], tmp_path / "stage3")
+    weights.import_files(files(given, 3), TINY[3], tmp_path / "stage3")
+    with pytest.raises(ValueError, match="holds more than an import .stage3., and would be replaced"):
+        weights.import_files(files(given, 3), TINY[3], tmp_path)           # forgot the last part of the path
+    for name in ("trainer.json", "mvbench"):
+        (tmp_path / "stage3" / name).mkdir()
+        with pytest.raises(ValueError, match=f"holds more than an import .{name}.*name another --out"):
+            weights.import_files(files(given, 3), TINY[3], tmp_path / "stage3")
+        (tmp_path / "stage3" / name).rmdir()
+
+
+def test_weights_for_which_the_model_has_no_place_are_refused(given, tmp_path):
+    """LoRA on more layers than the preset's is another model, and so is a misspelt name."""
+    for name in ("llama_model.base_model.model.model.layers.0.self_attn.k_proj.lora_A.default.weight",
+                 "qformer.bert.encoder.layer.0.crossattentoin.self.query.weight"):
+        wrong = changed(given, tmp_path, 3, lambda t, name=name: t.update({name: torch.ones(4, 32)}))
+        with pytest.raises(ValueError, match="1 tensors have names that VideoChat2 does not know"):
+            weights.gather(wrong, TINY[3])
 
 
 def test_check_says_what_is_in_it(imported, given, capsys, tmp_path):
