@@ -185,13 +185,19 @@ def jobs(cfg, given):
         yield make, name, recipe(cfg, given, name)
 
 
-def clips(cfg, model_cfg, corpus, frames):
-    """VideoTextData of one corpus file, by default in the data folder, with the model's frames and pixels."""
-    path = Path(cfg.corpus or Path(cfg.data) / corpus)
+def corpus_file(cfg, name):
+    """--corpus, or the file of this name in the data folder. FileNotFoundError says what it should be."""
+    path = Path(cfg.corpus or Path(cfg.data) / name)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; " + (
             f"make the toy world by: python toyworld.py --out {cfg.data}" if cfg.preset in ("toy", "micro") else
-            "it lists your annotation files: name another by --corpus, or see data.py --help"))
+            "it lists your annotation files (README, With the released weights): name it by --corpus, or its folder by "
+            "--data"))
+    return path
+
+
+def clips(cfg, model_cfg, path, frames):
+    """VideoTextData of one corpus file, with the model's frames and pixels."""
     transform = Transform(model_cfg.vit.img_size, train=True, crop=model_cfg.crop, norm=model_cfg.train_norm,
                           flip=model_cfg.flip)
     return data.VideoTextData(load_corpus(path), frames, transform, model_cfg.train_choice, seed=cfg.seed)
@@ -227,7 +233,7 @@ def vit_job(cfg, name):
     def write(folder):
         checkpoint.write_checkpoint(model.state_dict(), 0, config, folder, vocab)
 
-    videos = clips(cfg, config, "corpus_clips.json", config.train_frames)
+    videos = clips(cfg, config, corpus_file(cfg, "corpus_clips.json"), config.train_frames)
     dataset = TeacherData(videos, targets, Path(cfg.data) / "annotations.jsonl", frames, epoch_size=100 * cfg.batch)
     return Job("stage 0 vit", Path(cfg.out) / "stage0" / "vit", model, dataset, collate_teacher,
                lambda batch, _: model.losses(batch), write)
@@ -307,6 +313,7 @@ def begun_with(cfg, folder):
 def stage_job(cfg, stage):
     """Stages 1 to 3: the model of the stage, filled from the stage before, on captions or instructions."""
     start, folder = previous(cfg), Path(cfg.out) / f"stage{stage}"
+    corpus = corpus_file(cfg, "corpus_instruct.json" if stage == 3 else "corpus_caption.json")
     config, found = checkpoint.read_config(start)
     if config.preset != cfg.preset:
         raise ValueError(f"{start} is of preset {config.preset}, not {cfg.preset}; choose another --preset or --init")
@@ -327,7 +334,7 @@ def stage_job(cfg, stage):
     llm = checkpoint.llm_record(llm, folder)
     wordpiece = WordPiece.load(start / "vocab.txt")
     generator = torch.Generator().manual_seed(cfg.seed)
-    corpus, frames, collate, loss = stage_parts(cfg, stage, model, wordpiece, tok, generator)
+    frames, collate, loss = stage_parts(cfg, stage, model, wordpiece, tok, generator)
     dataset = clips(cfg, config, corpus, frames)
     if cfg.cache_features:
         dataset.features = features.keep(model.vision_encoder, dataset, Path(cfg.out) / "features", cfg.device,
@@ -342,20 +349,19 @@ def stage_job(cfg, stage):
 
 
 def stage_parts(cfg, stage, model, wordpiece, tok, generator):
-    """What the stages differ in: (corpus file, frames of a clip, collate, loss)."""
+    """What the stages differ in: (frames of a clip, collate, loss)."""
     config = model.cfg
     n_video = config.n_query + config.n_extra
     if stage == 1:
-        return ("corpus_caption.json", config.align_frames,
-                data.AlignCollate(wordpiece, config.align_text, config.caption_sep),
+        return (config.align_frames, data.AlignCollate(wordpiece, config.align_text, config.caption_sep),
                 lambda batch, done: model.align(batch, wordpiece.dec_id, generator, done < cfg.captions_first))
     if stage == 2:
         collate = data.CaptionCollate(tok, n_video, config.max_text)
-        return "corpus_caption.json", config.train_frames, collate, lambda batch, _: {"lm": model.loss(batch)}
+        return config.train_frames, collate, lambda batch, _: {"lm": model.loss(batch)}
     collate = data.InstructCollate(
         tok, wordpiece, n_video, config.max_text, config.style, config.question_in_qformer, config.tell_seconds,
         config.train_separators, max_instruction=min(config.max_text, config.qformer.max_positions))
-    return "corpus_instruct.json", config.train_frames, collate, lambda batch, _: {"lm": model.loss(batch)}
+    return config.train_frames, collate, lambda batch, _: {"lm": model.loss(batch)}
 
 
 # ------------------------------------------------------------------------------------------------------------- the loop

@@ -61,7 +61,7 @@ class Imported:
     tensors: dict = field(default_factory=dict)
     llm: dict = None                              # {"path", "fingerprint"}
     lines: list = field(default_factory=list)
-    missing: list = field(default_factory=list)   # at stage 0: what will begin at random
+    missing: list = field(default_factory=list)   # at stage 0: what will begin anew
 
 
 def gather(files, cfg, any_llm=False):
@@ -115,7 +115,7 @@ def finish(found, own, files, llm_weights):
     """Looks whether everything is there, and reads through the LLM."""
     found.missing = [n for n in own if n not in found.tensors and not checkpoint.is_frozen_llm(n)]
     absent = found.missing
-    if found.stage == 0:                               # the ViT must be whole; what BERT lacks begins at random
+    if found.stage == 0:                               # the ViT must be whole; what BERT lacks begins anew
         absent = [n for n in found.missing if n.startswith("vision_encoder.")]
     if absent:
         from_stage1 = " (a stage 2 file lacks the Q-Former's text half: name --stage1, too)" * (
@@ -211,7 +211,7 @@ def import_files(files, cfg, out, any_llm=False):
     print(*found.lines, sep="\n")
     if found.missing:
         parts = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", n).rpartition(".")[0] or n for n in found.missing)
-        print(f"in none of the files, so stage 1 begins with them at random: {len(found.missing)} tensors "
+        print(f"in none of the files, so stage 1 begins with them anew: {len(found.missing)} tensors "
               f"({', '.join(parts)})")
     with whole_folder(out) as folder:
         checkpoint.write_checkpoint(found.tensors, found.stage, found.cfg, folder, vocab, found.llm)

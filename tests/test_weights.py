@@ -379,7 +379,7 @@ def test_stage_1_begins_with_umt_and_bert(beginning, capsys):
     files = weights.Files(umt=str(folder / "umt.pth"), bert=str(folder / "bert"))
     weights.import_files(files, cfg, folder / "init")
     printed = capsys.readouterr().out
-    for said in ("behind the block that VideoChat2 reads", "at random", "crossattention"):
+    for said in ("behind the block that VideoChat2 reads", "anew", "crossattention"):
         assert said in printed
     tensors = storage.read_tensors(folder / "init" / "model.safetensors")
     assert torch.equal(tensors["vision_encoder.blocks.2.attn.q_bias"], vit["encoder.blocks.2.attn.q_bias"])
