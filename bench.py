@@ -39,8 +39,9 @@ from data import Sampler, VideoTextData
 from int8 import use_int8
 from llm_folder import DTYPES
 from model import PRESETS, VideoChat2, set_trainable
+from optim import make_optimizers
 from prompt import VIDEO
-from train import TrainConfig, make_optimizers
+from train import TrainConfig
 from vit_video import VisionTransformer
 
 GIB = 2 ** 30

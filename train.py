@@ -13,8 +13,6 @@ Run:    python train.py --stage 1          # the toy preset; goes on where an in
 """
 import argparse
 import json
-import math
-import re
 import signal
 import sys
 import time
@@ -35,6 +33,7 @@ from llama import Llama
 from llm_folder import DTYPES, llm_config, write_llm
 from media import Transform, train_indices
 from model import PRESETS, Config, VideoChat2, lm_loss, set_trainable
+from optim import learning_rate, make_optimizers, optimizer_step
 from standins import School, Teacher, TeacherData, collate_teacher, collate_text, soft_embed, vocabulary
 from storage import load_strictly, read_json, read_tensors, save_tensors, whole_folder
 from tokenizer import SentencePiece, WordPiece
@@ -365,54 +364,6 @@ def stage_parts(cfg, stage, model, wordpiece, tok, generator):
 
 
 # ------------------------------------------------------------------------------------------------------------- the loop
-
-
-def learning_rate(step, cfg):
-    """Linear rise over the first warmup * steps, lr until hold * steps, then a cosine down to lr * lr_end."""
-    rise = max(1, round(cfg.warmup * cfg.steps))
-    if step < rise:
-        return cfg.lr * (step + 1) / rise
-    fall = max(rise, round(cfg.hold * cfg.steps))
-    done = max(0, step - fall) / max(1, cfg.steps - fall)
-    return cfg.lr * (cfg.lr_end + (1 - cfg.lr_end) * 0.5 * (1 + math.cos(math.pi * done)))
-
-
-LAYER = re.compile(r"\.(blocks|layers?)\.\d+\.")                          # of ViT, Q-Former, LLM
-
-
-def make_optimizers(model, cfg):
-    """[AdamW] with weight decay on matrices only; with cfg.muon [AdamW, Muon], and Muon has the layers' matrices.
-
-    Muon moves a matrix in all its directions by the same amount, with "match_rms_adamw" by as much as AdamW moves it
-    (arXiv 2502.16982). LoRA's matrices stay with AdamW. "scale" of a group: its rate in multiples of cfg.lr.
-    """
-    matrices, lora, layers, others = [], [], [], []
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        if p.ndim < 2 or "query_tokens" in name or name.endswith("temp"):
-            others.append(p)
-        elif "lora_" in name:
-            lora.append(p)
-        else:
-            (layers if cfg.muon and p.ndim == 2 and LAYER.search(name) else matrices).append(p)
-    groups = [{"params": matrices, "scale": 1.0}, {"params": lora, "scale": cfg.lora_lr},
-              {"params": others, "scale": 1.0, "weight_decay": 0.0}]
-    settings = dict(lr=cfg.lr, weight_decay=cfg.weight_decay)
-    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, cfg.beta2), fused=True, **settings)]
-    if layers:
-        muon = [{"params": layers, "scale": cfg.muon}]
-        optimizers.append(torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw", **settings))
-    return optimizers
-
-
-def optimizer_step(optimizers, lr, scaler):
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
-        scaler.step(optimizer)                                             # skipped where float16 overflowed
-        optimizer.zero_grad(set_to_none=True)
-    scaler.update()
 
 
 def fit(job, cfg):

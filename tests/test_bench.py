@@ -18,7 +18,8 @@ from dataclasses import replace
 import torch
 import bench, test_bench
 from model import VideoChat2, set_trainable
-from train import TrainConfig, make_optimizers
+from optim import make_optimizers
+from train import TrainConfig
 
 def two_steps(cfg, step):
     model = VideoChat2(cfg, step.stage).train()

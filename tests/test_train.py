@@ -16,6 +16,7 @@ import torch
 import chat
 import checkpoint
 import mvbench
+import optim
 import probe
 import qagen
 import storage
@@ -159,7 +160,7 @@ def test_each_parameter_has_its_optimizer_and_its_rate():
     config.llama.vocab_size = config.qformer.vocab_size = 50
     model = VideoChat2(config, 3)
     set_trainable(model, 3)
-    adamw, muon = train.make_optimizers(model, train.TrainConfig(stage=3, muon=2.0, lora_lr=5.0))
+    adamw, muon = optim.make_optimizers(model, train.TrainConfig(stage=3, muon=2.0, lora_lr=5.0))
     name_of = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     matrices, lora, others, layers = ([name_of.pop(id(p)) for p in group["params"]]
                                       for group in (*adamw.param_groups, *muon.param_groups))
@@ -169,9 +170,9 @@ def test_each_parameter_has_its_optimizer_and_its_rate():
     assert {"llama_proj.weight", "vision_encoder.patch_embed.proj.weight"} <= set(matrices)
     assert {"query_tokens", "llama_proj.bias", "vision_layernorm.weight"} <= set(others)
     assert [group["weight_decay"] for group in adamw.param_groups] == [0.02, 0.02, 0.0]
-    train.optimizer_step([adamw, muon], 0.1, torch.amp.GradScaler("cpu", enabled=False))
+    optim.optimizer_step([adamw, muon], 0.1, torch.amp.GradScaler("cpu", enabled=False))
     assert [group["lr"] for group in (*adamw.param_groups, *muon.param_groups)] == [0.1, 0.5, 0.1, 0.2]
-    (plain,) = train.make_optimizers(model, train.TrainConfig(stage=3))    # without Muon
+    (plain,) = optim.make_optimizers(model, train.TrainConfig(stage=3))    # without Muon
     assert sum(len(group["params"]) for group in plain.param_groups) == len(matrices + lora + others + layers)
 
 
@@ -206,7 +207,7 @@ def test_damaged_checkpoints_and_missing_videos_are_one_line_too(world, runs, tm
 
 def test_the_learning_rate_rises_holds_and_falls():
     cfg = train.TrainConfig(lr=1.0, steps=100, warmup=0.1, hold=0.5, lr_end=0.01)
-    rates = [train.learning_rate(step, cfg) for step in range(100)]
+    rates = [optim.learning_rate(step, cfg) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9:51] == pytest.approx([1.0] * 42)
     assert rates[75] == pytest.approx(0.505) and rates[99] < 0.012 and rates[50:] == sorted(rates[50:], reverse=True)
 

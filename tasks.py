@@ -1,0 +1,137 @@
+"""The 20 tasks of MVBench: their questions, and where the media that these speak of lie on people's disks.
+
+    MVBench/json/action_sequence.json     [{"video", "question", "candidates", "answer", "start", "end"}, ...]
+    MVBench/video/star/Charades_v1_480/   the media; other trees that the archives give are found as well: find_media
+
+The toy world has the same layout. Not here: how the questions are asked and scored (mvbench.py), how the toy's are made
+(qagen.py). Source: paper table 1; mvbench.ipynb, data_list.
+
+    pytest tests/test_real_layout.py
+"""
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from storage import read_json
+
+LETTERS = "ABCDE"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A row of the paper's table: where a task's questions and media lie."""
+    name: str       # "Action Sequence"
+    short: str      # "AS"
+    file: str       # json/{file}.json
+    folder: str     # video/{folder}/
+    bound: bool = False     # only the seconds from "start" to "end" of the medium are shown
+
+
+TASKS = [
+    Task("Action Sequence", "AS", "action_sequence", "star/Charades_v1_480", bound=True),
+    Task("Action Prediction", "AP", "action_prediction", "star/Charades_v1_480", bound=True),
+    Task("Action Antonym", "AA", "action_antonym", "ssv2_video"),
+    Task("Fine-grained Action", "FA", "fine_grained_action", "Moments_in_Time_Raw/videos"),
+    Task("Unexpected Action", "UA", "unexpected_action", "FunQA_test/test"),
+    Task("Object Existence", "OE", "object_existence", "clevrer/video_validation"),
+    Task("Object Interaction", "OI", "object_interaction", "star/Charades_v1_480", bound=True),
+    Task("Object Shuffle", "OS", "object_shuffle", "perception/videos"),
+    Task("Moving Direction", "MD", "moving_direction", "clevrer/video_validation"),
+    Task("Action Localization", "AL", "action_localization", "sta/sta_video", bound=True),
+    Task("Scene Transition", "ST", "scene_transition", "scene_qa/video"),
+    Task("Action Count", "AC", "action_count", "perception/videos"),
+    Task("Moving Count", "MC", "moving_count", "clevrer/video_validation"),
+    Task("Moving Attribute", "MA", "moving_attribute", "clevrer/video_validation"),
+    Task("State Change", "SC", "state_change", "perception/videos"),
+    Task("Fine-grained Pose", "FP", "fine_grained_pose", "nturgbd"),
+    Task("Character Order", "CO", "character_order", "perception/videos"),
+    Task("Egocentric Navigation", "EN", "egocentric_navigation", "vlnqa"),
+    Task("Episodic Reasoning", "ER", "episodic_reasoning", "tvqa/frames_fps3_hq", bound=True),  # folders of frames
+    Task("Counterfactual Inference", "CI", "counterfactual_inference", "clevrer/video_validation"),
+]
+
+# -------------------------------------------------------------------------------------------------------- the questions
+
+
+def load_questions(root, only=(), limit=0):
+    """MVBench folder -> list of dicts: task, index, media, bound, question, candidates, answer.
+
+    only: task names; limit: the first so many of each task. A medium that is nowhere has media "". ValueError names
+    file, entry and fault; FileNotFoundError a folder without any of the tasks.
+    """
+    unknown = sorted(set(only) - {task.name for task in TASKS})
+    if unknown:
+        raise ValueError(f"MVBench has no task {', '.join(unknown)}; it has {', '.join(task.name for task in TASKS)}")
+    questions, absent = [], []
+    for task in TASKS:
+        if only and task.name not in only:
+            continue
+        path = annotation_file(root, task)
+        if not path.is_file():
+            absent.append(path)
+            continue
+        items = read_json(path)
+        if not isinstance(items, list):
+            raise ValueError(f"{path} is not a list of questions")
+        for index, item in enumerate(items[:limit or None]):
+            questions.append(question_of(task, index, item, path, root))
+    if not questions:
+        raise FileNotFoundError(f"{absent[0]} does not exist, nor any other task's file: --data is the folder that "
+                                "holds json/ and video/ of MVBench")
+    for path in absent:
+        print(f"{path} does not exist: this task is left out", file=sys.stderr)
+    return questions
+
+
+def annotation_file(root, task):
+    """json/{task}.json, or beside the media where all lies in one folder."""
+    flat = Path(root) / f"{task.file}.json"
+    return flat if flat.is_file() else Path(root) / "json" / f"{task.file}.json"
+
+
+def question_of(task, index, item, path, root):
+    """One entry of a task's file, checked."""
+    wrong = [key for key in ("video", "question", "answer") if not isinstance(item.get(key), str)]
+    wrong += ["candidates"] if not 2 <= len(item.get("candidates") or []) <= len(LETTERS) else []
+    wrong += [key for key in ("start", "end") if task.bound and not isinstance(item.get(key), int | float)]
+    if wrong:
+        raise ValueError(f"{path}, entry {index}: missing or malformed {', '.join(wrong)}")
+    if item["answer"] not in item["candidates"]:
+        raise ValueError(f"{path}, entry {index}: the answer {item['answer']!r} is not among the candidates")
+    bound = (item["start"], item["end"]) if task.bound else None
+    return {"task": task.name, "index": index, "media": find_media(root, task.folder, item["video"]), "bound": bound,
+            "question": item["question"], "candidates": item["candidates"], "answer": item["answer"]}
+
+
+def find_media(root, folder, name):
+    """Where a medium lies, or "": in the official tree, or in one of the trees that people have made of its archives.
+
+    The archives' folders may lie in video/ or beside it, each in a folder of its archive's name or not; the files that
+    came later in data0613/, merged or not; and all media of a task, or of all tasks, in one flat folder. Silent copies
+    in another format (ssv2 as mp4) are taken where the original is missing.
+    """
+    first, last = folder.split("/")[0], folder.split("/")[-1]
+    bases = [Path(root) / base for base in ("video", "video/data0613", "data0613", ".")]
+    places = [base / sub for base in bases for sub in (folder, f"{first}/{folder}", last, first, "")]
+    for variant in (name, Path(name).stem + ".mp4"):
+        for place in places:
+            if (place / variant).exists() and (place / variant) != place:
+                return str(place / variant)
+    return ""
+
+
+def missing_media(questions):
+    """Lines that say, per task, how many questions have no medium, and why that may be."""
+    lines = []
+    for task in TASKS:
+        asked = [q for q in questions if q["task"] == task.name]
+        gone = sum(not q["media"] for q in asked)
+        if gone:
+            hint = "; NTU RGB+D's owners give these videos out, on request" if task.short == "FP" else ""
+            lines.append(f"{task.name}: {gone} of {len(asked)} media are missing (video/{task.folder}/){hint}")
+    return lines
+
+
+def letter_of(q):
+    """The right answer's letter. QUIRK mvbench.ipynb qa_template: of equal candidates the last one counts."""
+    return LETTERS[len(q["candidates"]) - 1 - q["candidates"][::-1].index(q["answer"])]
