@@ -248,7 +248,7 @@ def resize(x, height, width):
     """Bicubic with antialiasing, within 2 levels of Pillow's. (T, 3, H, W) uint8 -> float.
 
     subtle: on bytes, PyTorch rounds between its two passes, as Pillow does; on floats it does not, differs by up to 8
-    levels at sharp edges, and takes nine times as long. Decoders can resize as well, but not alike: decord's
+    levels at sharp edges, and takes 16 times as long. Decoders can resize as well, but not alike: decord's
     result differs by up to 68 levels.
     """
     if x.shape[-2:] == (height, width):
