@@ -132,4 +132,5 @@ def open_model(args):
     model, wordpiece, tok = load_model(args.ckpt, args.llm, device, DTYPES[args.dtype], args.llm_int8)
     if tok is None:
         raise ValueError(f"{args.ckpt} is of stage 1 and has no LLM: a checkpoint of stage 2 or 3 is needed")
-    return model, wordpiece, tok, torch.autocast(device, DTYPES[args.dtype], enabled=args.dtype != "fp32")
+    return model, wordpiece, tok, torch.autocast(
+        torch.device(device).type, DTYPES[args.dtype], enabled=args.dtype != "fp32")

@@ -110,7 +110,7 @@ RECIPES = {  # preset -> stage -> what differs from TrainConfig's defaults; step
     "micro": {stage: dict(steps=4, batch=4, lr=1e-3, muon=1.0, lora_lr=2.0, log_every=1, save_every=2, workers=0,
                           cache_features=True) for stage in (*STANDINS, 1, 2, 3)},
     "paper": {
-        # stage 1 warms up for a fifth of its ten epochs' first in the official code, for all of it in the paper
+        # stage 1 warms up for 0.2 of ten epochs in the official config, for a whole one in the paper
         1: dict(epochs=10, batch=2048, lr=1e-4, warmup=0.02, dtype="bf16", workers=8),
         2: dict(epochs=1, batch=512, lr=1e-4, warmup=0.2, dtype="bf16", workers=8),
         3: dict(epochs=3, batch=128, lr=2e-5, lr_end=0.25, warmup=0.2, dtype="bf16", workers=8),
@@ -368,12 +368,12 @@ def stage_parts(cfg, stage, model, wordpiece, tok, generator):
 
 def fit(job, cfg):
     """Trains a job to the end; an interrupted one goes on where its last checkpoint stands."""
-    model = job.model.to(cfg.device).train()
+    model, kind = job.model.to(cfg.device).train(), torch.device(cfg.device).type
     optimizers = make_optimizers(model, cfg)
     sampler = data.Sampler(job.dataset, cfg.batch, seed=cfg.seed)
     torch.manual_seed(cfg.seed)
     cfg.steps = cfg.steps or cfg.epochs * len(sampler)
-    scaler = torch.amp.GradScaler(cfg.device, enabled=cfg.dtype == "fp16")  # without fp16 it does nothing
+    scaler = torch.amp.GradScaler(kind, enabled=cfg.dtype == "fp16")  # without fp16 it does nothing
     first = 0 if cfg.restart else load_trainer(job, optimizers, scaler)
     sampler.skip_to(first)
     batches = data.make_loader(job.dataset, sampler, job.collate, cfg.workers)
@@ -383,7 +383,7 @@ def fit(job, cfg):
     with StopSignal() as stop:
         for step, batch in zip(range(first, cfg.steps), forever(batches, sampler), strict=False):
             batch = to_device(batch, cfg.device)
-            with torch.autocast(cfg.device, DTYPES[cfg.dtype], enabled=cfg.dtype != "fp32"):
+            with torch.autocast(kind, DTYPES[cfg.dtype], enabled=cfg.dtype != "fp32"):
                 losses = job.loss(batch, step / cfg.steps)
             total = sum(losses.values())
             scaler.scale(total).backward()
