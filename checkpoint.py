@@ -14,12 +14,12 @@ Try:    python weights.py check --ckpt runs/toy/stage3       # what is in it: te
 import json
 import os
 import shutil
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from llm_folder import DTYPES, HF_NAMES, llm_config, llm_tokenizer, put_llm
+from llm_folder import DTYPES, differences, llm_config, llm_tokenizer, put_llm
 from model import Config, VideoChat2
 from storage import load_strictly, read_json, read_tensors, save_tensors
 from tokenizer import WordPiece
@@ -86,11 +86,10 @@ def attach_llm(model, where, expected, needed_by, **options):
     if tok.vocab_size > sizes.vocab_size:
         raise ValueError(f"{where}/tokenizer.model has {tok.vocab_size} pieces, but the LLM beside it knows "
                          f"{sizes.vocab_size}: it is another LLM's")
-    other = [f"{f.name} {getattr(sizes, f.name)} instead of {getattr(model.cfg.llama, f.name)}" for f in fields(sizes)
-             if f.name in HF_NAMES and getattr(sizes, f.name) != getattr(model.cfg.llama, f.name)]
+    other = differences(sizes, model.cfg.llama)
     if other:
         raise ValueError(f"{needed_by} was made with another LLM than {where}, whose config.json says "
-                         f"{', '.join(other)}; name the right one's folder by --llm")
+                         f"{', '.join(other.values())}; name the right one's folder by --llm")
     mark = put_llm(model.llama_model, where, **options)
     if expected and mark != expected["fingerprint"]:
         raise ValueError(f"{needed_by} was made with the LLM {Path(expected['path']).name} (fingerprint "

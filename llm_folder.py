@@ -133,32 +133,49 @@ def refuse_delta(folder, name, t):
                          "LLaMA-7B that it was made from, with FastChat's apply_delta, and name the sum's folder")
 
 
+def read_through(folder, llama, use):
+    """Hands each weight of a folder to use(name, tensor) -> their fingerprint.
+
+    ValueError if they are not, by names and shapes, those of the Llama.
+    """
+    own = {hf: llama.get_parameter(ours) for hf, ours in hf_names(llama).items()}
+    mark, found = Fingerprint(), {}
+    for name, t in each_weight(folder):
+        refuse_delta(folder, name, t)
+        use(name, t)
+        mark.add(name, t)
+        found[name] = t.to("meta")
+    fits(own, found, folder, dropped=("lm_head.",) if llama.cfg.tied else ())
+    return str(mark)
+
+
 def survey(folder, compare=None):
     """Reads all of a folder and keeps nothing -> (LlamaConfig, fingerprint). ValueError if it is not a whole LLaMA.
 
     compare: {name: tensor} that must be the same in the folder, where given.
     """
-    cfg = llm_config(folder)
-    with torch.device("meta"):
-        own = hf_names(Llama(cfg))
-    mark, found = Fingerprint(), {}
-    for name, t in each_weight(folder):
-        refuse_delta(folder, name, t)
+    def same(name, t):
         if name in (compare or {}) and not torch.equal(compare[name].float(), t.float()):
             raise ValueError(f"{folder} is another LLM than the one whose weights the checkpoint holds: {name} differs")
-        mark.add(name, t)
-        found[name] = t.to("meta")
-    fits(own, found, folder, dropped=("lm_head.",) if cfg.tied else ())
-    return cfg, str(mark)
+
+    with torch.device("meta"):
+        llama = Llama(llm_config(folder))
+    return llama.cfg, read_through(folder, llama, same)
+
+
+def differences(found, expected):
+    """{field: "hidden_size 5120 instead of 4096"}: in what two LlamaConfigs differ, in config.json's words."""
+    return {ours: f"{hf} {getattr(found, ours)} instead of {getattr(expected, ours)}" for ours, hf in HF_NAMES.items()
+            if getattr(found, ours) != getattr(expected, ours)}
 
 
 # ------------------------------------------------------------------------------------------------------- into the model
 
 
 def hf_names(llama):
-    """{name in the folder: parameter} of a Llama; LoRA wraps a layer, whose own weight is then called base."""
-    own = {n: p for n, p in llama.named_parameters() if "lora_" not in n and not n.endswith(".scale")}
-    return {n.replace(".base.", "."): p for n, p in own.items()}
+    """{name in the folder: name of the parameter} of a Llama; LoRA wraps a layer, whose own weight is then its base."""
+    own = (n for n, _ in llama.named_parameters() if "lora_" not in n and not n.endswith(".scale"))
+    return {n.replace(".base.", "."): n for n in own}
 
 
 def put_llm(llama, folder, dtype=torch.float32, int8=False, device="cpu"):
@@ -168,18 +185,16 @@ def put_llm(llama, folder, dtype=torch.float32, int8=False, device="cpu"):
     """
     if int8:
         use_int8(llama)
-    places = {n.replace(".base.", "."): n for n in llama.state_dict() if "lora_" not in n and not n.endswith(".scale")}
-    own, mark, found = hf_names(llama), Fingerprint(), {}
-    for name, t in each_weight(folder):
-        refuse_delta(folder, name, t)
-        mark.add(name, t)
-        found[name] = t.to("meta")
-        if name in own and own[name].shape == t.shape:
+    places = hf_names(llama)
+
+    def take(name, t):
+        if name in places and llama.get_parameter(places[name]).shape == t.shape:
             fill(llama, places[name], t.to(device, dtype))
-    fits(own, found, folder, dropped=("lm_head.",) if llama.cfg.tied else ())
+
+    mark = read_through(folder, llama, take)
     if llama.cfg.tied:
         llama.tie()
-    return str(mark)
+    return mark
 
 
 def fill(llama, name, t):

@@ -264,7 +264,7 @@ DROPPED = {1: ("norm.", "heads."),                                       # stage
 
 def previous(cfg):
     """Folder of the checkpoint that a stage starts from. FileNotFoundError names the command that makes it."""
-    made_here = 0 in recipe_stages(cfg.preset)
+    made_here = STANDINS[0] in RECIPES.get(cfg.preset, RECIPES["paper"])   # else ViT and LLM come ready-made
     before = {1: "stage0/vit" if made_here else "init"}.get(cfg.stage, f"stage{cfg.stage - 1}")
     folder = Path(cfg.init or Path(cfg.out) / before)
     if not (folder / "config.json").is_file() or not finished(folder):
@@ -274,12 +274,6 @@ def previous(cfg):
             command = f"python weights.py import --preset {cfg.preset} --out {folder} ... (see --help)"
         raise FileNotFoundError(f"stage {cfg.stage} starts from {folder}, which {state}; run: {command}")
     return folder
-
-
-def recipe_stages(preset):
-    """The stages that a preset trains: 0 is there where ViT and LLM are not ready-made."""
-    recipes = RECIPES.get(preset, RECIPES["paper"])
-    return {stage if isinstance(stage, int) else 0 for stage in recipes}
 
 
 def finished(folder):

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
-from llm_folder import HF_NAMES, llm_config, llm_tokenizer, survey
+from llm_folder import differences, llm_config, llm_tokenizer, survey
 from model import PRESETS, VideoChat2
 from official import BERT, DROPPED, DROPPED_BERT, DROPPED_UMT, OFFICIAL, UMT, to_official, to_ours
 from storage import fits, read_tensors, save_foreign, whole_folder
@@ -133,8 +133,7 @@ def finish(found, own, files, llm_weights):
 def checked_llm(folder, cfg, any_llm):
     """LlamaConfig of the folder; ValueError if it is not of the LLM that the preset's checkpoints were made with."""
     sizes = llm_config(folder)
-    other = [f"{HF_NAMES[n]} {getattr(sizes, n)} instead of {getattr(cfg.llama, n)}" for n in HF_NAMES
-             if n != "vocab_size" and getattr(sizes, n) != getattr(cfg.llama, n)]
+    other = [text for name, text in differences(sizes, cfg.llama).items() if name != "vocab_size"]
     if other and not any_llm:
         theirs = {"vicuna-7b": "Vicuna-7B v0, made from LLaMA-1", "mistral-7b": "Mistral-7B-Instruct-v0.2"}
         hint = ": so do LLaMA-2 and Vicuna v1.5" if sizes.max_positions == 4096 else ""

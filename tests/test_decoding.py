@@ -1,6 +1,7 @@
 """Encoded videos of the kinds that data sets hold: the frame that is asked for is the frame that comes, and a damaged
 file never stops a worker. Run: pytest tests/test_decoding.py
 """
+import json
 import random
 import time
 
@@ -102,8 +103,7 @@ def test_a_decoder_that_hangs_is_left_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(media, "read_video", lambda path, choose: time.sleep(600) if path.name == "1.mp4" else
                         real(path, choose))
     monkeypatch.setattr(media.read_media, "__defaults__", (False, 0.5))
-    (tmp_path / "a.json").write_text(str([{"video": f"{i}.mp4", "caption": f"clip {i}"} for i in range(3)])
-                                     .replace("'", '"'))
+    (tmp_path / "a.json").write_text(json.dumps([{"video": f"{i}.mp4", "caption": f"clip {i}"} for i in range(3)]))
     dataset = VideoTextData(load_corpus([[str(tmp_path / "a.json"), str(tmp_path), "video"]]), 2, Transform(32))
     loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=1)
     begun = time.time()

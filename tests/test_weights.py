@@ -497,16 +497,19 @@ def test_stage_1_needs_no_llm(beginning, given, corpora, tmp_path):
     train_stage(corpora, tmp_path / "run", 2, "--llm", str(tmp_path / "elsewhere"))
 
 
+@pytest.fixture(scope="module")
+def plain(imported, corpora, tmp_path_factory):
+    """What four steps of stage 3 make of the official weights without any flag."""
+    start = ["--init", str(imported / "stage3"), "--max-text", "120"]
+    return train_stage(corpora, tmp_path_factory.mktemp("plain"), 3, *start)
+
+
 @pytest.mark.parametrize("flags", [
     ["--no-bos-ones"], ["--no-train-separators"], ["--no-question-in-qformer"], ["--train-norm", "clip"], ["--flip"],
     ["--no-tell-seconds"], ["--train-frames", "2"], ["--llm-int8"], ["--dtype", "bf16"], ["--dtype", "fp16"]])
-def test_each_oddity_is_one_flag_away(given, imported, corpora, tmp_path, flags):
+def test_each_oddity_is_one_flag_away(imported, corpora, plain, tmp_path, flags):
     """Every flag changes what is learned, and is written into the checkpoint's config where it is the model's."""
-    start = ["--init", str(imported / "stage3"), "--max-text", "120"]
-    if not hasattr(test_each_oddity_is_one_flag_away, "plain"):
-        test_each_oddity_is_one_flag_away.plain = train_stage(corpora, tmp_path / "plain", 3, *start)
-    changed = train_stage(corpora, tmp_path, 3, *start, *flags)
-    plain = test_each_oddity_is_one_flag_away.plain
+    changed = train_stage(corpora, tmp_path, 3, "--init", str(imported / "stage3"), "--max-text", "120", *flags)
     assert not torch.equal(changed["llama_proj.weight"], plain["llama_proj.weight"])
     assert all(t.isfinite().all() and t.dtype == torch.float32 for t in changed.values())
     option = flags[0].removeprefix("--").removeprefix("no-").replace("-", "_")
