@@ -39,8 +39,8 @@ class Chat:
         prompt = chat_prompt(self.tok, self.history, question, n_video, INSTRUCTION, style=self.model.cfg.style)
         ids, _, mask = (t.to(self.model.device) for t in pad_batch([prompt], self.tok.eos_id, side="left"))
         with self.autocast:
-            rows, _ = self.model.answer(self.model.splice(ids, self.tokens), mask, self.max_new_tokens,
-                                        partial(is_complete, self.tok), **self.sampling)
+            rows = self.model.llama_model.generate(self.model.splice(ids, self.tokens), mask, self.max_new_tokens,
+                                                   partial(is_complete, self.tok), **self.sampling)
         answer = answer_text(self.tok, rows[0])
         self.history.append((question, answer))
         return answer

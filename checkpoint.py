@@ -11,6 +11,7 @@ the official checkpoints (weights.py), the optimizer's state (train.py).
 
 Try:    python weights.py check --ckpt runs/toy/stage3       # what is in it: tensors, parameters, dtype, norm, per part
 """
+import hashlib
 import json
 import os
 import shutil
@@ -112,6 +113,15 @@ def llm_record(llm, folder):
     return llm and llm | {"path": os.path.relpath(os.path.realpath(llm["path"]), os.path.realpath(folder))}
 
 
+def checkpoint_hash(folder):
+    """16 hexadecimal digits of a checkpoint's weights, all of them but the frozen LLM's (config.json has those)."""
+    digest = hashlib.sha256()
+    with open(Path(folder) / "model.safetensors", "rb") as f:
+        while block := f.read(2 ** 24):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
 # ------------------------------------------------------------------------------ options of every command that loads one
 
 
@@ -120,16 +130,24 @@ def add_model_options(parser):
     parser.add_argument("--ckpt", required=True, help="checkpoint folder of stage 3 (or 2)")
     parser.add_argument("--llm", default="", help="the LLM's folder, if it moved since training")
     parser.add_argument("--device", default="", help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32",
-                        help="of the LLM's weights; bf16 and fp16 compute in it too (default %(default)s)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="",
+                        help="of the LLM's weights; bf16 and fp16 compute in it too (default: bf16 on a GPU, else fp32)")
     parser.add_argument("--llm-int8", action="store_true", help="keep the LLM's matrices in 8 bits")
 
 
 def open_model(args):
     """(model, wordpiece, tok, what computes in args.dtype) by add_model_options; ValueError if it cannot speak."""
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, wordpiece, tok = load_model(args.ckpt, args.llm, device, DTYPES[args.dtype], args.llm_int8)
+    device, dtype = device_of(args), dtype_of(args)
+    model, wordpiece, tok = load_model(args.ckpt, args.llm, device, DTYPES[dtype], args.llm_int8)
     if tok is None:
         raise ValueError(f"{args.ckpt} is of stage 1 and has no LLM: a checkpoint of stage 2 or 3 is needed")
     return model, wordpiece, tok, torch.autocast(
-        torch.device(device).type, DTYPES[args.dtype], enabled=args.dtype != "fp32")
+        torch.device(device).type, DTYPES[dtype], enabled=dtype != "fp32")
+
+
+def device_of(args):
+    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def dtype_of(args):
+    return args.dtype or ("bf16" if device_of(args).startswith("cuda") else "fp32")

@@ -53,25 +53,43 @@ class LlamaConfig:
 
 class KVCache:
     """
-    Keys and values of all tokens so far, per layer (B, kv_heads, S, hs), and the padding mask (B, S) that goes with
-    them. One concatenation per layer and step: as simple as it gets, and small beside the matrix products.
+    Keys and values of all tokens so far, per layer (B, kv_heads, room, hs), of which the first S places are filled, and
+    the padding mask (B, S) that goes with them: to hide a token from all that follow, zero its place there.
     """
     def __init__(self, depth):
         self.layers = [None] * depth
         self.mask = None          # (B, S) 1 = token
 
-    def append(self, i, k, v):
-        """Layer i's new k, v (B, kv_heads, s, hs) -> all of its k, v."""
-        if self.layers[i] is not None:
-            old_k, old_v = self.layers[i]
-            k, v = torch.cat((old_k, k), dim=2), torch.cat((old_v, v), dim=2)   # (B, kv_heads, S, hs)
-        self.layers[i] = k, v
-        return k, v
-
     def append_mask(self, mask):
-        """The new tokens' mask (B, s) -> the mask (B, S) of all."""
+        """The new tokens' mask (B, s) -> the mask (B, S) of all. Goes before append."""
         self.mask = mask if self.mask is None else torch.cat((self.mask, mask), dim=1)      # (B, S)
         return self.mask
+
+    def append(self, i, k, v):
+        """Layer i's new k, v (B, kv_heads, s, hs) -> all of its k, v (B, kv_heads, S, hs)."""
+        S = self.mask.shape[1]
+        begin = S - k.shape[2]
+        if self.layers[i] is None or self.layers[i][0].shape[2] < S:
+            old = self.layers[i] or (k[:, :, :0], v[:, :, :0])
+            self.layers[i] = tuple(with_room(t[:, :, :begin], S + 64) for t in old)
+        for kept, new in zip(self.layers[i], (k, v), strict=True):
+            kept[:, :, begin:S] = new
+        return tuple(t[:, :, :S] for t in self.layers[i])
+
+    def take(self, rows, room=64):
+        """A cache of these rows (indices (b,), repeated at will), with room for so many more tokens."""
+        S = self.mask.shape[1]
+        taken = KVCache(len(self.layers))
+        taken.layers = [tuple(with_room(t[rows, :, :S], S + room) for t in layer) for layer in self.layers]
+        taken.mask = self.mask[rows]
+        return taken
+
+
+def with_room(t, room):
+    """t (B, kv_heads, S, hs) at the beginning of (B, kv_heads, room, hs)."""
+    wide = t.new_empty(*t.shape[:2], room, t.shape[3])
+    wide[:, :, :t.shape[2]] = t
+    return wide
 
 
 class RMSNorm(nn.Module):
@@ -100,7 +118,7 @@ def rotate(x, cos, sin):
     subtle: channel j pairs with j + hs/2 (Hugging Face), not with its neighbour (the paper, Meta's files).
     """
     x1, x2 = x.chunk(2, dim=-1)                                                 # 2 x (B, nh, S, hs/2)
-    return x * cos + torch.cat((-x2, x1), dim=-1) * sin                         # (B, nh, S, hs)
+    return torch.addcmul(x * cos, torch.cat((-x2, x1), dim=-1), sin)            # (B, nh, S, hs)
 
 
 class Attention(nn.Module):
@@ -115,18 +133,20 @@ class Attention(nn.Module):
     def heads(self, x):
         return x.unflatten(-1, (-1, self.hs)).transpose(1, 2)                   # (B, nh, S, hs)
 
-    def forward(self, x, rope, mask, cache, i):                                 # x (B, s, D), mask (B, 1, s, S) or None
-        q = rotate(self.heads(self.q_proj(x)), *rope)                           # (B, nh, s, hs)
+    def forward(self, x, n, rope, mask, cache, i):              # x (B, s, D) -> (B, n, D), mask (B, 1, n, S) or None
         k = rotate(self.heads(self.k_proj(x)), *rope)                           # (B, kv_heads, s, hs)
         v = self.heads(self.v_proj(x))                                          # (B, kv_heads, s, hs)
         if cache is not None:
             k, v = cache.append(i, k, v)                                        # (B, kv_heads, S, hs)
+        if n == 0:
+            return x[:, :0]
+        q = rotate(self.heads(self.q_proj(x[:, -n:])), *(t[:, :, -n:] for t in rope))       # (B, nh, n, hs)
         groups = q.shape[1] // k.shape[1]
         k, v = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (k, v))    # (B, nh, S, hs)
-        # without a mask: a whole sequence (s = S) is causal, a single new token (s = 1) sees all before it
+        # without a mask: a whole sequence (n = S) is causal, a single new token (n = 1) sees all before it
         is_causal = mask is None and q.shape[2] > 1
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)    # (B, nh, s, hs)
-        return self.o_proj(y.transpose(1, 2).flatten(2))                        # (B, s, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)    # (B, nh, n, hs)
+        return self.o_proj(y.transpose(1, 2).flatten(2))                        # (B, n, D)
 
 
 class MLP(nn.Module):
@@ -148,8 +168,9 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.width, cfg.eps)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, rope, mask, cache, i):
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, i)
+    def forward(self, x, n, rope, mask, cache, i):
+        """x (B, s, D), all of which is read -> the n last tokens' new state (B, n, D)."""
+        x = x[:, x.shape[1] - n:] + self.self_attn(self.input_layernorm(x), n, rope, mask, cache, i)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -157,8 +178,8 @@ class Layer(nn.Module):
 
 def attention_mask(mask, s):
     """
-    Padding mask (B, S) of all tokens so far, 1 = token -> what the s newest of them may see: (B, 1, s, S) bool, or
-    None where causality alone says it.
+    Padding mask (B, S) of all tokens so far, 1 = token -> what the s newest of them may see: (B or 1, 1, s, S) bool,
+    or None where causality alone says it.
     """
     S = mask.shape[1]
     if s in (1, S) and mask.all():
@@ -167,6 +188,8 @@ def attention_mask(mask, s):
     if s == S and (mask.diff(dim=1) <= 0).all():
         return None
     causal = torch.ones(s, S, dtype=torch.bool, device=mask.device).tril(S - s)     # (s, S)
+    if mask.all():
+        return causal[None, None]                                                   # (1, 1, s, S)
     allowed = causal & mask.bool()[:, None, None, :]                                # (B, 1, s, S)
     # subtle: a padding row on the left may see nothing, and softmax over nothing is NaN: let each row see itself
     return allowed | torch.eye(s, S, dtype=torch.bool, device=mask.device).roll(S - s, dims=1)
@@ -207,8 +230,13 @@ class Llama(nn.Module):
     def embed(self, ids):                                                       # (B, S)
         return self.model["embed_tokens"](ids)                                  # (B, S, D)
 
-    def forward(self, embeds, mask=None, cache=None):
+    def forward(self, embeds, mask=None, cache=None, last=None):
+        """embeds (B, s, D), mask (B, s) -> hidden (B, s, D), or (B, last, D): of so many last tokens alone.
+
+        The last layer then computes no others; with 0 it only fills the cache.
+        """
         B, s = embeds.shape[:2]
+        last = s if last is None else last
         if mask is None:
             mask = torch.ones(B, s, dtype=torch.long, device=embeds.device)     # (B, s)
         if cache is not None:
@@ -218,40 +246,37 @@ class Llama(nn.Module):
                              "shorten the text or the video")
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -s:]            # (B, s), padding is not counted
         rope = rope_angles(positions, self.cfg.head_size, self.cfg.rope_theta, embeds.dtype)
-        allowed = attention_mask(mask, s)                                       # (B, 1, s, S) or None
+        wanted = [s] * (len(self.model["layers"]) - 1) + [last]
+        masks = {n: attention_mask(mask, n) for n in set(wanted)}               # n: (B, 1, n, S) or None
         recompute = self.cfg.checkpoint_layers and self.training and torch.is_grad_enabled()
         x = embeds
-        for i, layer in enumerate(self.model["layers"]):
-            args = (x, rope, allowed, cache, i)
+        for i, (layer, n) in enumerate(zip(self.model["layers"], wanted, strict=True)):
+            args = (x, n, rope, masks[n], cache, i)
             x = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
-        return self.model["norm"](x)                                            # (B, s, D)
+        return self.model["norm"](x)                                            # (B, last, D)
 
     @torch.no_grad()
-    def generate(self, embeds, mask=None, max_new_tokens=100, stop=(), temperature=0.0, generator=None,
-                 first_logits=False):
+    def generate(self, embeds, mask=None, max_new_tokens=100, stop=(), temperature=0.0, generator=None):
         """
         Continue a prompt: embeds (B, S, D), padded on the left -> a list of B lists of new ids.
 
         stop: ids that end a row (and are left out), or a function (the row's new ids) -> True when it is complete;
         what it stopped at is then kept. temperature 0 is greedy, above it tokens are drawn with generator, a CPU one.
-        first_logits adds the first step's logits (B, V).
         Raises ValueError if a prompt ends in padding.
         """
         if mask is not None and not mask[:, -1].all():
             raise ValueError("a prompt ends in padding: generate needs prompts padded on the left")
-        cache, first = KVCache(self.cfg.depth), None
+        cache = KVCache(self.cfg.depth)
         rows, done = [[] for _ in embeds], [False] * len(embeds)
         for _ in range(max_new_tokens):
-            hidden = self(embeds, mask, cache)                                  # (B, s, D), s = S, then 1
-            logits = self.lm_head(hidden[:, -1])                                # (B, V)
-            first = logits if first is None else first
+            logits = self.lm_head(self(embeds, mask, cache, last=1)[:, 0])      # (B, V)
             ids = sample(logits, temperature, generator)                        # (B,)
             for row, new in enumerate(ids.tolist()):
                 done[row] = done[row] or extend(rows[row], new, stop)
             if all(done):
                 break
             embeds, mask = self.embed(ids[:, None]), None                       # (B, 1, D)
-        return (rows, first) if first_logits else rows
+        return rows
 
 
 def sample(logits, temperature, generator):

@@ -196,8 +196,11 @@ class VideoChat2(nn.Module):
         return self.vision_layernorm(x.flatten(1, 2))                      # (B, N, C)
 
     def queries(self, vision, qf_ids=None, qf_mask=None):
-        """vision (B, N, C), instruction qf_ids, qf_mask (B, S) or None -> what the LLM reads (B, Q, D)."""
-        query = torch.cat([self.query_tokens, self.extra_query_tokens], 1).expand(len(vision), -1, -1)  # (B, Q, E)
+        """vision (B, N, C), instruction qf_ids, qf_mask (B, S) or (1, S) or None -> what the LLM reads (B, Q, D)."""
+        query = torch.cat([self.query_tokens, self.extra_query_tokens], 1)                              # (1, Q, E)
+        # subtle: in training each video has dropout of its own, from the first row on
+        if self.training or qf_ids is None or len(qf_ids) > 1:
+            query = query.expand(len(vision), -1, -1)                                                   # (B, Q, E)
         hidden = self.qformer(query=query, ids=qf_ids, mask=qf_mask, vision=vision)                     # (B, Q + S, E)
         return self.llama_proj(hidden[:, :query.shape[1]])                                              # (B, Q, D)
 
@@ -224,11 +227,6 @@ class VideoChat2(nn.Module):
             embeds = torch.cat((torch.ones_like(embeds[:, :1]), embeds[:, 1:]), 1)
         hidden = self.llama_model(embeds, batch["mask"])                   # (B, S, D)
         return lm_loss(self.llama_model, hidden, batch["labels"])
-
-    @torch.no_grad()
-    def answer(self, embeds, mask, max_new_tokens, stop, **sampling):
-        """Left-padded embeds (B, S, D) -> (new ids per row, logits (B, V) of the first new token)."""
-        return self.llama_model.generate(embeds, mask, max_new_tokens, stop=stop, first_logits=True, **sampling)
 
 
 def lm_loss(llama, hidden, labels):

@@ -1,18 +1,23 @@
 """MVBench: 20 kinds of multiple-choice questions that no single frame answers, by the protocol of the paper.
 
-16 frames, the prompt of prompt.mvbench_prompt, greedy decoding behind "Best option:(", the first line of the answer,
-the official scorer. Reads the official folder layout (json/<task>.json, video/<folder>/...), which the toy world has.
---control blank asks the same model without the video: what it still gets right, it gets from the text.
+16 frames, the prompt of prompt.mvbench_prompt, greedy decoding behind "Best option:(", the first line of the answer.
+Reads the official folder layout (json/<task>.json, video/<folder>/...), which the toy world and TVBench have too.
 
-Writes into --out (default CKPT/mvbench): predictions.jsonl, one line per question, mvbench.json, the accuracies, and
-settings.json; what is not the paper's protocol on the whole benchmark says so in the files' names. It does not train
-and knows no question's making (qagen.py).
-Source: paper section 3 and table 2; official mvbench.ipynb.
+A number alone says little about watching. --controls all asks the same model without video, of one frame, and of the
+frames in another order; the report (report.html in --out, default CKPT/mvbench) puts them beside each other, with
+intervals, four scorers, and how each letter is used. What has been answered is on disk (predictions*.jsonl): after any
+interruption the same command goes on; started again when all is answered, it writes the report anew.
 
-Run:    python mvbench.py --ckpt runs/toy/stage3
+    python mvbench.py --ckpt runs/toy/stage3 --controls all
+    torchrun --nproc_per_node 8 mvbench.py --ckpt ...          # the same answers, from 8 processes
+    python mvbench.py compare RUN_A RUN_B                      # which of two runs is better, and is it luck?
+
+This file knows the order of things: files, clips, batches, processes. How a question is asked: ask.py; what is right:
+scorers.py; what it is worth: stats.py, report.py. Source: paper section 3 and table 2; official mvbench.ipynb.
 """
 import argparse
-import json
+import datetime
+import os
 import sys
 import time
 from collections import defaultdict
@@ -20,196 +25,153 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
-from checkpoint import add_model_options, open_model
-from data import pad_words
+import report
+from ask import CONTROLS, DECODES, Answerer, Protocol, seed_of
+from checkpoint import add_model_options, checkpoint_hash, device_of, dtype_of, open_model, read_config
+from lora import merge_lora
 from media import NORMS, MediaError, benchmark_video
-from prompt import (
-    ANSWER_PREFIX,
-    SYSTEM,
-    answer_text,
-    is_complete,
-    mvbench_prompt,
-    mvbench_question,
-    pad_batch,
-)
-from storage import read_json
-from tasks import LETTERS, TASKS, letter_of, load_questions, missing_media
+from predictions import Predictions, key_of
+from prompt import ANSWER_PREFIX, SYSTEM
+from scorers import is_right
+from tasks import TASKS, TVBENCH, describe, letter_of, load_questions, missing_media
 
-# ------------------------------------------------------------------------------------------------------------- scoring
+CHUNK = 8       # clips that a worker hands over at a time
 
-
-def check_ans(prediction, truth):
-    """The official scorer: prediction "(b) ..." against truth "(B) text" -> bool.
-
-    # QUIRK mvbench.ipynb check_ans: substrings count both ways, so the empty answer "(" is right on every question.
-    """
-    said = prediction.lower().split(" ")[0].replace(".", "")
-    option, _, content = truth.lower().partition(" ")
-    if not content:
-        raise ValueError(f"the right answer {truth!r} has no text behind its letter")
-    return said in option or option in prediction.lower().split(" ")[0]
-
-
-def score(rows):
-    """Prediction rows -> {task: accuracy in percent, ..., "Avg": right / asked}, in the order of TASKS."""
-    by_task = defaultdict(list)
-    for row in rows:
-        by_task[row["task"]].append(row["correct"])
-    table = {t.name: 100 * sum(by_task[t.name]) / len(by_task[t.name]) for t in TASKS if t.name in by_task}
-    return table | {"Avg": 100 * sum(row["correct"] for row in rows) / max(1, len(rows))}
-
-
-def chance(questions):
-    """Expected score of uniform guessing, per task and over all (27.95 on the real benchmark)."""
-    return score([{"task": q["task"], "correct": 1 / len(q["candidates"])} for q in questions])
-
-
-# ---------------------------------------------------------------------------------------------------------- the answers
-
-
-class Clips(torch.utils.data.Dataset):
-    """Each (medium, bounds) that the questions speak of, once: (T, 3, H, W) normalised, or the reason why not."""
-
-    def __init__(self, keys, cfg):
-        self.keys, self.cfg = keys, cfg
-
-    def __len__(self):
-        return len(self.keys)
-
-    def __getitem__(self, index):
-        media, bound = self.keys[index]
-        try:
-            return benchmark_video(media, self.cfg, bound)
-        except MediaError as error:
-            return str(error)
-
-
-def letter_ids(tok):
-    """The ids that name the options, behind a bracket."""
-    return [tok.encode(f"({letter}")[-1] for letter in LETTERS]
+# ------------------------------------------------------------------------------------------------------ what is asked
 
 
 @dataclass
-class Protocol:
-    """How the questions are asked. The defaults are the paper's; what else it has tried is a field away."""
-    system: str = SYSTEM                # table 8: without it 49.9
-    answer_prefix: str = ANSWER_PREFIX  # table 9: without it 50.1
-    question_in_qformer: bool = False   # table 11: with it 50.8
-    control: str = "none"
-    max_new_tokens: int = 100
+class Job:
+    """One way of asking all questions."""
+    control: str            # "" or one of CONTROLS
+    permuted: bool          # the options in every cyclic order but their own, instead of in their own
+    predictions: Predictions
+    rows: dict              # what is answered so far, by key_of
+
+    def variants(self, q):
+        """The question as this job asks it: once, or once for each order."""
+        return [turned(q, shift) for shift in range(1, len(q["candidates"]))] if self.permuted else [q]
+
+    def open(self, questions):
+        """What this job still has to ask of these questions."""
+        return [v for q in questions for v in self.variants(q) if key_of(v) not in self.rows]
 
 
-class Answerer:
-    """A model with its tokenizers; answers questions about clips, a batch at a time."""
-
-    def __init__(self, model, wordpiece, tok, protocol=None):
-        self.model, self.wordpiece, self.tok, self.protocol = model, wordpiece, tok, protocol or Protocol()
-        self.n_video = model.cfg.n_query + model.cfg.n_extra
-        self.letter_ids = letter_ids(tok)
-
-    @torch.no_grad()
-    def look(self, video):
-        """video (B, T, 3, H, W) -> what the Q-Former sees of it (B, N, C). "blank" zeroes it."""
-        vision = self.model.encode(video.to(self.model.device))                                # (B, N, C)
-        return torch.zeros_like(vision) if self.protocol.control == "blank" else vision
-
-    @torch.no_grad()
-    def read(self, vision, questions):
-        """vision (B, N, C) with a question for each -> what the LLM reads (B, Q, D).
-
-        The Q-Former reads the system prompt along, and the question only where the protocol says so.
-        """
-        texts = [self.protocol.system + (mvbench_question(q["question"], q["candidates"])
-                                         if self.protocol.question_in_qformer else "") for q in questions]
-        length = min(self.model.cfg.max_text, self.model.cfg.qformer.max_positions)
-        rows = [self.wordpiece.encode(text, length, sep=True, truncate="left") for text in texts]
-        qf_ids, qf_mask = (t.to(vision.device) for t in pad_words(rows, self.wordpiece))       # (B, S)
-        return self.model.queries(vision, qf_ids, qf_mask)
-
-    @torch.no_grad()
-    def answer(self, questions, tokens):
-        """questions with their video tokens (B, Q, D) -> list of (first line of the answer, letter probabilities)."""
-        prompts = [mvbench_prompt(self.tok, q["question"], q["candidates"], self.n_video, self.protocol.system,
-                                  self.protocol.answer_prefix, self.model.cfg.style) for q in questions]
-        ids, _, mask = (t.to(self.model.device) for t in pad_batch(prompts, self.tok.eos_id, side="left"))
-        embeds = self.model.splice(ids, tokens)                                                # (B, S, D)
-        rows, logits = self.model.answer(embeds, mask, self.protocol.max_new_tokens, self.complete)
-        letters = logits.float().softmax(-1)[:, self.letter_ids]                               # (B, 5)
-        return [(self.first_line(row), p[:len(q["candidates"])].tolist())
-                for q, row, p in zip(questions, rows, letters, strict=True)]
-
-    def complete(self, ids):
-        """An answer ends at ### or </s>, and only its first line counts."""
-        return is_complete(self.tok, ids) or "\n" in self.tok.decode(ids[-4:]).lstrip()
-
-    def first_line(self, ids):
-        """New ids -> the prediction: the answer's first line, behind the bracket that the prompt has opened."""
-        opened = "(" if self.protocol.answer_prefix.endswith("(") else ""
-        return opened + answer_text(self.tok, ids).split("\n")[0]
+def turned(q, shift):
+    """The question with its options moved on by `shift` places."""
+    return {**q, "candidates": q["candidates"][shift:] + q["candidates"][:shift], "shift": shift}
 
 
-def evaluate(answerer, questions, batch=32, workers=1):
-    """Asks every question once, clip by clip; yields a row per question, in the order of the clips."""
-    asked = defaultdict(list)
+def row_of(q, answer, unread=""):
+    """A line of predictions.jsonl. A medium that cannot be read is unanswered, and never right."""
+    said = {"prediction": "", "letter_probabilities": []} if unread else {
+        "prediction": answer.said, "letter_probabilities": [round(p, 4) for p in answer.letters]}
+    if not unread and answer.likelihoods:
+        said["likelihoods"] = [round(p, 4) for p in answer.likelihoods]
+    row = {**q, "letter": letter_of(q), **said, **({"unread": unread} if unread else {})}
+    return {**row, "correct": is_right("official", row)}
+
+
+# ------------------------------------------------------------------------------------------------------------ the clips
+
+
+class Clips(torch.utils.data.Dataset):
+    """Groups of (medium, bounds), each decoded once -> (B, T, 3, H, W) of those that can be read, and a reason for each
+    of the group, "" where it can."""
+
+    def __init__(self, groups, cfg):
+        self.groups, self.cfg = groups, cfg
+
+    def __len__(self):
+        return len(self.groups)
+
+    def __getitem__(self, index):
+        clips, reasons = [], []
+        for media, bound in self.groups[index]:
+            try:
+                clips.append(benchmark_video(media, self.cfg, bound))
+                reasons.append("")
+            except MediaError as error:
+                reasons.append(str(error))
+        return torch.stack(clips) if clips else None, reasons
+
+
+def windows(questions, prompts, batch):
+    """Questions by clip, the clips with the longest prompts first, `batch` clips at a time: lists of lists of questions.
+    prompts: by key_of.
+
+    Neighbours are then of like length, and what does not fit into memory fails at once, not at the end. All is asked in
+    the same company whatever is answered already and whoever asks, so the numbers are the same to the last bit.
+    """
+    by_clip = defaultdict(list)
     for q in questions:
-        asked[q["media"], q["bound"]].append(q)
-    keys = list(asked)
-    loader = torch.utils.data.DataLoader(Clips(keys, answerer.model.cfg), batch, num_workers=workers, collate_fn=list)
-    bar = tqdm(total=len(questions), unit="question", disable=not sys.stderr.isatty(), leave=False)
-    for start, clips in zip(range(0, len(keys), batch), loader, strict=True):
-        pairs = list(zip(keys[start:start + batch], clips, strict=True))
-        unread = [(q, clip) for key, clip in pairs if isinstance(clip, str) for q in asked[key]]
-        for q, reason in unread:
-            yield row_of(q, "", [], reason)
-        good = [(asked[key], clip) for key, clip in pairs if not isinstance(clip, str)]
-        if good:
-            yield from answers(answerer, *zip(*good, strict=True), batch)
-        bar.update(sum(len(asked[key]) for key, _ in pairs))
+        by_clip[q["media"], q["bound"]].append(q)
+    clips = sorted(by_clip.values(), key=lambda some: -max(len(prompts[key_of(q)].ids) for q in some))
+    return [clips[i:i + batch] for i in range(0, len(clips), batch)]
+
+
+def evaluate(answerer, questions, jobs, batch=32, workers=1, rank=0, world=1, progress=True):
+    """Asks every question that is not yet answered, in all jobs; yields (job, its new rows) as they come."""
+    prompts = {key_of(q): answerer.prompt(q) for q in questions}
+    mine = [window for window in windows(questions, prompts, batch)[rank::world]
+            if any(job.open(some) for job in jobs for some in window)]
+    groups = [[(some[0]["media"], some[0]["bound"]) for some in window[i:i + CHUNK]]
+              for window in mine for i in range(0, len(window), CHUNK)]
+    loader = iter(torch.utils.data.DataLoader(Clips(groups, answerer.model.cfg), None, num_workers=workers))
+    total = sum(len(job.open(some)) for job in jobs for window in mine for some in window)
+    bar = tqdm(total=total, unit="answer", disable=not (progress and sys.stderr.isatty()), leave=False)
+    for window in mine:
+        videos, reasons = [], []
+        with answerer.clock("waiting for data"):
+            for _ in range(0, len(window), CHUNK):
+                clips, why = next(loader)
+                videos += [] if clips is None else [clips]
+                reasons += why
+        unread = [(q, why) for some, why in zip(window, reasons, strict=True) if why for q in some]
+        seen = [some for some, why in zip(window, reasons, strict=True) if not why]
+        found = asked(answerer, torch.cat(videos), seen, prompts, jobs, batch) if videos else [[] for _ in jobs]
+        for job, rows in zip(jobs, found, strict=True):
+            rows += [row_of(v, None, why) for q, why in unread for v in job.variants(q)]
+            new = [row for row in rows if key_of(row) not in job.rows]
+            yield job, new
+            bar.update(len(new))
     bar.close()
 
 
-def answers(answerer, questions, clips, batch):
-    """questions: a list for each of the clips (T, 3, H, W) -> a row per question."""
-    vision = answerer.look(torch.stack(clips))                                                 # (B, N, C)
-    tokens = None
-    if not answerer.protocol.question_in_qformer:                                              # then all read the same
-        tokens = answerer.read(vision, [some[0] for some in questions])                        # (B, Q, D)
-    todo = [(q, clip) for clip, some in enumerate(questions) for q in some]
-    for i in range(0, len(todo), batch):
-        qs, rows = zip(*todo[i:i + batch], strict=True)
-        read = answerer.read(vision[list(rows)], qs) if tokens is None else tokens[list(rows)]
-        for q, (said, letters) in zip(qs, answerer.answer(qs, read), strict=True):
-            yield row_of(q, said, letters)
+def asked(answerer, video, questions, prompts, jobs, batch):
+    """Clips (B, T, 3, H, W) with the questions of each -> a list of rows per job; a job with nothing to do: [].
+
+    prompts: of the questions in their own order, by key_of.
+    """
+    seeds = [seed_of(some[0]["video"], some[0]["bound"]) for some in questions]
+    read, found = {}, []
+    for job in jobs:
+        if not any(job.open(some) for some in questions):
+            found.append([])
+            continue
+        variants = [(v, clip) for clip, some in enumerate(questions) for q in some for v in job.variants(q)]
+        if answerer.protocol.question_in_qformer:                          # then each question is a clip of its own
+            places = torch.tensor([clip for _, clip in variants])
+            tokens = answerer.tokens(video[places], job.control, [seeds[i] for i in places], [v for v, _ in variants])
+            variants = [(v, i) for i, (v, _) in enumerate(variants)]
+        else:
+            if job.control not in read:
+                read[job.control] = answerer.tokens(video, job.control, seeds, [some[0] for some in questions])
+            tokens = read[job.control]                                     # (B, Q, D)
+        todo = [(v, clip, prompts.get(key_of(v)) or answerer.prompt(v)) for v, clip in variants]
+        todo.sort(key=lambda each: -len(each[2].ids))
+        rows = []
+        for i in range(0, len(todo), batch):
+            some, clips, texts = zip(*todo[i:i + batch], strict=True)
+            rows += [row_of(q, a) for q, a in zip(some, answerer.answer(some, tokens, list(clips), texts), strict=True)]
+        found.append(rows)
+    return found
 
 
-def row_of(q, said, letters, unread=""):
-    """A line of predictions.jsonl. A medium that cannot be read is unanswered, and never right."""
-    letter = letter_of(q)
-    correct = not unread and check_ans(said, f"({letter}) {q['answer']}")
-    return {**q, "letter": letter, "prediction": said, "letter_probabilities": [round(p, 4) for p in letters],
-            "correct": bool(correct), **({"unread": unread} if unread else {})}
-
-
-# ----------------------------------------------------------------------------------------------------------- the report
-
-
-def print_table(columns, asked=None):
-    """columns {title: {task: percent}}, asked {task: "166/200"} -> the 20-task table on the console."""
-    titles = list(columns)
-    print(f"\n{'task':28}" + "".join(f"{title:>10}" for title in titles) + ("     asked" if asked else ""))
-    for name in asked or columns[titles[0]]:
-        line = f"{name:28}" + "".join(f"{columns[title].get(name, float('nan')):10.1f}" for title in titles)
-        line += f"{asked[name]:>10}" if asked else ""
-        print("-" * len(line) + "\n" + line if name == "Avg" else line)
-
-
-def denominators(rows, questions):
-    """{task: "asked/there are"}: how much of the benchmark a table speaks of."""
-    names = [*dict.fromkeys(row["task"] for row in rows), "Avg"]
-    return {name: "/".join(str(sum(name in ("Avg", q["task"]) for q in some)) for some in (rows, questions))
-            for name in names}
+# --------------------------------------------------------------------------------------------------------- command line
 
 
 def parse(argv=None):
@@ -217,14 +179,23 @@ def parse(argv=None):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_options(p)
     p.add_argument("--data", default="data/toy/mvbench", help="MVBench folder: json/ and video/ (default %(default)s)")
+    p.add_argument("--tvbench", default="", metavar="DIR", help="TVBench's folder: its 10 tasks instead of MVBench's")
     p.add_argument("--out", default="", help="folder for the results (default CKPT/mvbench)")
+    p.add_argument("--restart", action="store_true", help="forget what has been answered, and ask anew")
     p.add_argument("--only", default="", help='task names, separated by commas: "Action Count,State Change"')
     p.add_argument("--limit", type=int, default=0, help="only the first so many questions of each task")
-    p.add_argument("--batch", type=int, default=32, help="clips at a time (default %(default)s)")
-    p.add_argument("--workers", type=int, default=1, help="processes that decode ahead (default %(default)s)")
+    p.add_argument("--batch", type=int, default=32, help="clips, and questions, at a time (default %(default)s)")
+    p.add_argument("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 1) // 2)),
+                   help="processes that decode ahead (default %(default)s)")
+    p.add_argument("--strict-data", action="store_true", help="stop at a medium that is missing or cannot be read")
+    group = p.add_argument_group("controls: the same model, with less to go by")
+    group.add_argument("--controls", default="", metavar="NAMES", help="all, or some, separated by commas: "
+                       + "; ".join(f"{name}: {what}" for name, what in CONTROLS.items()))
+    group.add_argument("--permute", action="store_true",
+                       help="each question under all cyclic orders of its options: consistency and position bias")
     group = p.add_argument_group("protocol (the defaults are the paper's)")
-    group.add_argument("--control", choices=("none", "blank"), default="none",
-                       help="blank: the video's features are zeros")
+    group.add_argument("--decode", choices=tuple(DECODES), default="generate",
+                       help="; ".join(f"{name}: {what}" for name, what in DECODES.items()) + " (default %(default)s)")
     group.add_argument("--frames", type=int, default=0, help="frames of a clip (default: the preset's, 16)")
     group.add_argument("--no-system", action="store_true", help="without the system prompt (paper: 49.9 for 51.1)")
     group.add_argument("--no-answer-prompt", action="store_true",
@@ -233,67 +204,157 @@ def parse(argv=None):
                        help="the Q-Former reads the question behind the system prompt (paper: 50.8)")
     group.add_argument("--norm", choices=tuple(NORMS), default="",
                        help="pixels: clip, as officially, or imagenet, as in training (default: the preset's)")
-    return p.parse_args(argv)
-
-
-def main(argv=None):
-    args = parse(argv)
-    every = load_questions(args.data, [name.strip() for name in args.only.split(",") if name.strip()], args.limit)
-    questions = [q for q in every if q["media"]]
-    for line in missing_media(every):
-        print(line, flush=True)
-    if not questions:
-        raise FileNotFoundError(f"{args.data} holds none of the media that the questions speak of")
-    model, wordpiece, tok, autocast = open_model(args)
-    model.cfg = replace(model.cfg, eval_frames=args.frames or model.cfg.eval_frames,
-                        eval_norm=args.norm or model.cfg.eval_norm)
-    protocol = Protocol("" if args.no_system else SYSTEM, "" if args.no_answer_prompt else ANSWER_PREFIX,
-                        args.question_in_qformer, args.control)
-    out = Path(args.out or Path(args.ckpt) / "mvbench")
-    out.mkdir(parents=True, exist_ok=True)
-    print(f"MVBench: {len(questions)} questions, {model.cfg.eval_frames} frames, control {args.control}", flush=True)
-    begun, rows = time.time(), []
-    suffix = suffix_of(args)
-    (out / f"settings{suffix}.json").write_text(json.dumps(vars(args), indent=2))
-    with open(out / f"predictions{suffix}.jsonl", "w") as f, autocast:
-        for row in evaluate(Answerer(model, wordpiece, tok, protocol), questions, args.batch, args.workers):
-            f.write(json.dumps(row) + "\n")
-            rows.append(row)
-    report(rows, every, out, suffix, args.control)
-    unread = [row for row in rows if "unread" in row]
-    for row in unread[:5]:
-        print(f"unread: {row['unread']}")
-    seconds = time.time() - begun
-    print(f"\n{len(rows)} questions ({len(unread)} with an unreadable medium, counted as wrong) in {seconds:.0f} s, "
-          f"{len(rows) / seconds:.1f} per second; written to {out}")
+    args = p.parse_args(argv)
+    args.controls = list(CONTROLS) if args.controls == "all" else [c.strip() for c in args.controls.split(",") if c]
+    unknown = sorted(set(args.controls) - set(CONTROLS))
+    if unknown:
+        p.error(f"--controls knows no {', '.join(unknown)}: choose among {', '.join(CONTROLS)}, or all")
+    if args.no_answer_prompt and args.decode == "letter":
+        p.error("--decode letter needs the answer prompt: the letter is looked for behind its bracket")
+    if args.batch < 1 or args.limit < 0 or args.frames < 0 or args.workers < 0:
+        p.error("--batch must be 1 or more, --limit, --frames and --workers 0 or more")
+    return args
 
 
 def suffix_of(args):
-    """What the file names say of a run that is not the paper's protocol on the whole benchmark: ".blank.frames8"."""
-    parts = {"blank": args.control == "blank", f"frames{args.frames}": args.frames, "no-system": args.no_system,
-             "no-answer-prompt": args.no_answer_prompt, "question-in-qformer": args.question_in_qformer,
-             args.norm: args.norm, "part": args.only or args.limit}
+    """What the file names say of a run that is not the paper's protocol on the whole of MVBench: ".frames8.part"."""
+    parts = {"tvbench": args.tvbench, args.decode: args.decode != "generate", f"frames{args.frames}": args.frames,
+             "no-system": args.no_system, "no-answer-prompt": args.no_answer_prompt,
+             "question-in-qformer": args.question_in_qformer, args.norm: args.norm, args.dtype: args.dtype,
+             "int8": args.llm_int8, "part": args.only or args.limit}
     return "".join(f".{part}" for part, said in parts.items() if said)
 
 
-def report(rows, every, out, suffix, control):
-    """Writes the accuracies into the folder out; prints them, beside those without the control where they are known."""
-    table, odds = score(rows), chance(rows)
-    without = suffix.replace(f".{control}", "", 1)
-    for name, numbers in ((f"mvbench{suffix}", table), (f"chance{without}", odds)):
-        (out / f"{name}.json").write_text(json.dumps({k: round(v, 2) for k, v in numbers.items()}, indent=2))
-    normal = out / f"mvbench{without}.json"
-    columns = {"accuracy" if control == "none" else control: table, "chance": odds}
-    if control != "none" and normal.is_file():
-        columns = {"normal": read_json(normal), **columns}
-    print_table(columns, denominators(rows, every))
+def settings_of(args, cfg, record, digits):
+    """Everything that an answer depends on, but the control: {what: value}."""
+    return {
+        "checkpoint": checkpoint_hash(args.ckpt), "LLM": (record["llm"] or {}).get("fingerprint"), "questions": digits,
+        "frames": args.frames or cfg.eval_frames, "norm": args.norm or cfg.eval_norm,
+        "system prompt": not args.no_system, "answer prompt": not args.no_answer_prompt,
+        "question in the Q-Former": args.question_in_qformer, "decode": args.decode, "dtype": dtype_of(args),
+        "8 bits": args.llm_int8}
+
+
+def begin(args, cfg, record, rank):
+    """-> (the questions that are meant, the jobs). By the first process: checks what is there, and says what is not."""
+    tasks, root = (TVBENCH, args.tvbench) if args.tvbench else (TASKS, args.data)
+    wanted = load_questions(root, [name.strip() for name in args.only.split(",") if name.strip()], args.limit, tasks)
+    digits, version = describe(root, tasks)
+    settings = settings_of(args, cfg, record, digits)
+    jobs = []
+    for control, permuted in [("", False), *[(name, False) for name in args.controls], *[("", True)] * args.permute]:
+        name = ".permute" if permuted else f".{control}" if control else ""
+        predictions = Predictions(args.out or Path(args.ckpt) / "mvbench", name + suffix_of(args),
+                                  {"control": control, **settings}, rank)
+        jobs.append(Job(control, permuted, predictions, {}))
+    if rank > 0:
+        return wanted, jobs
+    missing = missing_media(wanted, tasks)
+    for line in missing:
+        print(line, flush=True)
+    if missing and args.strict_data:
+        raise FileNotFoundError("media are missing, and --strict-data was said")
+    if not any(q["media"] for q in wanted):
+        raise FileNotFoundError(f"{root} holds none of the media that the questions speak of")
+    for job in jobs:
+        job.predictions.begin(args.restart, {"command": report.command_line(), "version": version,
+                                             "checkpoint": str(args.ckpt), "data": str(root)})
+    return wanted, jobs
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["compare"]:
+        return report.compare(argv[1:])
+    args = parse(argv)
+    rank, world = join_processes(args)
+    cfg, record = read_config(args.ckpt)
+    wanted, jobs = begin(args, cfg, record, rank)
+    wait_for_all(world)
+    for job in jobs:
+        job.rows = job.predictions.read()
+    questions = [q for q in wanted if q["media"]]
+    left = sum(len(job.open(questions)) for job in jobs)
+    times = {}
+    if left:
+        if rank == 0:
+            print(f"{'TVBench' if args.tvbench else 'MVBench'}: {len(questions)} questions, "
+                  f"{args.frames or cfg.eval_frames} frames, {len(jobs)} way(s) of asking; {left} answers to come",
+                  flush=True)
+        times = ask_all(args, questions, jobs, rank, world)
+    wait_for_all(world)
+    if rank == 0:
+        finish(args, wanted, questions, jobs, times, left)
+    if world > 1:
+        dist.destroy_process_group()
+    return 0
+
+
+def ask_all(args, questions, jobs, rank, world):
+    """Asks what is open, this process's part of it -> {part: seconds}."""
+    begun = time.perf_counter()
+    model, wordpiece, tok, autocast = open_model(args)
+    if dtype_of(args) == "fp32" and not args.llm_int8:         # in fewer bits, the update would be rounded away
+        merge_lora(model.llama_model)
+    model.cfg = replace(model.cfg, eval_frames=args.frames or model.cfg.eval_frames,
+                        eval_norm=args.norm or model.cfg.eval_norm)
+    protocol = Protocol("" if args.no_system else SYSTEM, "" if args.no_answer_prompt else ANSWER_PREFIX,
+                        args.question_in_qformer, args.decode)
+    answerer, loaded = Answerer(model, wordpiece, tok, protocol), time.perf_counter() - begun
+    with autocast:
+        for job, rows in evaluate(answerer, questions, jobs, args.batch, args.workers, rank, world, rank == 0):
+            if args.strict_data and any("unread" in row for row in rows):
+                raise ValueError(next(row["unread"] for row in rows if "unread" in row) + " (--strict-data)")
+            job.predictions.write(rows)
+    for job in jobs:
+        job.predictions.close()
+    whole = time.perf_counter() - begun
+    parts = {"loading the model": loaded, **answerer.clock.seconds}
+    return {**parts, "all else": whole - sum(parts.values()), "in all": whole}
+
+
+def finish(args, wanted, questions, jobs, times, left):
+    """Joins the files, scores, and writes the report."""
+    keys = [[key_of(v) for q in questions for v in job.variants(q)] for job in jobs]
+    rows = [job.predictions.merge(order) for job, order in zip(jobs, keys, strict=True)]
+    plain = {job.control: some for job, some in zip(jobs, rows, strict=True) if not job.permuted}
+    orders = next((plain[""] + some for job, some in zip(jobs, rows, strict=True) if job.permuted), None)
+    first = jobs[0].predictions
+    summary = report.summarise(plain, wanted, orders, first, times)
+    report.write(summary, plain, first.out, suffix_of(args))
+    report.show(summary)
+    if left:
+        print(f"\n{left} answers in {times['in all']:.0f} s, {left / times['in all']:.1f} per second: "
+              + ", ".join(f"{part} {seconds:.1f} s" for part, seconds in times.items() if part != "in all"))
+    else:
+        print(f"\nAll had been answered before, nothing was asked; --restart asks anew. ({first.path})")
+    print(f"written to {first.out}, to be looked at: {first.out / f'report{suffix_of(args)}.html'}")
+
+
+def join_processes(args):
+    """Under torchrun, joins the other processes -> (rank, how many); each takes a GPU of its own, if there are any.
+
+    They only wait for each other, so gloo does on GPUs as well.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return 0, 1
+    if device_of(args) == "cuda":
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    dist.init_process_group("gloo", timeout=datetime.timedelta(days=2))
+    return dist.get_rank(), world
+
+
+def wait_for_all(world):
+    if world > 1:
+        dist.barrier()
 
 
 if __name__ == "__main__":
     try:
-        main()
+        sys.exit(main())
     except KeyboardInterrupt:
-        print("\nstopped before the end; nothing is scored", file=sys.stderr)
+        print("\nstopped; what has been answered is kept, and the same command goes on", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
         print(f"mvbench.py: {error}", file=sys.stderr)

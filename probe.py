@@ -26,9 +26,9 @@ import torch
 
 import checkpoint
 import qagen
+from ask import letter_ids
 from llm_folder import load_llm
 from media import benchmark_video, mvbench_indices
-from mvbench import letter_ids
 from prompt import (
     CAPTION_INSTRUCTIONS,
     IGNORE,
@@ -122,7 +122,7 @@ def voice(loaded, data, task, clips, longest=60):
     ids = [i for i, label in zip(asked.ids, asked.labels, strict=True) if label == IGNORE]
     ids = torch.tensor([ids] * len(clips))                                                     # (B, S)
     tokens = model.queries(model.encode(look(model.cfg, data, clips)))                         # (B, Q, D)
-    rows, _ = model.answer(model.splice(ids, tokens), torch.ones_like(ids), longest, partial(is_complete, tok))
+    rows = model.llama_model.generate(model.splice(ids, tokens), None, longest, partial(is_complete, tok))
     return np.mean([answer_text(tok, row) == told(clip) for row, clip in zip(rows, clips, strict=True)]), alike(tokens)
 
 
@@ -136,7 +136,7 @@ def reader(loaded, data, task, clips):
         prompts.append(mvbench_prompt(tok, q["question"], q["candidates"], len(words)))
         prompts[-1].fill(words)
     ids, _, mask = pad_batch(prompts, tok.eos_id, side="left")
-    _, logits = model.generate(model.embed(ids), mask, 1, first_logits=True)                   # (B, V)
+    logits = model.lm_head(model(model.embed(ids), mask)[:, -1])                               # (B, V)
     return np.mean([q["candidates"][row[:len(q["candidates"])].argmax()] == q["answer"]
                     for q, row in zip(questions, logits[:, letter_ids(tok)], strict=True)]),
 

@@ -178,7 +178,8 @@ def chat_prompt(tok, history, question, n_video, instruction="", medium="video",
         for q, a in history:
             after += f"[INST] {q} [/INST] {a}</s>"
         after += f"[INST] {question} [/INST] {answer_prefix}".rstrip(" ")
-    return with_video(tok, before, n_video, join(tok, [(after, False)]))
+    ids = tok.encode(after)
+    return with_video(tok, before, n_video, Prompt(ids, [IGNORE] * len(ids)))
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
@@ -193,13 +194,13 @@ def answer_text(tok, ids):
     return tok.decode([i for i in ids if i != tok.eos_id]).split("###")[0].strip()
 
 
-def pad_batch(prompts, pad_id, side="right"):
-    """ids, labels, mask (1: token, 0: padding), all (B, S) of torch.long, S the longest rounded up to a multiple of 8.
+def pad_batch(prompts, pad_id, side="right", multiple=8):
+    """ids, labels, mask (1: token, 0: padding), all (B, S) of torch.long, S the longest rounded up to a multiple.
 
     Training pads on the right; generation on the left, so that all rows end together.
     """
     longest = max(len(prompt.ids) for prompt in prompts)
-    length = -(-longest // 8) * 8  # tensor cores like multiples of 8
+    length = -(-longest // multiple) * multiple            # tensor cores like multiples of 8
     ids = torch.full((len(prompts), length), pad_id)       # (B, S)
     labels = torch.full_like(ids, IGNORE)                  # (B, S)
     mask = torch.zeros_like(ids)                           # (B, S)

@@ -97,10 +97,10 @@ class Attention(nn.Module):
 
     def forward(self, x, source, mask=None, past=None):
         """
-        x (B, rows, E) attends to source: to itself, or to vision (B, N, C). mask (B, 1, 1 or rows, keys) bool.
-        past: keys and values that go before the source's own. Returns x anew and all keys and values.
+        x (B, rows, E), or (1, rows, E) for all, attends to source: to itself, or to vision (B, N, C). mask (B, 1, 1 or
+        rows, keys) bool. past: keys and values that go before the source's own. Returns x anew and all keys and values.
         """
-        q = self.heads(self.self.query(x))                                      # (B, nh, rows, hs)
+        q = self.heads(self.self.query(x)).expand(len(source), -1, -1, -1)      # (B, nh, rows, hs)
         k, v = self.heads(self.self.key(source)), self.heads(self.self.value(source))   # (B, nh, keys, hs)
         if past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)       # (B, nh, past + keys, hs)
@@ -138,7 +138,7 @@ class Layer(nn.Module):
             query = self.output_query(self.intermediate_query(query), query)    # (B, Q, E)
         if text.shape[1]:
             text = self.output(self.intermediate(text), text)                   # (B, S, E)
-        return torch.cat((query, text), dim=1), kv                              # (B, Q + S, E)
+        return torch.cat((query, text.expand(len(query), -1, -1)), dim=1), kv   # (B, Q + S, E)
 
 
 class Embeddings(nn.Module):
@@ -201,7 +201,8 @@ class QFormer(nn.Module):
     def forward(self, query=None, ids=None, mask=None, vision=None, return_past=False):
         """
         query (B, Q, E), ids (B, S) with mask (B, S) 1 = token, vision (B, N, C) -> hidden (B, Q + S, E), query rows
-        first; every row sees every other. Either of query and ids may be None; queries need vision.
+        first; every row sees every other. Either of query and ids may be None; queries need vision. Where all videos
+        get the same, query and ids may have a single row: it is computed once, until it has seen the videos.
         return_past adds every layer's self-attention keys and values, for caption_logits.
         """
         if query is not None and vision is None:

@@ -164,6 +164,17 @@ def put(module, name, tensor):
     setattr(parent, leaf, nn.Parameter(tensor.clone(), requires_grad=getattr(parent, leaf).requires_grad))
 
 
+def save_text(text, path):
+    """A text file: whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        to_disk(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def save_foreign(tensors, path):
     """{name: tensor} -> a PyTorch file, for the code of others: whole or not at all, as every file here."""
     path = Path(path)

@@ -3,11 +3,14 @@
     MVBench/json/action_sequence.json     [{"video", "question", "candidates", "answer", "start", "end"}, ...]
     MVBench/video/star/Charades_v1_480/   the media; other trees that the archives give are found as well: find_media
 
-The toy world has the same layout. Not here: how the questions are asked and scored (mvbench.py), how the toy's are made
-(qagen.py). Source: paper table 1; mvbench.ipynb, data_list.
+The toy world has the same layout, and so has TVBench, whose 10 tasks are here too. Not here: how the questions are
+asked (ask.py) and scored (scorers.py), how the toy's are made (qagen.py). Source: paper table 1; mvbench.ipynb,
+data_list; TVBench: arXiv 2410.07752, github.com/daniel-cores/tvbench, infer.ipynb.
 
     pytest tests/test_real_layout.py
 """
+import hashlib
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,21 +52,36 @@ TASKS = [
     Task("Episodic Reasoning", "ER", "episodic_reasoning", "tvqa/frames_fps3_hq", bound=True),  # folders of frames
     Task("Counterfactual Inference", "CI", "counterfactual_inference", "clevrer/video_validation"),
 ]
+TVBENCH = [
+    Task("Action Count", "AC", "action_count", "action_count"),
+    Task("Object Count", "OC", "object_count", "object_count"),
+    Task("Action Sequence", "AS", "action_sequence", "action_sequence", bound=True),
+    Task("Object Shuffle", "OS", "object_shuffle", "object_shuffle"),
+    Task("Scene Transition", "ST", "scene_transition", "scene_transition"),
+    Task("Action Localization", "AL", "action_localization", "action_localization", bound=True),
+    Task("Action Antonym", "AA", "action_antonym", "action_antonym"),
+    Task("Unexpected Action", "UA", "unexpected_action", "unexpected_action"),
+    Task("Egocentric Sequence", "ES", "egocentric_sequence", "egocentric_sequence"),
+    Task("Moving Direction", "MD", "moving_direction", "moving_direction"),
+]
+# media that came with the questions of 2024-06-13, which replaced some 30 (Ask-Anything issues 198 and 236)
+REVISED = ("EDXBD.mp4", "video_14727.mp4", "video_13446.mp4")
 
 # -------------------------------------------------------------------------------------------------------- the questions
 
 
-def load_questions(root, only=(), limit=0):
-    """MVBench folder -> list of dicts: task, index, media, bound, question, candidates, answer.
+def load_questions(root, only=(), limit=0, tasks=TASKS):
+    """MVBench folder -> list of dicts: task, index, video, media, bound, question, candidates, answer.
 
-    only: task names; limit: the first so many of each task. A medium that is nowhere has media "". ValueError names
+    only: task names; limit: the first so many of each task; tasks: TASKS or TVBENCH. A medium that is nowhere has media "". ValueError names
     file, entry and fault; FileNotFoundError a folder without any of the tasks.
     """
-    unknown = sorted(set(only) - {task.name for task in TASKS})
+    unknown = sorted(set(only) - {task.name for task in tasks})
     if unknown:
-        raise ValueError(f"MVBench has no task {', '.join(unknown)}; it has {', '.join(task.name for task in TASKS)}")
+        raise ValueError(f"the benchmark has no task {', '.join(unknown)}; it has "
+                         + ", ".join(task.name for task in tasks))
     questions, absent = [], []
-    for task in TASKS:
+    for task in tasks:
         if only and task.name not in only:
             continue
         path = annotation_file(root, task)
@@ -77,7 +95,7 @@ def load_questions(root, only=(), limit=0):
             questions.append(question_of(task, index, item, path, root))
     if not questions:
         raise FileNotFoundError(f"{absent[0]} does not exist, nor any other task's file: --data is the folder that "
-                                "holds json/ and video/ of MVBench")
+                                "holds json/ and video/ of the benchmark")
     for path in absent:
         print(f"{path} does not exist: this task is left out", file=sys.stderr)
     return questions
@@ -99,8 +117,8 @@ def question_of(task, index, item, path, root):
     if item["answer"] not in item["candidates"]:
         raise ValueError(f"{path}, entry {index}: the answer {item['answer']!r} is not among the candidates")
     bound = (item["start"], item["end"]) if task.bound else None
-    return {"task": task.name, "index": index, "media": find_media(root, task.folder, item["video"]), "bound": bound,
-            "question": item["question"], "candidates": item["candidates"], "answer": item["answer"]}
+    return {"task": task.name, "index": index, "video": item["video"], "media": find_media(root, task.folder, item["video"]),
+            "bound": bound, "question": item["question"], "candidates": item["candidates"], "answer": item["answer"]}
 
 
 def find_media(root, folder, name):
@@ -120,16 +138,36 @@ def find_media(root, folder, name):
     return ""
 
 
-def missing_media(questions):
+def missing_media(questions, tasks=TASKS):
     """Lines that say, per task, how many questions have no medium, and why that may be."""
     lines = []
-    for task in TASKS:
+    for task in tasks:
         asked = [q for q in questions if q["task"] == task.name]
         gone = sum(not q["media"] for q in asked)
         if gone:
             hint = "; NTU RGB+D's owners give these videos out, on request" if task.short == "FP" else ""
             lines.append(f"{task.name}: {gone} of {len(asked)} media are missing (video/{task.folder}/){hint}")
     return lines
+
+
+def describe(root, tasks=TASKS):
+    """Benchmark folder -> (16 hexadecimal digits of what is asked, which of the published versions it is, in words).
+
+    The digits are those of videos by name, bounds, questions, options and answers, however the files are written.
+    """
+    found = [(task, item) for task in tasks if annotation_file(root, task).is_file()
+             for item in read_json(annotation_file(root, task))]
+    keys = ("video", "start", "end", "question", "candidates", "answer")
+    asked = [[task.name, *map(item.get, keys)] for task, item in found]
+    digits = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+    revised = [name for name in REVISED if any(item.get("video") == name for _, item in found)]
+    if tasks is not TASKS:
+        return digits, f"TVBench, {len(found):,} questions"
+    if len(found) != 4000:
+        return digits, f"{len(found):,} questions: none of MVBench's published versions, which have 4,000"
+    if revised:
+        return digits, f"MVBench as revised on 2024-06-13 (it asks about {revised[0]})"
+    return digits, "MVBench before its revision of 2024-06-13 (it asks about none of " + ", ".join(REVISED) + ")"
 
 
 def letter_of(q):

@@ -122,6 +122,9 @@ def train_wordpiece(texts, path):
 
 # ---- SentencePiece ---------------------------------------------------------------------------------------------------
 
+SPECIAL = re.compile("(<s>|</s>|<unk>)")
+
+
 class SentencePiece:
     """A LLaMA-like tokenizer.model. Ids go in and out as plain lists; <s> and </s> are added only when asked for."""
 
@@ -139,13 +142,15 @@ class SentencePiece:
         self.special = {"<s>": self.bos_id, "</s>": self.eos_id, "<unk>": self.unk_id}
 
     def encode(self, text, bos=False, eos=False):
-        ids, _ = self.encode_with_ends(text)
+        ids = []
+        for chunk in SPECIAL.split(text):
+            ids += [self.special[chunk]] if chunk in self.special else self.model.encode(chunk) if chunk else []
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def encode_with_ends(self, text):
         """Ids of `text` and, for each, the index of its last character in `text`: which words it belongs to."""
         ids, ends, at = [], [], 0
-        for chunk in re.split("(<s>|</s>|<unk>)", text):
+        for chunk in SPECIAL.split(text):
             if chunk in self.special:
                 ids.append(self.special[chunk])
                 ends.append(at + len(chunk) - 1)

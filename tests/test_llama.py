@@ -78,8 +78,7 @@ def test_padding_in_the_middle_leaves_no_gap():
 def test_greedy_tokens_without_a_cache_are_the_same():
     ours, _ = make(kv_heads=2)
     ids, mask = prompts((8, 3, 5))
-    cached, first = ours.generate(ours.embed(ids), mask, max_new_tokens=6, first_logits=True)
-    assert_close(first, logits(ours, ids, mask)[:, -1])
+    cached = ours.generate(ours.embed(ids), mask, max_new_tokens=6)
     for step in range(6):
         new = logits(ours, ids, mask)[:, -1].argmax(-1)
         assert new.tolist() == [row[step] for row in cached]
@@ -93,6 +92,31 @@ def test_a_cache_in_pieces_equals_one_pass(cuts):
     cache = KVCache(depth=3)
     pieces = [logits(ours, ids[:, a:b], mask[:, a:b], cache) for a, b in pairwise(cuts)]
     assert_close(torch.cat(pieces, 1)[mask.bool()], logits(ours, ids, mask)[mask.bool()], atol=1e-4, rtol=1e-4)
+
+
+def test_a_cache_whose_rows_are_taken_and_whose_tokens_are_hidden_equals_one_pass():
+    """Two prompts begin alike: the beginning is read once, and a word that was tried in vain leaves no trace."""
+    ours, _ = make(kv_heads=2)
+    ids, _ = prompts((9, 9))
+    ids[1, :4] = ids[0, :4]
+    head = KVCache(depth=3)
+    assert ours(ours.embed(ids[:1, :4]), cache=head, last=0).shape[1] == 0
+    for room in (0, 1, 64):
+        cache = head.take([0, 0], room)
+        ours(ours.embed(ids[:, 4:7]), cache=cache)
+        ours(ours.embed(ids[:, :1]), cache=cache)                          # in vain
+        cache.mask[:, -1] = 0
+        last = ours(ours.embed(ids[:, 7:]), cache=cache, last=1)           # (B, 1, D)
+        assert_close(ours.lm_head(last[:, 0]), logits(ours, ids)[:, -1], atol=1e-4, rtol=1e-4)
+        assert cache.take([1]).mask.tolist() == [[1] * 7 + [0, 1, 1]] and head.mask.shape == (1, 4)
+
+
+@pytest.mark.parametrize("last", [0, 1, 2, 9])
+def test_the_last_tokens_alone_are_what_they_are_among_all(last):
+    ours, _ = make(kv_heads=2)
+    ids, mask = prompts((9, 7))
+    found = ours(ours.embed(ids), mask, last=last)
+    assert_close(found, ours(ours.embed(ids), mask)[:, 9 - last:], atol=1e-5, rtol=1e-5)
 
 
 def test_a_row_of_a_batch_is_what_it_is_alone():

@@ -166,10 +166,10 @@ def test_left_padding_does_not_change_the_answer():
     padded = torch.cat([torch.randn(1, 3, embeds.shape[-1]), embeds], 1)   # (1, 17, D)
     mask = torch.ones(1, 17, dtype=torch.long)
     mask[:, :3] = 0
-    rows, logits = model.answer(embeds, mask[:, 3:], 4, ())
-    rows_padded, logits_padded = model.answer(padded, mask, 4, ())
+    llm = model.llama_model
+    rows, rows_padded = llm.generate(embeds, mask[:, 3:], 4), llm.generate(padded, mask, 4)
     assert rows == rows_padded and len(rows[0]) == 4
-    torch.testing.assert_close(logits_padded, logits)
+    torch.testing.assert_close(llm(padded, mask, last=1), llm(embeds, last=1))
 
 
 def test_a_batch_of_text_alone_needs_no_video():

@@ -7,68 +7,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import BERT_VOCAB
-from PIL import Image
-from videos import number, painted, write_video
+from videos import number, write_video
 
 import checkpoint
-import llm_folder
 import mvbench
-import storage
-from llama import Llama
+from ask import Answerer, Protocol
 from media import read_benchmark_clip
-from model import PRESETS, VideoChat2
-from prompt import SYSTEM, VIDEO
-from tokenizer import SentencePiece
-
-SUFFIX = {"ssv2_video": ".webm", "nturgbd": ".avi"}                        # as the original archives have them
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    """The official folder tree, two questions a task: H.264, VP9 in WebM, AVI, folders of JPEGs at 3 per second."""
-    root = tmp_path_factory.mktemp("MVBench")
-    for t, task in enumerate(mvbench.TASKS):
-        entries = []
-        for q in range(2):
-            folder = root / "video" / task.folder
-            if task.short == "ER":
-                name = f"s01e0{q}_seg02_clip_0{q}"
-                (folder / name).mkdir(parents=True)
-                for i in range(1, 31):
-                    Image.fromarray(painted(i)).save(folder / name / f"{i:05d}.jpg", quality=95)
-            else:
-                name = f"{task.short}_{q}{SUFFIX.get(task.folder, '.mp4')}"
-                codec = {".webm": "libvpx-vp9", ".avi": "mpeg4"}.get(SUFFIX.get(task.folder), "libx264")
-                write_video(folder / name, codec, frames=40, rate=10, **({"q:v": 2} if codec == "mpeg4" else {}))
-            entry = {"video": name, "question": f"What happens, {t}?", "answer": "It spins.",
-                     "candidates": ["It jumps.", "It spins.", "Nothing."], "question_type": "ignored"}
-            entries.append(entry | ({"start": 1.0, "end": 3.0} if task.bound else {}))
-        (root / "json").mkdir(exist_ok=True)
-        (root / "json" / f"{task.file}.json").write_text(json.dumps(entries))
-    return root
-
-
-@pytest.fixture(scope="module")
-def ckpt(tmp_path_factory, golden):
-    """A checkpoint of stage 3 at micro size, with random weights and a full vocabulary, and its LLM's folder."""
-    out = tmp_path_factory.mktemp("run")
-    cfg = PRESETS["micro"]()
-    cfg.llama.vocab_size = SentencePiece(golden / "tokenizer.model").vocab_size
-    cfg.qformer.vocab_size = 30523
-    torch.manual_seed(0)
-    llama = Llama(cfg.llama)
-    with torch.no_grad():                                                  # letters that differ in more than rounding
-        llama.lm_head.weight[mvbench.letter_ids(SentencePiece(golden / "tokenizer.model"))] *= 30
-    with storage.whole_folder(out / "llm") as folder:
-        llm_folder.write_llm(llama, golden / "tokenizer.model", folder)
-    _, mark = llm_folder.survey(out / "llm")
-    model = VideoChat2(cfg, 3, llm_later=True)
-    with storage.whole_folder(out / "stage3") as folder:
-        checkpoint.write_checkpoint(model.state_dict(), 3, cfg, folder, BERT_VOCAB,
-                                    {"path": "../llm", "fingerprint": mark})
-    return out / "stage3"
-
+from prompt import SYSTEM
 
 def run(ckpt, data, out, *more):
     mvbench.main(["--ckpt", str(ckpt), "--data", str(data), "--out", str(out), "--workers", "0", "--batch", "8", *more])

@@ -11,11 +11,11 @@ from PIL import Image
 from videos import write_video
 
 import checkpoint
-import mvbench
 import official
 import storage
 import train
 import weights
+from ask import Answerer, Protocol
 from data import CaptionCollate, InstructCollate
 from llama import Llama, LlamaConfig
 from llm_folder import write_llm
@@ -118,11 +118,11 @@ def test_mistral_in_and_out_at_tiny_size(tmp_path):
     weights.export(tmp_path / "run", tmp_path / "out.pth")
     found = torch.load(tmp_path / "out.pth", weights_only=True)
     assert found.keys() == wanted.keys() and all(torch.equal(found[n], t) for n, t in wanted.items())
-    ours = mvbench.Answerer(*checkpoint.load_model(tmp_path / "run"), mvbench.Protocol(max_new_tokens=2))
+    ours = Answerer(*checkpoint.load_model(tmp_path / "run"), Protocol(max_new_tokens=2))
     q = {"question": "What?", "candidates": ["This.", "That."], "answer": "This."}
     tokens = ours.read(ours.look(torch.randn(1, 4, 3, 32, 32)), [q])
-    (said, letters), = ours.answer([q], tokens)
-    assert said.startswith("(") and len(letters) == 2
+    (answer,) = ours.answer([q], tokens)
+    assert answer.said.startswith("(") and len(answer.letters) == 2
 
 
 def test_every_row_of_every_table_is_read_both_ways():
@@ -320,12 +320,13 @@ def test_mvbench_s_first_logits_are_those_of_transformers_and_peft(given, import
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     q = {"question": "What happened?", "candidates": ["He sat.", "He ran.", "He fell."], "answer": "He ran."}
     model, wordpiece, tok = checkpoint.load_model(imported / "stage3")
-    ours = mvbench.Answerer(model, wordpiece, tok, mvbench.Protocol(max_new_tokens=1, **ablation))
+    ours = Answerer(model, wordpiece, tok, Protocol(max_new_tokens=1, **ablation))
     video = torch.randn(1, 8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     tokens = ours.read(ours.look(video), [q])                              # (1, 14, D)
     seen = []
     model.llama_model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out))
-    ours.answer([q], tokens)
+    with torch.no_grad():
+        ours.answer([q], tokens)
 
     system = ablation.get("system", SYSTEM)
     asked = "Question: What happened?\nOptions:\n(A) He sat.\n(B) He ran.\n(C) He fell.\nOnly give the best option."

@@ -6,10 +6,9 @@ The number stands in ten bars, black for 0 and white for 1, which survive compre
 """
 from fractions import Fraction
 
+import av
 import numpy as np
-import pytest
 
-av = pytest.importorskip("av")
 BITS = 10
 
 
