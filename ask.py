@@ -218,7 +218,7 @@ class Answerer:
         return self.protocol.answer_prefix.endswith("(")
 
     def prefill(self, prompts, tokens, clips, last=None):
-        """-> (hidden states (B, last, D) of the prompts' last ids, all ending together; a KVCache of all that was read).
+        """-> (hidden states (B, last, D) of the prompts' last ids, which end together; a KVCache of all that was read).
         """
         llm = self.model.llama_model
         begin, after = prompts[0].slot, prompts[0].slot + self.n_video
@@ -253,13 +253,16 @@ class Answerer:
             if left != rows:
                 cache, rows = cache.take([rows.index(i) for i in left]), left
             fed = [[said[i][-1], *continuation(said[i], options[i])] for i in rows]
-            ids, _, mask = pad_batch([Prompt(row, row) for row in fed], self.tok.eos_id, multiple=self.multiple)
-            hidden = llm(llm.embed(ids.to(self.model.device)), mask.to(self.model.device), cache)      # (b, s, D)
-            best = llm.lm_head(hidden).argmax(-1).tolist()                                             # (b, s)
+            prompts = [Prompt(row, row) for row in fed]
+            ids, _, mask = pad_batch(prompts, self.tok.eos_id, multiple=self.multiple)
+            hidden = llm(llm.embed(ids.to(self.model.device)), mask.to(self.model.device), cache)  # (b, s, D)
+            best = llm.lm_head(hidden).argmax(-1).tolist()                                         # (b, s)
+            new = [self.accepted(said[i], fed[row][1:], best[row]) for row, i in enumerate(rows)]
+            begin = cache.mask.shape[1] - ids.shape[1]
             for row, i in enumerate(rows):
-                new = self.accepted(said[i], fed[row][1:], best[row])
-                said[i] += new
-                cache.mask[row, cache.mask.shape[1] - ids.shape[1] + len(new):] = 0            # what was not said
+                said[i] += new[row]
+                cache.mask[row, begin + len(new[row]):] = 0                # what was tried and not said
+            cache.mask = cache.mask[:, :begin + max(map(len, new))]        # what nobody said leaves the cache
         return said
 
     def accepted(self, said, tried, best):

@@ -1,5 +1,6 @@
-"""What training needs, measured or counted.
+"""What evaluation and training need, measured or counted.
 
+    mvbench   questions a second by mvbench.py, and by the plain loop of plain_mvbench.py, with the same weights
     memory    the memory of a training step at real size, without a GPU: weights, gradients, optimizer, activations
     index     how long annotation files of millions of entries take, and how much memory
 
@@ -7,13 +8,15 @@ memory runs one real step of the stage on tensors that have shapes but no values
 moment; nothing is estimated from formulas. What a GPU does otherwise than a CPU is put in its place: the attention
 kernel keeps queries, keys, values and output, LayerNorm is computed in float32.
 
-Run:    python bench.py memory --preset vicuna-7b --stage 3 --batch 4
+Run:    python bench.py mvbench --ckpt runs/toy/stage3
+        python bench.py memory --preset vicuna-7b --stage 3 --batch 4
         python bench.py index --entries 5000000
 """
 import argparse
 import json
 import os
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,9 +24,11 @@ import weakref
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -33,18 +38,157 @@ from tqdm import tqdm
 
 import llama
 import model as videochat2
+import plain_mvbench
 from annotations import Annotations, Source, load_corpus
-from checkpoint import is_frozen_llm
+from ask import letter_ids
+from checkpoint import is_frozen_llm, load_model, write_checkpoint
 from data import Sampler, VideoTextData
 from int8 import use_int8
-from llm_folder import DTYPES
-from model import PRESETS, VideoChat2, set_trainable
+from llama import Llama, LlamaConfig
+from llm_folder import DTYPES, survey, write_llm
+from model import PRESETS, Config, VideoChat2, set_trainable
 from optim import make_optimizers
-from prompt import VIDEO
+from prompt import ANSWER_PREFIX, ONLY_BEST, SYSTEM, VIDEO
+from qformer import QFormerConfig
+from storage import read_json, whole_folder
+from tasks import TASKS, load_questions
+from tokenizer import SentencePiece, train_sentencepiece
 from train import TrainConfig
-from vit_video import VisionTransformer
+from vit_video import VisionTransformer, ViTConfig
 
 GIB = 2 ** 30
+
+# -------------------------------------------------------------------------------------------------------------- mvbench
+
+SCALED = Config(                        # a vicuna-7b at a hundredth of the cost, its parts in like proportions
+    preset="scaled-down 7B", vit=ViTConfig(img_size=112, patch_size=16, width=256, depth=6, heads=4, frames=4),
+    qformer=QFormerConfig(vocab_size=30523, width=96, depth=12, heads=3, ffn=384, vision_width=256),
+    llama=LlamaConfig(vocab_size=0, width=512, depth=8, heads=8, kv_heads=8, ffn=1376))
+
+
+def mvbench(args):
+    """Asks the same questions in every way, and prints questions a second, where the time goes, and what differs."""
+    with tempfile.TemporaryDirectory() as folder:
+        ckpt, data, limit = args.ckpt, args.data, args.limit
+        if not ckpt:
+            ckpt, data, limit = scaled_down(Path(folder), limit or 3)
+        questions = load_questions(data, limit=limit)
+        loaded = load_model(ckpt, device="cuda" if torch.cuda.is_available() else "cpu")
+        print(f"{loaded[0].cfg.preset}: {len(questions)} questions, {loaded[0].cfg.eval_frames} frames", flush=True)
+        plain = {"plain loop": plain_mvbench.own_llm(loaded[0], loaded[2])}
+        try:
+            plain["plain loop over transformers and peft"] = plain_mvbench.transformers_llm(loaded[0], loaded[2], ckpt)
+        except ImportError:
+            print("(transformers and peft are not installed: no loop over them)")
+        found, rates = {}, {}
+        for name, generate in plain.items():
+            plain_mvbench.answers(*loaded, questions[:3], generate)        # warm
+            found[name], seconds = plain_mvbench.answers(*loaded, questions, generate)
+            rates[name] = told_rate(name, len(questions), seconds)
+        for processes in sorted({1, args.processes}):
+            name = f"mvbench.py, {processes} process{'es' * (processes > 1)}"
+            found[name], seconds = by_mvbench(ckpt, data, limit, args.batch, processes, Path(folder) / str(processes))
+            rates[name] = told_rate(name, len(questions), seconds)
+        best = max(rates, key=rates.get)
+        for name in plain:
+            differ = sum(a != b for a, b in zip(found[best], found[name], strict=True))
+            print(f"{best}: {rates[best] / rates[name]:.1f} times the {name}; {differ} of {len(questions)} answers "
+                  "differ")
+
+
+def told_rate(name, n, seconds):
+    """Prints a line -> questions per second, the loading of the model not counted."""
+    seconds = {part: s for part, s in seconds.items() if part not in ("loading the model", "in all")}
+    rate = n / sum(seconds.values())
+    parts = ", ".join(f"{part} {s:.1f} s" for part, s in seconds.items())
+    print(f"{name:40}{rate:8.1f} questions/s   {parts}", flush=True)
+    return rate
+
+
+def by_mvbench(ckpt, data, limit, batch, processes, out):
+    """The command, in processes of their own -> (the predictions, seconds of each part)."""
+    begin = ["torch.distributed.run", "--nproc_per_node", str(processes), "mvbench.py"] if processes > 1 else ["mvbench"]
+    command = [sys.executable, "-m", *begin, "--ckpt", ckpt, "--data", data, "--out", out, "--limit", limit, "--batch",
+               batch, "--dtype", "bf16" if torch.cuda.is_available() else "fp32", "--device",
+               "cuda" if torch.cuda.is_available() else "cpu", *(["--workers", 0] if processes > 1 else [])]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"mvbench.py: {done.stderr[-2000:]}")
+    (summary,), (rows,) = out.glob("summary*.json"), out.glob("predictions*.jsonl")
+    return [json.loads(line)["prediction"] for line in rows.read_text().splitlines()], read_json(summary)["seconds"]
+
+
+def scaled_down(folder, limit):
+    """Makes a checkpoint with random weights, and a benchmark of H.264 videos, 10 seconds of 480p each, `limit`
+    questions a task -> (checkpoint, benchmark, 0).
+
+    The weights are bent until an answer is a letter and "Took the box.": as long as those of trained ones are.
+    """
+    texts = [f"{SYSTEM} ###Human: <Video></Video> Question: {q} Options: (A) {' '.join(OPTIONS)} {ONLY_BEST} "
+             f"###Assistant: {ANSWER_PREFIX}" for q in QUESTIONS]
+    train_sentencepiece(texts * 50, folder / "tokenizer.model", 400)
+    tok = SentencePiece(folder / "tokenizer.model")
+    cfg = replace(SCALED, llama=replace(SCALED.llama, vocab_size=tok.vocab_size))
+    torch.manual_seed(0)
+    llm = Llama(cfg.llama)
+    with torch.no_grad():
+        bend(llm, tok)
+    with whole_folder(folder / "llm") as made:
+        write_llm(llm, folder / "tokenizer.model", made)
+    model = VideoChat2(cfg, 3, llm_later=True)
+    with whole_folder(folder / "stage3") as made:
+        write_checkpoint(model.state_dict(), 3, cfg, made, Path(__file__).parent / "assets" / "bert_vocab.txt",
+                         {"path": "../llm", "fingerprint": survey(folder / "llm")[1]})
+    write_benchmark(folder / "MVBench", limit)
+    return folder / "stage3", folder / "MVBench", 0
+
+
+def bend(llm, tok):
+    """Makes the LLM say, behind the bracket, a letter, then ") Took the box." and </s>, each word by the one before."""
+    words, heads = llm.model["embed_tokens"].weight, llm.lm_head.weight                        # (V, D), (V, D)
+    words *= 50                                                            # the stream is then mostly the last word
+    letters, text = letter_ids(tok), tok.encode("(A) Took the box.")
+    text = text[text.index(letters[0]) + 1:]
+    for before, after in pairwise([tok.encode(ANSWER_PREFIX)[-1:], letters, *([i] for i in text), [tok.eos_id]]):
+        heads[after] = 0.1 * heads[after] + 0.02 * words[before].sum(0)
+
+
+OPTIONS = ("Put down the cup/glass/bottle.", "Tidied up the blanket.", "Took the box.", "Ate the medicine.", "Not sure.")
+QUESTIONS = ("What happened after the person took the food?",
+             "What direction is the cyan sphere moving within the video?",
+             "During which part of the video does the action 'person opens a window' occur?")
+
+
+def write_benchmark(root, limit):
+    """MVBench's layout with `limit` questions a task, each about a video of its own."""
+    (root / "json").mkdir(parents=True)
+    video = encoded_video(root / "video.mp4")
+    for t, task in enumerate(TASKS):
+        entries = []
+        for i in range(limit):
+            name = f"{task.short}{i}.mp4"
+            (root / "video" / task.folder).mkdir(parents=True, exist_ok=True)
+            os.link(video, root / "video" / task.folder / name)
+            options = [OPTIONS[(i + t + j) % 5] for j in range(4)]
+            entries.append({"video": name, "question": QUESTIONS[(i + t) % 3], "candidates": options,
+                            "answer": options[i % 4], "start": 1.0, "end": 9.0})
+        (root / "json" / f"{task.file}.json").write_text(json.dumps(entries))
+
+
+def encoded_video(path):
+    """10 seconds of H.264, 854 x 480, 25 frames a second: a moving gradient with noise."""
+    import av  # for the development's requirements alone
+    rng = np.random.default_rng(0)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height = 854, 480
+        for i in range(250):
+            ramp = (np.add.outer(np.arange(480), np.arange(854)) + 5 * i) % 256
+            frame = (ramp[..., None] + rng.integers(0, 4, (480, 854, 3))).astype(np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
 
 # --------------------------------------------------------------------------------------------------------------- memory
 
@@ -309,7 +453,14 @@ def own_memory():
 def parse(argv=None):
     p = argparse.ArgumentParser(prog="bench.py", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = p.add_subparsers(dest="command", required=True, metavar="memory|index")
+    commands = p.add_subparsers(dest="command", required=True, metavar="mvbench|memory|index")
+    e = commands.add_parser("mvbench", help="questions a second, against a plain loop")
+    e.add_argument("--ckpt", default="", help="checkpoint (default: a scaled-down 7B shape with random weights)")
+    e.add_argument("--data", default="data/toy/mvbench",
+                   help="with --ckpt: MVBench folder (default %(default)s); without, videos are made")
+    e.add_argument("--limit", type=int, default=0, help="questions of each task (default: all; without --ckpt 3)")
+    e.add_argument("--batch", type=int, default=32, help="(default %(default)s)")
+    e.add_argument("--processes", type=int, default=2, help="for mvbench.py in several processes (default %(default)s)")
     m = commands.add_parser("memory", help="what one training step needs, counted without a GPU")
     m.add_argument("--preset", default="vicuna-7b", choices=tuple(PRESETS), help="(default %(default)s)")
     m.add_argument("--stage", type=int, choices=(1, 2, 3), required=True)
@@ -327,7 +478,7 @@ def parse(argv=None):
 
 def main(argv=None):
     args = parse(argv)
-    {"memory": memory, "index": index}[args.command](args)
+    {"mvbench": mvbench, "memory": memory, "index": index}[args.command](args)
 
 
 if __name__ == "__main__":

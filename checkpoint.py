@@ -131,7 +131,8 @@ def add_model_options(parser):
     parser.add_argument("--llm", default="", help="the LLM's folder, if it moved since training")
     parser.add_argument("--device", default="", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="",
-                        help="of the LLM's weights; bf16 and fp16 compute in it too (default: bf16 on a GPU, else fp32)")
+                        help="of the LLM's weights; bf16 and fp16 compute in it too (default: bf16 on a GPU, fp32 "
+                             "elsewhere)")
     parser.add_argument("--llm-int8", action="store_true", help="keep the LLM's matrices in 8 bits")
 
 

@@ -54,7 +54,8 @@ class LlamaConfig:
 class KVCache:
     """
     Keys and values of all tokens so far, per layer (B, kv_heads, room, hs), of which the first S places are filled, and
-    the padding mask (B, S) that goes with them: to hide a token from all that follow, zero its place there.
+    the padding mask (B, S) that goes with them: to hide a token from all that follow, zero its place there; to forget
+    the last ones, shorten it.
     """
     def __init__(self, depth):
         self.layers = [None] * depth
@@ -241,8 +242,8 @@ class Llama(nn.Module):
             mask = torch.ones(B, s, dtype=torch.long, device=embeds.device)     # (B, s)
         if cache is not None:
             mask = cache.append_mask(mask)                                      # (B, S), old tokens and new ones
-        if mask.shape[1] > self.cfg.max_positions:
-            raise ValueError(f"{mask.shape[1]} tokens, but the LLM takes at most {self.cfg.max_positions}: "
+        if mask.shape[1] > self.cfg.max_positions < mask.sum(1).max():          # padding is not counted
+            raise ValueError(f"{mask.sum(1).max()} tokens, but the LLM takes at most {self.cfg.max_positions}: "
                              "shorten the text or the video")
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -s:]            # (B, s), padding is not counted
         rope = rope_angles(positions, self.cfg.head_size, self.cfg.rope_theta, embeds.dtype)

@@ -145,15 +145,15 @@ def read_benchmark_clip(path, num_frames, bound=None):
 
 
 def read_gif(path, choose):
-    """As read_video, by Pillow, in half of decord's time; the official code reads them so, too (mvbench.ipynb, read_gif).
+    """As read_video, but by Pillow, in half of decord's time; so does the official code (mvbench.ipynb, read_gif).
 
     Each frame builds on those before it, so all are decoded.
     """
     try:
         with Image.open(path) as image:
             if image.n_frames * image.width * image.height > GIF_LIMIT:
-                raise MediaError(f"{path}: {image.n_frames} frames of {image.width} x {image.height} are too many for a "
-                                 "GIF: make a video of it")
+                raise MediaError(f"{path}: {image.n_frames} frames of {image.width} x {image.height} are too many for "
+                                 "a GIF: make a video of it")
             frames, seconds = [], 0.0
             for i in range(image.n_frames):
                 image.seek(i)

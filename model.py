@@ -201,7 +201,8 @@ class VideoChat2(nn.Module):
         # subtle: in training each video has dropout of its own, from the first row on
         if self.training or qf_ids is None or len(qf_ids) > 1:
             query = query.expand(len(vision), -1, -1)                                                   # (B, Q, E)
-        hidden = self.qformer(query=query, ids=qf_ids, mask=qf_mask, vision=vision)                     # (B, Q + S, E)
+        # subtle: in training the last layer's text rows have a gradient of zeros, and so weight decay, as officially
+        hidden = self.qformer(query=query, ids=qf_ids, mask=qf_mask, vision=vision, text=torch.is_grad_enabled())
         return self.llama_proj(hidden[:, :query.shape[1]])                                              # (B, Q, D)
 
     def splice(self, ids, video_tokens=None):

@@ -100,8 +100,8 @@ class Clips(torch.utils.data.Dataset):
 
 
 def windows(questions, prompts, batch):
-    """Questions by clip, the clips with the longest prompts first, `batch` clips at a time: lists of lists of questions.
-    prompts: by key_of.
+    """Questions by clip, the clips with the longest prompts first, `batch` clips at a time: lists of lists of
+    questions. prompts: by key_of.
 
     Neighbours are then of like length, and what does not fit into memory fails at once, not at the end. All is asked in
     the same company whatever is answered already and whoever asks, so the numbers are the same to the last bit.
@@ -282,7 +282,11 @@ def main(argv=None):
                   f"{args.frames or cfg.eval_frames} frames, {len(jobs)} way(s) of asking; {left} answers to come",
                   flush=True)
         times = ask_all(args, questions, jobs, rank, world)
+    begun = time.perf_counter()
     wait_for_all(world)
+    if left and world > 1:
+        times["waiting for other processes"] = time.perf_counter() - begun
+        times["in all"] += times["waiting for other processes"]
     if rank == 0:
         finish(args, wanted, questions, jobs, times, left)
     if world > 1:

@@ -35,19 +35,20 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 td, th { padding: .22rem .5rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 td:first-child, th:first-child { text-align: left; position: sticky; left: 0; background: var(--bg); }
 .wide { overflow-x: auto; } tr.total td { font-weight: 600; border-top: 2px solid var(--soft); }
-.cards { display: flex; flex-wrap: wrap; gap: .6rem; margin: .8rem 0; }
-.card { background: var(--card); border-radius: .5rem; padding: .5rem .8rem; flex: 1 1 7.5rem; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(7.3rem, 1fr)); gap: .6rem; margin: .8rem 0; }
+.card { background: var(--card); border-radius: .5rem; padding: .5rem .8rem; }
 .card b { display: block; font-size: 1.35rem; }
 .row { display: grid; grid-template-columns: 12.5rem 1fr 8.2rem; gap: .7rem; align-items: center; padding: .17rem 0; }
 .row span:last-child { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.bar { position: relative; height: 1rem; background: var(--card); border-radius: .2rem; }
+.bar { display: block; position: relative; height: 1rem; background: var(--card); border-radius: .2rem; }
 .bar i { position: absolute; top: 0; bottom: 0; display: block; }
 .bar .fill { left: 0; background: var(--fill); border-radius: .2rem; }
-.bar .span { top: 45%; bottom: 45%; background: var(--mark); }
+.bar .span { top: calc(50% - 1px); bottom: auto; height: 2px; background: var(--mark); }
 .bar .odds { width: 2px; background: var(--bad); top: -.15rem; bottom: -.15rem; }
 .row.total { font-weight: 600; border-top: 2px solid var(--soft); margin-top: .3rem; padding-top: .4rem; }
 details { border-bottom: 1px solid var(--line); padding: .35rem 0; } summary { cursor: pointer; }
-.examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: .8rem; margin: .6rem 0; }
+.examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(13.5rem, 1fr)); gap: .8rem;
+  margin: .6rem 0; }
 .example { background: var(--card); border-radius: .5rem; padding: .6rem; font-size: .9rem; }
 .example img { width: 100%; display: block; border-radius: .3rem; margin-bottom: .4rem; }
 .option { display: grid; grid-template-columns: 1.1rem 1fr 2.6rem; gap: .3rem; align-items: baseline; }
@@ -116,10 +117,12 @@ def tasks(summary):
     lines = []
     for line in (*summary["tasks"], summary["average"]):
         total = line["task"] == "Avg"
-        asked = "" if line["asked"] == line["there are"] else f' <span class="bad">{line["asked"]}/{line["there are"]}</span>'
+        asked = f"{line['asked']}/{line['there are']}"
+        asked = "" if line["asked"] == line["there are"] else f' <span class="bad">{asked}</span>'
         lines.append(f'<div class="row{" total" * total}"><span>{"Average" if total else escape(line["task"])}{asked}'
                      f'</span>{bar(line["accuracy"], line["low"], line["high"], line["chance"])}'
-                     f'<span>{line["accuracy"]:.1f} <small>{line["low"]:.0f} to {line["high"]:.0f}</small></span></div>')
+                     f'<span>{line["accuracy"]:.1f} <small>{line["low"]:.0f} to {line["high"]:.0f}</small></span>'
+                     "</div>")
     return ("".join(lines) + '<p class="soft">Percent right, with the 95 % interval (Wilson; of the average: over '
             "videos) and, in red, where guessing ends.</p>")
 
@@ -140,12 +143,12 @@ def controls(summary):
     told = "".join(f"<li><b>{name}</b> {CONTROLS[name]}</li>" for name in names)
     if timed:
         told += "<li><b>needs time</b> normal minus the best of single and shuffle"
-        if "needs time low" in summary["average"]:
-            told += (f"; over all {summary['average']['needs time']:+.1f}, 95 % {summary['average']['needs time low']:+.1f} "
-                     f"to {summary['average']['needs time high']:+.1f}")
+        average = summary["average"]
+        told += (f"; over all {average['needs time']:+.1f}, 95 % {average['needs time low']:+.1f} to "
+                 f"{average['needs time high']:+.1f}")
         told += "</li>"
-    return ["<h2>The same model with less to go by</h2>", f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>',
-            f'<ul class="soft">{told}</ul>']
+    return ["<h2>The same model with less to go by</h2>",
+            f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>', f'<ul class="soft">{told}</ul>']
 
 
 def scorers(summary):
@@ -156,8 +159,8 @@ def scorers(summary):
                     f"<td>({row['letter']}) {escape(row['answer'])}</td><td>"
                     + ", ".join(name for name, right in row["verdicts"].items() if right) + "</td></tr>"
                     for row in summary["differing"])
-    differ = (f'<details><summary>They differ on {summary["scorers differ"]} questions</summary><div class="wide"><table>'
-              "<tr><th>question</th><th>said</th><th>key</th><th>right for</th></tr>"
+    differ = (f'<details><summary>They differ on {summary["scorers differ"]} questions</summary><div class="wide">'
+              "<table><tr><th>question</th><th>said</th><th>key</th><th>right for</th></tr>"
               f"{shown}</table></div></details>" if shown else "<p>They agree on every question.</p>")
     return ('<div class="wide"><table><tr><th>scorer</th><th>right, %</th><th>of</th><th>unparsed</th><th>any key</th>'
             f'</tr>{body}</table></div><p class="soft">Unparsed: it took no option from the answer. Any key: it would '
@@ -168,7 +171,8 @@ def letters(summary, of="letters"):
     """How often each letter is the key, and how often it is the answer."""
     table = summary[of] if of == "letters" else summary[of]["letters"]
     total = max(1, sum(counts[2] for counts in table.values()))
-    body = "".join(f"<tr><td>{letter or 'no letter'}</td><td>{100 * key / total:.1f}</td><td>{100 * said / total:.1f}</td>"
+    body = "".join(f"<tr><td>{letter or 'no letter'}</td><td>{100 * key / total:.1f}</td>"
+                   f"<td>{100 * said / total:.1f}</td>"
                    f'<td style="width:45%">{bar(100 * said / total, odds=100 * key / total)}</td></tr>'
                    for letter, (_, key, said) in table.items() if key or said)
     return ("<table><tr><th>letter</th><th>is key, %</th><th>answered, %</th><th></th></tr>" + body
@@ -180,9 +184,9 @@ def permuted(summary):
     if not found:
         return []
     return ["<h2>When the options change places</h2>",
-            f"<p>{found['questions']:,} questions under every cyclic order of their options: right {found['mean']:.1f} % in "
-            f"the mean, {found['always']:.1f} % in every order. The same option is chosen in every order in "
-            f"{found['same']:.1f} % of the questions.</p>", letters(summary, "permutations")]
+            f"<p>{found['questions']:,} questions under every cyclic order of their options: right "
+            f"{found['mean']:.1f} % in the mean, {found['always']:.1f} % in every order. The same option is chosen in "
+            f"every order in {found['same']:.1f} % of the questions.</p>", letters(summary, "permutations")]
 
 
 def calibrated(summary):
@@ -191,8 +195,9 @@ def calibrated(summary):
     if not found:
         return []
     most = max(n for *_, n in found["bins"])
-    dots = "".join(f'<circle cx="{30 + 200 * sure:.1f}" cy="{210 - 200 * right:.1f}" r="{3 + 9 * (n / most) ** .5:.1f}" '
-                   f'fill="var(--fill)"><title>{n} answers: confidence {sure:.2f}, right {right:.2f}</title></circle>'
+    dots = "".join(f'<circle cx="{30 + 200 * sure:.1f}" cy="{210 - 200 * right:.1f}" fill="var(--fill)" '
+                   f'r="{3 + 9 * (n / most) ** .5:.1f}"><title>{n} answers: confidence {sure:.2f}, right {right:.2f}'
+                   "</title></circle>"
                    for sure, right, n in found["bins"])
     return ["<h2>Does it know when it knows?</h2>",
             '<svg viewBox="0 0 260 240" style="max-width:22rem;width:100%" role="img" aria-label="calibration">'
@@ -200,23 +205,26 @@ def calibrated(summary):
             '<path d="M30 210L230 10" stroke="var(--line)" stroke-dasharray="4"/>' + dots +
             '<text x="30" y="226">0</text><text x="222" y="226">1</text><text x="90" y="236">confidence</text>'
             '<text x="18" y="16">1</text><text x="14" y="130" transform="rotate(-90 14 130)">right</text></svg>',
-            f'<p class="soft">Confidence: the probability of the most probable option letter, among the options. A dot on '
-            f"the line says of itself what it is worth; the mean distance is {100 * found['error']:.1f} points.</p>"]
+            '<p class="soft">Confidence: the probability of the most probable option letter, among the options. A dot '
+            f"on the line says of itself what it is worth; the mean distance is {100 * found['error']:.1f} points.</p>"]
 
 
 def provenance(summary):
-    told = {"command": f"<code>{escape(summary['command'])}</code>", "checkpoint": escape(summary["checkpoint"]),
-            "questions": escape(f"{summary['data']}: {summary['version']}")}
-    told |= {name: escape(str(value)) for name, value in summary["settings"].items() if name != "control"}
+    """Command, checkpoint, questions, protocol, time, software."""
+    settings = dict(summary["settings"])
+    told = {"command": summary["command"],
+            "checkpoint": f"{summary['checkpoint']}, fingerprint {settings.pop('checkpoint')}",
+            "LLM": f"fingerprint {settings.pop('LLM', None)}",
+            "questions": f"{summary['data']}, fingerprint {settings.pop('questions', None)}; {summary['version']}",
+            "protocol": ", ".join(f"{what}: {says(value)}" for what, value in settings.items() if what != "control")}
     if summary["seconds"]:
         told["seconds"] = ", ".join(f"{part} {seconds:.1f}" for part, seconds in summary["seconds"].items())
-    told["software"] = escape(", ".join(f"{name} {value}" for name, value in summary["software"].items()))
-    rename = {"checkpoint": "checkpoint folder"}
-    settings = {"checkpoint": "checkpoint's fingerprint", "questions": "questions' fingerprint"}
-    lines = [(rename.get(name, name), value) for name, value in told.items() if name not in summary["settings"]]
-    lines += [("checkpoint folder", escape(summary["checkpoint"]))] if "checkpoint" in summary["settings"] else []
-    lines += [(settings.get(name, name), told[name]) for name in summary["settings"] if name != "control"]
-    return "<dl>" + "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in lines) + "</dl>"
+    told["software"] = ", ".join(f"{name} {value}" for name, value in summary["software"].items())
+    return "<dl>" + "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in told.items()) + "</dl>"
+
+
+def says(value):
+    return {True: "yes", False: "no"}.get(value, value) if isinstance(value, bool) else value
 
 
 # --------------------------------------------------------------------------------------------------------- examples
@@ -230,7 +238,8 @@ def examples(rows):
         chosen = [row for right in (True, False) for row in some_of([r for r in of_task if r["correct"] == right])]
         parts.append(f"<details><summary>{escape(task)}</summary><div class=\"examples\">"
                      + "".join(map(example, chosen)) + "</div></details>")
-    return "".join(parts) + '<p class="soft">Drawn at random; the frames are those that the model was shown.</p>'
+    return "".join(parts) + ('<p class="soft">Drawn at random. Eight frames of each clip, taken by the rule of the '
+                             "benchmark; in green, the key.</p>")
 
 
 def some_of(rows, n=2):
@@ -252,7 +261,8 @@ def option(row, i):
     share = probabilities(row)
     key = ' class="good"' if letter == row["letter"] else ""
     text = f'<span{key}>{letter}</span><span{key}>{escape(row["candidates"][i])}</span>'
-    return f'<div class="option">{text}' + (f'<small>{share[i]:.0f} %</small>{bar(share[i])}' if share else "<i></i>") + "</div>"
+    known = f"<small>{share[i]:.0f} %</small>{bar(share[i])}" if share else "<i></i>"
+    return f'<div class="option">{text}{known}</div>'
 
 
 def probabilities(row):

@@ -39,7 +39,8 @@ class Predictions:
 
         notes: what else settings.json shall tell. Raises ValueError naming each setting that differs.
         """
-        known, told = [path for path in (self.path, *self.parts) if path.exists()], self.out / f"settings{self.name}.json"
+        known = [path for path in (self.path, *self.parts) if path.exists()]
+        told = self.out / f"settings{self.name}.json"
         if restart:
             for path in known:
                 path.unlink()

@@ -127,8 +127,9 @@ class Layer(nn.Module):
         self.intermediate, self.output = Intermediate(cfg), Output(cfg, cfg.ffn, path_rate)
         self.intermediate_query, self.output_query = Intermediate(cfg), Output(cfg, cfg.ffn, path_rate)
 
-    def forward(self, hidden, n_query, vision, mask, past=None):
-        hidden, kv = self.attention(hidden, hidden, mask, past)                 # (B, Q + S, E)
+    def forward(self, hidden, n_query, vision, mask, past=None, text=True):
+        rows = hidden if text else hidden[:, :n_query]                          # whose new state is wanted
+        hidden, kv = self.attention(rows, hidden, mask, past)                   # (B, Q + S, E)
         query, text = hidden[:, :n_query], hidden[:, n_query:]                  # (B, Q, E), (B, S, E)
         # subtle: a kind that is absent is skipped, not computed on no rows: weights without a gradient must keep
         # grad None, or the optimizer would decay them
@@ -198,11 +199,12 @@ class QFormer(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
-    def forward(self, query=None, ids=None, mask=None, vision=None, return_past=False):
+    def forward(self, query=None, ids=None, mask=None, vision=None, return_past=False, text=True):
         """
         query (B, Q, E), ids (B, S) with mask (B, S) 1 = token, vision (B, N, C) -> hidden (B, Q + S, E), query rows
         first; every row sees every other. Either of query and ids may be None; queries need vision. Where all videos
         get the same, query and ids may have a single row: it is computed once, until it has seen the videos.
+        text=False: the queries' hidden (B, Q, E) alone, for which the last layer need not compute the text's.
         return_past adds every layer's self-attention keys and values, for caption_logits.
         """
         if query is not None and vision is None:
@@ -211,7 +213,7 @@ class QFormer(nn.Module):
         visible = None
         if mask is not None:
             visible = F.pad(mask.bool(), (n_query, 0), value=True)[:, None, None, :]    # (B, 1, 1, Q + S)
-        hidden, past = self._layers(self._embed(query, ids), n_query, vision, visible)  # (B, Q + S, E)
+        hidden, past = self._layers(self._embed(query, ids), n_query, vision, visible, text=text)   # (B, Q + S, E)
         return (hidden, past) if return_past else hidden
 
     def caption_logits(self, ids, mask, past):
@@ -230,10 +232,10 @@ class QFormer(nn.Module):
             raise ValueError(f"{ids.shape[1]} word pieces, but the Q-Former takes at most {self.cfg.max_positions}")
         return self.bert["embeddings"](query, ids)                              # (B, Q + S, E)
 
-    def _layers(self, hidden, n_query, vision, mask, past=None):
-        kvs = []
+    def _layers(self, hidden, n_query, vision, mask, past=None, text=True):
+        kvs, last = [], self.cfg.depth - 1
         for i, layer in enumerate(self.bert["encoder"]["layer"]):
-            hidden, kv = layer(hidden, n_query, vision, mask, past[i] if past else None)
+            hidden, kv = layer(hidden, n_query, vision, mask, past[i] if past else None, text or i < last)
             kvs.append(kv)
         return hidden, kvs                                                      # (B, Q + S, E)
 

@@ -74,8 +74,9 @@ def summarise(plain, wanted, orders, predictions, times):
 def task_line(name, rows, wanted, normal, odds, controls):
     """A line of the table: one task's, or that of "Avg"."""
     of_task = [row for row in rows if name in ("Avg", row["task"])]
-    right = sum(row["correct"] for row in of_task)
-    low, high = over_videos(of_task, [row["correct"] for row in of_task]) if name == "Avg" else wilson(right, len(of_task))
+    marks = [row["correct"] for row in of_task]
+    right = sum(marks)
+    low, high = over_videos(of_task, marks) if name == "Avg" else wilson(right, len(marks))
     found = {control: table[name] for control, table in controls.items() if name in table}
     moving = [found[control] for control in MOVING if control in found]
     return {"task": name, "accuracy": normal[name], "low": 100 * low, "high": 100 * high, "right": right,
@@ -175,8 +176,9 @@ def show_habits(summary):
     for i, what in ((1, "is key"), (2, "answered")):
         print(f"{what:10}" + "".join(f"{counts[i]:8}" for counts in summary["letters"].values()))
     if summary["calibration"]:
-        print(f"\nconfidence differs from the share that is right by {100 * summary['calibration']['error']:.1f} points "
-              "in the mean (expected calibration error)")
+        error = 100 * summary["calibration"]["error"]
+        print(f"\nconfidence differs from the share that is right by {error:.1f} points in the mean (expected "
+              "calibration error)")
     if found := summary["permutations"]:
         print(f"\nall orders of the options, {found['questions']} questions: right {found['mean']:.1f} in the mean, "
               f"{found['always']:.1f} in every order; the same option in every order: {found['same']:.1f}\n  answered "
@@ -209,14 +211,15 @@ def compare(argv):
     if other:
         raise ValueError(f"{len(other)} questions differ between {args.a} and {args.b}, the first being "
                          f"{other[0]['task']} {other[0]['index']}: they are not of the same benchmark")
-    print(f"{len(pairs)} questions in common" + f" (A has {len(a)}, B {len(b)})" * (len(a) != len(b) or len(a) != len(pairs))
+    print(f"{len(pairs)} questions in common" + f" (A has {len(a)}, B {len(b)})" * (not len(a) == len(b) == len(pairs))
           + f"; scorer: {args.scorer}\n\n{'task':26}{'A':>7}{'B':>7}{'A - B':>8}{'only A':>8}{'only B':>8}{'p':>9}")
     for name in [*dict.fromkeys(row["task"] for row, _ in pairs), "Avg"]:
         found = compared([(x, y) for x, y in pairs if name in ("Avg", x["task"])], args.scorer)
         line = (f"{name:26}{found['a']:7.1f}{found['b']:7.1f}{found['a'] - found['b']:+8.1f}{found['only a']:8}"
                 f"{found['only b']:8}{found['p']:9.4f}")
         print("-" * len(line) + "\n" + line if name == "Avg" else line)
-    low, high = over_videos([x for x, _ in pairs], [is_right(args.scorer, x) - is_right(args.scorer, y) for x, y in pairs])
+    differences = [is_right(args.scorer, x) - is_right(args.scorer, y) for x, y in pairs]
+    low, high = over_videos([x for x, _ in pairs], differences)
     print(f"\nA - B over all: {found['a'] - found['b']:+.2f}, 95 % over videos {100 * low:+.2f} to {100 * high:+.2f}. "
           f"{verdict(found)}\nOf 20 tasks, one is at p < 0.05 by luck alone.")
     return 0

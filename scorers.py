@@ -10,8 +10,8 @@ official scorer does with "(". So one definition serves for all four, and says w
     strict       exactly one option is named, by its letter or by its text, and nothing contradicts it
 
 Not here: who asks (mvbench.py), how sure a number is (stats.py).
-Source: mvbench.ipynb; lmms_eval/tasks/mvbench/utils.py, mcq_acc; vlmeval/dataset/utils/mvbench.py, check_ans_with_model,
-and vlmeval/utils/matching_util.py, can_infer, without a judge LLM.
+Source: mvbench.ipynb; lmms_eval/tasks/mvbench/utils.py, mcq_acc; without a judge LLM, vlmeval/dataset/utils/mvbench.py,
+check_ans_with_model, and vlmeval/utils/matching_util.py, can_infer.
 
     pytest tests/test_scorers.py
 """

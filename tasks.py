@@ -73,8 +73,8 @@ REVISED = ("EDXBD.mp4", "video_14727.mp4", "video_13446.mp4")
 def load_questions(root, only=(), limit=0, tasks=TASKS):
     """MVBench folder -> list of dicts: task, index, video, media, bound, question, candidates, answer.
 
-    only: task names; limit: the first so many of each task; tasks: TASKS or TVBENCH. A medium that is nowhere has media "". ValueError names
-    file, entry and fault; FileNotFoundError a folder without any of the tasks.
+    only: task names; limit: the first so many of each task; tasks: TASKS or TVBENCH. A medium that is nowhere has media
+    "". ValueError names file, entry and fault; FileNotFoundError a folder without any of the tasks.
     """
     unknown = sorted(set(only) - {task.name for task in tasks})
     if unknown:
@@ -117,8 +117,9 @@ def question_of(task, index, item, path, root):
     if item["answer"] not in item["candidates"]:
         raise ValueError(f"{path}, entry {index}: the answer {item['answer']!r} is not among the candidates")
     bound = (item["start"], item["end"]) if task.bound else None
-    return {"task": task.name, "index": index, "video": item["video"], "media": find_media(root, task.folder, item["video"]),
-            "bound": bound, "question": item["question"], "candidates": item["candidates"], "answer": item["answer"]}
+    media = find_media(root, task.folder, item["video"])
+    return {"task": task.name, "index": index, "video": item["video"], "media": media, "bound": bound,
+            "question": item["question"], "candidates": item["candidates"], "answer": item["answer"]}
 
 
 def find_media(root, folder, name):

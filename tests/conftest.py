@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from videos import painted, write_video
 
 import checkpoint
 import llm_folder
@@ -15,7 +16,6 @@ from llama import Llama
 from model import PRESETS, VideoChat2
 from tasks import TASKS
 from tokenizer import SentencePiece
-from videos import painted, write_video
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 BERT_VOCAB = GOLDEN.parent.parent / "assets" / "bert_vocab.txt"

@@ -18,8 +18,8 @@ def answerer(loaded, **protocol):
 
 
 def asked(n=5, options=("It jumps.", "It spins twice.", "Nothing.")):
-    return [{"task": "AC", "index": i, "question": f"What happens{', and when' * (i % 3)}?", "candidates": list(options),
-             "answer": options[0]} for i in range(n)]
+    return [{"task": "AC", "index": i, "question": f"What happens{', and when' * (i % 3)}?",
+             "candidates": list(options), "answer": options[0]} for i in range(n)]
 
 
 def clips(cfg, n=5):

@@ -1,48 +1,54 @@
-"""The benchmark's protocol and scores. Run: pytest tests/test_mvbench.py"""
+"""The benchmark as a whole: any batch, any number of processes, any interruption, the same answers.
+
+Run: pytest tests/test_mvbench.py
+"""
+import gc
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
 
 import pytest
+import torch
 
 import mvbench
+import plain_mvbench
+import toyworld
+from ask import Answerer
+from checkpoint import load_model
+from predictions import key_of
+from stats import wilson
+from tasks import TASKS, TVBENCH, describe, letter_of, load_questions
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_the_table_is_the_paper_s():
-    assert len(mvbench.TASKS) == 20
-    shorts = [task.short for task in mvbench.TASKS]
-    assert " ".join(shorts) == "AS AP AA FA UA OE OI OS MD AL ST AC MC MA SC FP CO EN ER CI"
-    assert [task.short for task in mvbench.TASKS if task.bound] == ["AS", "AP", "OI", "AL", "ER"]
-
-
-def test_official_scorer_pair_by_pair(golden):
-    for case in json.loads((golden / "sampling.json").read_text())["check_ans"]:
-        if isinstance(case["out"], bool):
-            assert mvbench.check_ans(case["pred"], case["gt"]) == case["out"], case
-        else:                                                              # the official code crashes: IndexError
-            with pytest.raises(ValueError, match="has no text"):
-                mvbench.check_ans(case["pred"], case["gt"])
+    assert len(TASKS) == 20
+    assert " ".join(task.short for task in TASKS) == "AS AP AA FA UA OE OI OS MD AL ST AC MC MA SC FP CO EN ER CI"
+    assert [task.short for task in TASKS if task.bound] == ["AS", "AP", "OI", "AL", "ER"]
+    assert len(TVBENCH) == 10 and [task.short for task in TVBENCH if task.bound] == ["AS", "AL"]
 
 
 def question(**changes):
-    return {"task": "Action Count", "index": 0, "media": "a.gif", "bound": None, "question": "How often?",
-            "candidates": ["2", "3", "4"], "answer": "3", **changes}
+    return {"task": "Action Count", "index": 0, "video": "a.gif", "media": "a.gif", "bound": None,
+            "question": "How often?", "candidates": ["2", "3", "4"], "answer": "3", **changes}
 
 
 def test_of_equal_candidates_the_last_one_counts():
-    assert mvbench.letter_of(question()) == "B"
-    assert mvbench.letter_of(question(candidates=["3", "3", "4"])) == "B"
+    assert letter_of(question()) == "B"
+    assert letter_of(question(candidates=["3", "3", "4"])) == "B"
 
 
-def test_an_unreadable_medium_is_never_right():
-    assert mvbench.row_of(question(), "(B) 3", [])["correct"]
-    assert mvbench.row_of(question(), "(", [])["correct"]                  # QUIRK: the official scorer lets "(" through
-    assert not mvbench.row_of(question(), "(", [], unread="a.gif: no such file")["correct"]
-
-
-def test_average_is_right_over_asked_and_chance_follows_the_options():
-    rows = [{"task": "Action Count", "correct": True}] + 3 * [{"task": "State Change", "correct": False}]
-    assert mvbench.score(rows) == {"Action Count": 100, "State Change": 0, "Avg": 25}
-    questions = [question(), question(candidates=["1", "2", "3", "4"])]
-    assert mvbench.chance(questions)["Avg"] == pytest.approx(100 * (1 / 3 + 1 / 4) / 2)
+def test_options_move_on_and_the_key_with_them():
+    turned = mvbench.turned(question(), 1)
+    assert turned["candidates"] == ["3", "4", "2"] and letter_of(turned) == "A" and turned["shift"] == 1
+    assert key_of(turned) == ("Action Count", 0, 1) != key_of(question())
 
 
 @pytest.mark.parametrize("broken, message", [
@@ -55,11 +61,256 @@ def test_malformed_entries_are_named(tmp_path, broken, message):
     (tmp_path / "json").mkdir()
     (tmp_path / "json" / "action_count.json").write_text(json.dumps([entry]))
     with pytest.raises(ValueError, match=message):
-        mvbench.load_questions(tmp_path, ["Action Count"])
+        load_questions(tmp_path, ["Action Count"])
 
 
 def test_unknown_tasks_and_missing_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="no task Juggling"):
-        mvbench.load_questions(tmp_path, ["Juggling"])
+        load_questions(tmp_path, ["Juggling"])
     with pytest.raises(FileNotFoundError, match="action_count.json does not exist"):
-        mvbench.load_questions(tmp_path, ["Action Count"])
+        load_questions(tmp_path, ["Action Count"])
+
+
+def test_which_version_of_mvbench_it_is(tmp_path):
+    (tmp_path / "json").mkdir()
+    entries = [{"video": f"{i}.mp4", "question": "?", "candidates": ["a", "b"], "answer": "a"} for i in range(200)]
+    for task in TASKS:
+        (tmp_path / "json" / f"{task.file}.json").write_text(json.dumps(entries))
+    digits, version = describe(tmp_path)
+    assert version.startswith("MVBench before its revision") and describe(tmp_path)[0] == digits
+    (tmp_path / "json" / "action_sequence.json").write_text(json.dumps(entries, indent=4))
+    assert describe(tmp_path)[0] == digits                                 # what is asked, not how it is written
+    entries[7] = {**entries[7], "video": "EDXBD.mp4"}
+    (tmp_path / "json" / "action_sequence.json").write_text(json.dumps(entries))
+    changed, version = describe(tmp_path)
+    assert version.startswith("MVBench as revised on 2024-06-13") and changed != digits
+    (tmp_path / "json" / "action_sequence.json").write_text("[]")
+    assert describe(tmp_path)[1].startswith("3,800 questions: none of MVBench's published versions")
+
+
+def test_wrong_options_are_named(capsys):
+    for argv, message in ((["--controls", "blank,dark"], "knows no dark: choose among blank, noise"),
+                          (["--decode", "letter", "--no-answer-prompt"], "needs the answer prompt"),
+                          (["--batch", "0"], "--batch must be 1 or more")):
+        with pytest.raises(SystemExit):
+            mvbench.parse(["--ckpt", "x", *argv])
+        assert message in capsys.readouterr().err
+
+
+# ---- the same answers, however they are come by ----------------------------------------------------------------------
+
+def run(ckpt, tree, out, *more):
+    mvbench.main(["--ckpt", str(ckpt), "--data", str(tree), "--out", str(out), "--workers", "0", *more])
+    return files(out)
+
+
+def files(out):
+    return {path.name: path.read_bytes() for path in sorted(out.glob("predictions*.jsonl"))}
+
+
+def same(one, other):
+    """The same predictions; probabilities up to the last of the four digits that are kept."""
+    assert one.keys() == other.keys()
+    for name, data in one.items():
+        for a, b in zip(data.splitlines(), other[name].splitlines(), strict=True):
+            a, b = json.loads(a), json.loads(b)
+            assert a.pop("letter_probabilities") == pytest.approx(b.pop("letter_probabilities"), abs=2e-4)
+            assert a == b
+
+
+ALL = ("--controls", "all", "--permute")
+NAMES = {"predictions.jsonl"} | {f"predictions.{name}.jsonl"
+                                 for name in ("blank", "noise", "single", "shuffle", "reverse", "permute")}
+
+
+@pytest.fixture(scope="module")
+def whole(ckpt, tree, tmp_path_factory):
+    """An undisturbed run in all ways, 32 clips at a time: its files."""
+    return run(ckpt, tree, tmp_path_factory.mktemp("whole"), *ALL)
+
+
+def test_every_way_of_asking_has_its_file_in_the_benchmark_s_order(whole, tree):
+    assert whole.keys() == NAMES
+    order = [key_of(q) for q in load_questions(tree)]
+    for name, data in whole.items():
+        keys = [key_of(json.loads(line)) for line in data.splitlines()]
+        assert keys == ([(*key[:2], shift) for key in order for shift in (1, 2)] if "permute" in name else order)
+
+
+@pytest.mark.parametrize("batch", ["1", "7"])
+def test_any_batch(whole, ckpt, tree, tmp_path, batch):
+    found = run(ckpt, tree, tmp_path, "--controls", "noise,shuffle", "--permute", "--batch", batch)
+    assert len(found) == 4
+    same({name: whole[name] for name in found}, found)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start(ckpt, tree, out, *more, rank=None, port=0):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    if rank is not None:
+        env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port)}
+    command = [sys.executable, str(ROOT / "mvbench.py"), "--ckpt", ckpt, "--data", tree, "--out", out, "--workers", "0"]
+    return subprocess.Popen([*map(str, command), *more], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_two_processes(whole, ckpt, tree, tmp_path):
+    port = free_port()
+    both = [start(ckpt, tree, tmp_path, *ALL, "--batch", "8", rank=rank, port=port) for rank in (0, 1)]
+    for process in both:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err.decode()
+    same(whole, files(tmp_path))
+    assert not list(tmp_path.glob("*rank*"))
+
+
+@pytest.mark.parametrize("how, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_killed_at_any_question_and_started_again(ckpt, tree, tmp_path, how, code):
+    """The same final files, bit for bit, as of a run that nothing has disturbed."""
+    small = ("--controls", "reverse", "--batch", "4", "--only", "Action Count,State Change,Object Shuffle")
+    process = start(ckpt, tree, tmp_path / "undisturbed", *small)
+    assert process.communicate(timeout=120) and process.returncode == 0
+    process = start(ckpt, tree, tmp_path / "killed", *small)
+    part = tmp_path / "killed" / "predictions.part.rank0.jsonl"
+    begun = time.time()
+    while not part.exists() or not part.stat().st_size:
+        assert time.time() - begun < 60
+        time.sleep(0.002)
+    process.send_signal(how)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code and (how == signal.SIGKILL or "the same command goes on" in err.decode())
+    process = start(ckpt, tree, tmp_path / "killed", *small)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err.decode()
+    assert files(tmp_path / "killed") == files(tmp_path / "undisturbed")
+
+
+def test_cut_off_anywhere_even_within_a_line(whole, ckpt, tree, tmp_path):
+    """Of each file a random part is left, as by a process that was killed while writing."""
+    generator = torch.Generator().manual_seed(0)
+    first = run(ckpt, tree, tmp_path, *ALL)
+    for name, data in first.items():
+        (tmp_path / name).unlink()
+        left = data[:int(torch.randint(len(data), (), generator=generator))]
+        (tmp_path / name.replace(".jsonl", ".rank1.jsonl")).write_bytes(left)
+    assert run(ckpt, tree, tmp_path, *ALL) == first == whole
+
+
+def test_started_again_when_all_is_answered_asks_nothing(ckpt, tree, tmp_path, capsys, monkeypatch):
+    first = run(ckpt, tree, tmp_path, "--only", "State Change")
+    monkeypatch.setattr(mvbench, "open_model", None)                       # no model is needed
+    (tmp_path / "report.part.html").unlink()
+    assert run(ckpt, tree, tmp_path, "--only", "State Change") == first
+    assert "All had been answered before" in capsys.readouterr().out and (tmp_path / "report.part.html").exists()
+
+
+def test_a_larger_part_goes_on_from_a_smaller_one(ckpt, tree, tmp_path, capsys):
+    run(ckpt, tree, tmp_path, "--limit", "1")
+    run(ckpt, tree, tmp_path, "--limit", "2")
+    assert "20 answers to come" in capsys.readouterr().out.split("written to")[-2]
+
+
+def test_other_settings_are_refused(ckpt, tree, tmp_path):
+    small = ("--only", "State Change")
+    run(ckpt, tree, tmp_path, *small)
+    path = tmp_path / "settings.part.json"
+    found = json.loads(path.read_text())
+    found["settings"]["checkpoint"], found["settings"]["frames"] = "0123456789abcdef", 8
+    path.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match='checkpoint: "0123456789abcdef" there, .* now; frames: 8 there, 4 now'):
+        run(ckpt, tree, tmp_path, *small)
+    path.unlink()
+    with pytest.raises(ValueError, match="under other settings"):          # nobody knows under which
+        run(ckpt, tree, tmp_path, *small)
+    assert len(run(ckpt, tree, tmp_path, *small, "--restart")["predictions.part.jsonl"].splitlines()) == 2
+
+
+def test_a_medium_that_cannot_be_read_is_nobody_s_answer(ckpt, tree, tmp_path):
+    """In every way of asking: unanswered, counted, wrong; though the official scorer lets the empty answer through."""
+    broken = tmp_path / "data"
+    (broken / "video" / "perception" / "videos").mkdir(parents=True)
+    (broken / "json").mkdir()
+    for name in ("SC_0.mp4", "SC_1.mp4"):
+        source = tree / "video" / "perception" / "videos" / name
+        (broken / "video" / "perception" / "videos" / name).write_bytes(
+            b"torn" * 99 if name == "SC_0.mp4" else source.read_bytes())
+    (broken / "json" / "state_change.json").write_text((tree / "json" / "state_change.json").read_text())
+    found = run(ckpt, broken, tmp_path / "out", *ALL)
+    for data in found.values():
+        rows = [json.loads(line) for line in data.splitlines()]
+        for row in rows:
+            torn = row["video"] == "SC_0.mp4"
+            assert ("unread" in row) == torn and (not torn or not row["correct"] and row["prediction"] == "")
+        assert sum("unread" in row for row in rows) == len(rows) / 2
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world") / "toy"
+    toyworld.build(str(folder), clips=40, questions=24, texts=200, patch=12, workers=1)
+    return folder / "mvbench"
+
+
+def test_the_plain_way_gives_the_same_answers(ckpt, toy, tmp_path):
+    """One question at a time, decoded by other code, the LLM being transformers' with peft's LoRA."""
+    (lines,) = run(ckpt, toy, tmp_path, "--limit", "2").values()
+    found = [json.loads(line)["prediction"] for line in lines.splitlines()]
+    loaded = load_model(ckpt)
+    for generate in (plain_mvbench.own_llm(loaded[0], loaded[2]),
+                     plain_mvbench.transformers_llm(loaded[0], loaded[2], ckpt)):
+        plain, _ = plain_mvbench.answers(*loaded, load_questions(toy, limit=2), generate)
+        assert plain == found
+
+
+def test_controls_of_the_toy_are_at_chance(ckpt, toy, tmp_path):
+    """Whoever does not watch guesses: letters and texts are balanced, and one frame of a clip tells nothing."""
+    run(ckpt, toy, tmp_path / "out", "--controls", "all", "--decode", "letter")
+    found = json.loads((tmp_path / "out" / "summary.letter.json").read_text())
+    assert found["average"]["asked"] == 480 and found["average"]["low"] < found["average"]["chance"]
+    for control in ("blank", "noise", "single"):
+        right = round(4.8 * found["average"]["controls"][control])
+        low, high = wilson(right, 480)
+        assert 100 * low < found["average"]["chance"] < 100 * high, control
+
+
+def test_tvbench(ckpt, tree, tmp_path):
+    (tmp_path / "json").mkdir()
+    for task in TVBENCH:
+        (tmp_path / "video" / task.folder).mkdir(parents=True)
+        (tmp_path / "video" / task.folder / "a.mp4").write_bytes(
+            (tree / "video" / "perception" / "videos" / "SC_0.mp4").read_bytes())
+        entry = {"video": "a.mp4", "question": "What?", "candidates": ["It jumps.", "It spins."], "answer": "It spins."}
+        (tmp_path / "json" / f"{task.file}.json").write_text(
+            json.dumps([entry | ({"start": 1.0, "end": 2.0} if task.bound else {})]))
+    mvbench.main(["--ckpt", str(ckpt), "--tvbench", str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "0"])
+    rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.tvbench.jsonl").read_text().splitlines()]
+    assert [row["task"] for row in rows] == [task.name for task in TVBENCH] and rows[2]["bound"] == [1.0, 2.0]
+    assert "<h1>TVBench" in (tmp_path / "out" / "report.tvbench.html").read_text()
+    assert not list((tmp_path / "out").glob("leaderboard*"))               # MVBench's takes MVBench alone
+
+
+def test_memory_does_not_grow_with_the_questions(ckpt, tree, monkeypatch):
+    """Of the clips no more is alive than a few groups, however many there are."""
+    alive, most, seen = set(), [0], []
+
+    class Counting(mvbench.Clips):
+        def __getitem__(self, index):
+            clips, reasons = super().__getitem__(index)
+            seen.append(index)
+            alive.add(index)
+            weakref.finalize(clips.untyped_storage(), alive.discard, index)
+            gc.collect()
+            most[0] = max(most[0], len(alive))
+            return clips, reasons
+
+    monkeypatch.setattr(mvbench, "Clips", Counting)
+    answerer = Answerer(*load_model(ckpt))
+    questions = load_questions(tree)
+    job = mvbench.Job("", False, None, {})
+    rows = [row for _, some in mvbench.evaluate(answerer, questions, [job], batch=2, workers=0) for row in some]
+    assert len(rows) == 40 and len(seen) == 20 and most[0] <= 3

@@ -252,6 +252,17 @@ def test_padding_changes_nothing():
     assert_close(qformer(query, padded, padded_mask, vision)[:, :9], qformer(query, ids, mask, vision))
 
 
+@torch.no_grad()
+def test_what_is_the_same_for_all_videos_may_have_one_row_and_the_text_may_be_left_out():
+    torch.manual_seed(0)
+    qformer = QFormer(TINY).eval()
+    query, vision = torch.randn(1, 5, 16), torch.randn(3, 7, 12)
+    ids, mask = torch.randint(0, 50, (1, 6)), torch.tensor([[1, 1, 1, 1, 0, 0]])
+    each = qformer(query.expand(3, -1, -1), ids.expand(3, -1), mask.expand(3, -1), vision)     # (3, 5 + 6, E)
+    assert_close(qformer(query, ids, mask, vision), each)
+    assert_close(qformer(query, ids, mask, vision, text=False), each[:, :5])
+
+
 def test_captions_are_causal():
     qformer, query, vision, ids = tiny()
     _, past = qformer(query, vision=vision, return_past=True)

@@ -15,10 +15,11 @@ from ask import Answerer, Protocol
 from media import read_benchmark_clip
 from prompt import SYSTEM
 
-def run(ckpt, data, out, *more):
+
+def run(ckpt, data, out, *more, name=""):
+    """The rows of predictions{name}.jsonl after a run."""
     mvbench.main(["--ckpt", str(ckpt), "--data", str(data), "--out", str(out), "--workers", "0", "--batch", "8", *more])
-    newest = max(out.glob("predictions*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
-    return [json.loads(line) for line in newest.read_text().splitlines()]
+    return [json.loads(line) for line in (out / f"predictions{name}.jsonl").read_text().splitlines()]
 
 
 def test_every_medium_of_the_20_tasks_is_found_and_asked(tree, ckpt, tmp_path, capsys):
@@ -94,11 +95,16 @@ def test_what_is_missing_is_told_per_task_and_not_counted(tree, ckpt, tmp_path, 
     assert len(rows) == 40 - 2 - 2 - 1 and sum("unread" in row for row in rows) == 1     # torn is asked, and wrong
     lines = {line[:28].strip(): line.split()[-1] for line in out.splitlines() if line[:28].strip()}
     assert (lines["Moving Count"], lines["State Change"], lines["Avg"]) == ("1/2", "2/2", "35/38")
-    assert "1 with an unreadable medium" in out
+    assert "1 questions with an unreadable medium, counted as wrong" in out and "SC_0.mp4: cannot be decoded" in out
+    with pytest.raises(FileNotFoundError, match="media are missing"):
+        run(ckpt, root, tmp_path / "out", "--strict-data")
+    with pytest.raises(ValueError, match="SC_0.mp4: cannot be decoded as a video .--strict-data"):
+        run(ckpt, root, tmp_path / "strict", "--strict-data", "--only", "State Change")
 
 
 def test_only_and_limit(tree, ckpt, tmp_path):
-    rows = run(ckpt, tree, tmp_path, "--only", "Action Sequence,Fine-grained Pose", "--limit", "1")
+    rows = run(ckpt, tree, tmp_path, "--only", "Action Sequence,Fine-grained Pose", "--limit", "1",
+               name=".part")
     assert [row["task"] for row in rows] == ["Action Sequence", "Fine-grained Pose"]
 
 
@@ -113,8 +119,7 @@ def test_wrong_folders_are_named(tree, ckpt, tmp_path):
 # ---- what the paper's ablations change -------------------------------------------------------------------------------
 
 def answerer(ckpt, **protocol):
-    model, wordpiece, tok = checkpoint.load_model(ckpt)
-    return mvbench.Answerer(model, wordpiece, tok, mvbench.Protocol(max_new_tokens=2, **protocol))
+    return Answerer(*checkpoint.load_model(ckpt), Protocol(max_new_tokens=2, **protocol))
 
 
 def noting(calls, function):
@@ -129,12 +134,13 @@ def test_system_answer_prompt_and_question_in_the_qformer(tree, ckpt):
     for protocol in ({}, {"system": ""}, {"answer_prefix": ""}, {"question_in_qformer": True}):
         model = answerer(ckpt, **protocol)
         ids, seen = [], []
-        model.model.splice = noting(ids, model.model.splice)
+        model.model.llama_model.embed = noting(ids, model.model.llama_model.embed)
         model.model.queries = noting(seen, model.model.queries)
         vision = torch.randn(1, 16, model.model.cfg.vit.width)
         model.answer([q], model.read(vision, [q]))
-        (prompt, _), (_, qf_ids, qf_mask) = ids[0], seen[0]
-        text = model.tok.decode([i for i in prompt[0].tolist() if i != VIDEO])
+        _, qf_ids, qf_mask = seen[0]
+        head, common, rest = (call[0][0].tolist() for call in ids[:3])     # what the LLM reads, part by part
+        text = model.tok.decode(head + common + rest)
         shown.append((text, [model.wordpiece.pieces[i] for i in qf_ids[qf_mask == 1].tolist()]))
     (normal, read), (bare, nothing), (free, _), (_, with_question) = shown
     assert normal.count(SYSTEM) == 2 and normal.endswith("Best option:(") and read[1:4] == ["carefully", "watch", "the"]
@@ -151,26 +157,37 @@ def test_without_an_answer_prompt_the_prediction_is_as_it_was_said(ckpt):
 
 def test_frames_stretch_the_position_table(tree, ckpt, tmp_path):
     """8 or 16 frames with a table that was made for 4, by one option."""
-    probabilities = [run(ckpt, tree, tmp_path / str(n), "--only", "State Change", "--frames", str(n))[0][
-        "letter_probabilities"] for n in (4, 8, 16)]
+    probabilities = [run(ckpt, tree, tmp_path / str(n), "--only", "State Change", "--frames", str(n),
+                         name=f".frames{n}.part")[0]["letter_probabilities"] for n in (4, 8, 16)]
     assert len({tuple(p) for p in probabilities}) == 3
 
 
-def test_flags_reach_the_model(tree, ckpt, tmp_path):
-    base = run(ckpt, tree, tmp_path / "base", "--only", "State Change")
-    for flag in (["--no-system"], ["--no-answer-prompt"], ["--question-in-qformer"], ["--norm", "clip"],
-                 ["--llm-int8"], ["--dtype", "bf16"], ["--control", "blank"]):
-        rows = run(ckpt, tree, tmp_path / "base", "--only", "State Change", *flag)
-        assert [r["letter_probabilities"] for r in rows] != [r["letter_probabilities"] for r in base], flag
-    names = {path.name for path in (tmp_path / "base").glob("predictions*")}   # none has taken another's place
-    assert {"predictions.part.jsonl", "predictions.blank.part.jsonl", "predictions.no-system.part.jsonl",
-            "predictions.clip.part.jsonl", "predictions.question-in-qformer.part.jsonl"} <= names
+@pytest.mark.parametrize("flags, name", [
+    (["--no-system"], ".no-system"), (["--no-answer-prompt"], ".no-answer-prompt"),
+    (["--question-in-qformer"], ".question-in-qformer"), (["--norm", "clip"], ".clip"), (["--llm-int8"], ".int8"),
+    (["--dtype", "bf16"], ".bf16"), (["--decode", "likelihood"], ".likelihood")])
+def test_flags_reach_the_model_and_the_files_names(tree, ckpt, base, flags, name):
+    """None takes another's place."""
+    rows = run(ckpt, tree, base, "--only", "State Change", *flags, name=f"{name}.part")
+    plain = [json.loads(line) for line in (base / "predictions.part.jsonl").read_text().splitlines()]
+    assert [r["letter_probabilities"] for r in rows] != [r["letter_probabilities"] for r in plain]
+    told = json.loads((base / f"settings{name}.part.json").read_text())
+    assert flags[0] in " ".join(flags) and told["settings"] != json.loads(
+        (base / "settings.part.json").read_text())["settings"]
 
 
-def test_a_control_of_a_part_beside_the_whole(tree, ckpt, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def base(tree, ckpt, tmp_path_factory):
+    """A folder with a run on one task."""
+    out = tmp_path_factory.mktemp("base")
+    run(ckpt, tree, out, "--only", "State Change", name=".part")
+    return out
+
+
+def test_a_part_and_the_whole_beside_each_other(tree, ckpt, tmp_path):
     run(ckpt, tree, tmp_path)
-    assert len(run(ckpt, tree, tmp_path, "--control", "blank", "--only", "Action Count")) == 2
-    assert "normal" not in capsys.readouterr().out.split("control blank")[1]   # that one was of another extent
-    run(ckpt, tree, tmp_path, "--control", "blank")
-    assert "normal" in capsys.readouterr().out and len(json.loads((tmp_path / "mvbench.json").read_text())) == 21
-    assert json.loads((tmp_path / "settings.blank.part.json").read_text())["only"] == "Action Count"
+    whole = (tmp_path / "mvbench.json").read_text()
+    assert len(run(ckpt, tree, tmp_path, "--controls", "blank", "--only", "Action Count", name=".blank.part")) == 2
+    assert (tmp_path / "mvbench.json").read_text() == whole and len(json.loads(whole)) == 21
+    assert set(json.loads((tmp_path / "mvbench.blank.part.json").read_text())) == {"Action Count", "Avg"}
+    assert not (tmp_path / "leaderboard.part.json").exists() and (tmp_path / "leaderboard.json").exists()

@@ -59,7 +59,8 @@ def row(said, key="A", p=(), index=0, n=3, shift=0):
 
 
 def test_letters():
-    table = stats.letters([row("(A)"), row("(A)", "B"), row("(", "C"), row("(D)", "D", n=4), {**row(""), "unread": "x"}])
+    rows = [row("(A)"), row("(A)", "B"), row("(", "C"), row("(D)", "D", n=4), {**row(""), "unread": "x"}]
+    table = stats.letters(rows)
     assert table == {"A": (4, 1, 2), "B": (4, 1, 0), "C": (4, 1, 0), "D": (1, 1, 1), "E": (0, 0, 0), "": (0, 0, 1)}
 
 

@@ -122,7 +122,7 @@ def test_an_unreadable_clip_is_counted_and_shown(world, runs, tmp_path, capsys):
     mvbench.main(["--ckpt", str(runs / "stage3"), "--data", str(data), "--workers", "0", "--only", "Action Antonym",
                   "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out
-    assert "1 with an unreadable medium" in printed and clip.name in printed
+    assert "1 questions with an unreadable medium, counted as wrong" in printed and clip.name in printed
 
 
 def test_chat_answers_the_same_question_with_the_same_words(world, runs):
@@ -199,7 +199,8 @@ def test_damaged_checkpoints_and_missing_videos_are_one_line_too(world, runs, tm
     shutil.copytree(runs / "stage3", broken)
     path = broken / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    code, lines = run("mvbench.py", "--ckpt", broken, "--llm", runs / "stage0" / "llm", "--data", world / "mvbench")
+    code, lines = run("mvbench.py", "--ckpt", broken, "--llm", runs / "stage0" / "llm", "--data", world / "mvbench",
+                      "--out", tmp_path / "out")
     assert code == 2 and len(lines) == 1 and "model.safetensors is damaged" in lines[0]
     code, lines = run("chat.py", "--ckpt", runs / "stage3", "--video", tmp_path / "none.mp4", "--ask", "What?")
     assert code == 2 and len(lines) == 1 and "none.mp4: no such file" in lines[0]
