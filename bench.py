@@ -107,10 +107,11 @@ def told_rate(name, n, seconds):
 
 def by_mvbench(ckpt, data, limit, batch, processes, out):
     """The command, in processes of their own -> (the predictions, seconds of each part)."""
-    begin = ["torch.distributed.run", "--nproc_per_node", str(processes), "mvbench.py"] if processes > 1 else ["mvbench"]
-    command = [sys.executable, "-m", *begin, "--ckpt", ckpt, "--data", data, "--out", out, "--limit", limit, "--batch",
-               batch, "--dtype", "bf16" if torch.cuda.is_available() else "fp32", "--device",
-               "cuda" if torch.cuda.is_available() else "cpu", *(["--workers", 0] if processes > 1 else [])]
+    begin = ["-m", "torch.distributed.run", "--nproc_per_node", processes] if processes > 1 else []
+    cuda = torch.cuda.is_available()
+    command = [sys.executable, *begin, Path(__file__).with_name("mvbench.py"), "--ckpt", ckpt, "--data", data, "--out",
+               out, "--limit", limit, "--batch", batch, "--device", "cuda" if cuda else "cpu", "--dtype",
+               "bf16" if cuda else "fp32", *(["--workers", 0] if processes > 1 else [])]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"mvbench.py: {done.stderr[-2000:]}")
@@ -153,7 +154,8 @@ def bend(llm, tok):
         heads[after] = 0.1 * heads[after] + 0.02 * words[before].sum(0)
 
 
-OPTIONS = ("Put down the cup/glass/bottle.", "Tidied up the blanket.", "Took the box.", "Ate the medicine.", "Not sure.")
+OPTIONS = ("Put down the cup/glass/bottle.", "Tidied up the blanket.", "Took the box.", "Ate the medicine.",
+           "Not sure.")
 QUESTIONS = ("What happened after the person took the food?",
              "What direction is the cyan sphere moving within the video?",
              "During which part of the video does the action 'person opens a window' occur?")

@@ -19,7 +19,7 @@ from ask import CONTROLS
 from media import MediaError, read_benchmark_clip
 from tasks import LETTERS
 
-FRAMES, COLUMNS, WIDTH = 8, 4, 112      # of an example: shown frames, in rows of four, pixels of each
+FRAMES, COLUMNS, WIDTH = 8, 4, 112      # of an example: shown frames, in rows of four, pixels of each at most
 
 STYLE = """
 :root { --bg: #ffffff; --fg: #1b1f24; --soft: #5f6b78; --line: #dfe3e8; --fill: #4a7fd6; --mark: #1b1f24;
@@ -278,7 +278,8 @@ def frames_of(row):
     except MediaError:
         return ""
     height, width = frames.shape[-2:]
-    size = (WIDTH, max(1, round(WIDTH * height / width)))
+    shown = min(WIDTH, width)
+    size = (shown, max(1, round(shown * height / width)))
     sheet = Image.new("RGB", (COLUMNS * size[0], -(-FRAMES // COLUMNS) * size[1]))
     for i, frame in enumerate(frames):
         image = Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy())

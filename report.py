@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import shlex
+import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -68,7 +69,8 @@ def summarise(plain, wanted, orders, predictions, times):
         "calibration": found and {"error": found[0], "bins": found[1]},
         "unread": sorted({row["unread"] for row in rows if "unread" in row}),
         "unanswered": sum("unread" in row for row in rows), "seconds": times,
-        "software": {"python": platform.python_version(), "torch": torch.__version__, "machine": machine()}, **told}
+        "software": {"commit": commit(), "python": platform.python_version(), "torch": torch.__version__,
+                     "machine": machine()}, **told}
 
 
 def task_line(name, rows, wanted, normal, odds, controls):
@@ -98,6 +100,15 @@ def time_interval(plain, line):
 
 def machine():
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+
+
+def commit():
+    """The code's commit, or "unknown"."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def command_line():

@@ -101,7 +101,7 @@ def test_no_checkpoint_holds_the_frozen_llm(runs):
 def test_evaluation_and_its_control(world, runs, capsys):
     arguments = ["--ckpt", str(runs / "stage3"), "--data", str(world / "mvbench"), "--workers", "0"]
     mvbench.main(arguments)
-    mvbench.main([*arguments, "--control", "blank"])
+    mvbench.main([*arguments, "--controls", "blank"])
     folder = runs / "stage3" / "mvbench"
     table = json.loads((folder / "mvbench.json").read_text())
     assert len(table) == 21 and list(table)[-1] == "Avg"
