@@ -21,6 +21,7 @@ import os
 import sys
 import time
 from collections import defaultdict
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from media import NORMS, MediaError, benchmark_video
 from predictions import Predictions, key_of
 from prompt import ANSWER_PREFIX, SYSTEM
 from scorers import is_right
+from storage import hold
 from tasks import TASKS, TVBENCH, describe, letter_of, load_questions, missing_media
 
 CHUNK = 8       # clips that a worker hands over at a time
@@ -205,6 +207,7 @@ def parse(argv=None):
     group.add_argument("--norm", choices=tuple(NORMS), default="",
                        help="pixels: clip, as officially, or imagenet, as in training (default: the preset's)")
     args = p.parse_args(argv)
+    args.out = args.out or str(Path(args.ckpt) / "mvbench")
     args.controls = list(CONTROLS) if args.controls == "all" else [c.strip() for c in args.controls.split(",") if c]
     unknown = sorted(set(args.controls) - set(CONTROLS))
     if unknown:
@@ -244,8 +247,7 @@ def begin(args, cfg, record, rank):
     jobs = []
     for control, permuted in [("", False), *[(name, False) for name in args.controls], *[("", True)] * args.permute]:
         name = ".permute" if permuted else f".{control}" if control else ""
-        predictions = Predictions(args.out or Path(args.ckpt) / "mvbench", name + suffix_of(args),
-                                  {"control": control, **settings}, rank)
+        predictions = Predictions(args.out, name + suffix_of(args), {"control": control, **settings}, rank)
         jobs.append(Job(control, permuted, predictions, {}))
     if rank > 0:
         return wanted, jobs
@@ -268,11 +270,21 @@ def main(argv=None):
         return report.compare(argv[1:])
     args = parse(argv)
     rank, world = join_processes(args)
+    with hold(args.out) if rank == 0 else nullcontext():
+        run(args, rank, world)
+    if world > 1:
+        dist.destroy_process_group()
+    return 0
+
+
+def run(args, rank, world):
+    """Asks what has not been answered, together with the other processes; the first one reports."""
     cfg, record = read_config(args.ckpt)
     wanted, jobs = begin(args, cfg, record, rank)
     wait_for_all(world)
     for job in jobs:
         job.rows = job.predictions.read()
+    wait_for_all(world)                                        # nobody writes while others read
     questions = [q for q in wanted if q["media"]]
     left = sum(len(job.open(questions)) for job in jobs)
     times = {}
@@ -289,9 +301,6 @@ def main(argv=None):
         times["in all"] += times["waiting for other processes"]
     if rank == 0:
         finish(args, wanted, questions, jobs, times, left)
-    if world > 1:
-        dist.destroy_process_group()
-    return 0
 
 
 def ask_all(args, questions, jobs, rank, world):

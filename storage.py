@@ -9,6 +9,7 @@ weights.py.
 
     pytest tests/test_storage.py
 """
+import fcntl
 import json
 import os
 import pickle
@@ -162,6 +163,19 @@ def put(module, name, tensor):
     parent, _, leaf = name.rpartition(".")
     parent = module.get_submodule(parent)
     setattr(parent, leaf, nn.Parameter(tensor.clone(), requires_grad=getattr(parent, leaf).requires_grad))
+
+
+@contextmanager
+def hold(folder):
+    """Within it the folder is this process's; OSError if another process has it."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise OSError(f"another process is writing into {folder}: wait for it, or choose another folder") from None
+        yield
 
 
 def save_text(text, path):

@@ -23,6 +23,7 @@ from ask import Answerer
 from checkpoint import load_model
 from predictions import key_of
 from stats import wilson
+from storage import hold
 from tasks import TASKS, TVBENCH, describe, letter_of, load_questions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -228,6 +229,14 @@ def test_other_settings_are_refused(ckpt, tree, tmp_path):
     with pytest.raises(ValueError, match="under other settings"):          # nobody knows under which
         run(ckpt, tree, tmp_path, *small)
     assert len(run(ckpt, tree, tmp_path, *small, "--restart")["predictions.part.jsonl"].splitlines()) == 2
+
+
+def test_two_runs_in_one_folder_are_refused(ckpt, tree, tmp_path):
+    with hold(tmp_path):
+        process = start(ckpt, tree, tmp_path)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and f"another process is writing into {tmp_path}" in err.decode()
+    assert not list(tmp_path.glob("*.json*"))
 
 
 def test_a_medium_that_cannot_be_read_is_nobody_s_answer(ckpt, tree, tmp_path):
