@@ -132,13 +132,25 @@ class Answerer:
 
     # ---- what the LLM reads of the clips
 
-    def tokens(self, video, control, seeds, questions):
-        """Clips (B, T, 3, H, W) with a seed and a question for each -> what the LLM reads of them (B, Q, D)."""
+    def watch(self, video, control, seeds):
+        """Clips (B, T, 3, H, W), a seed for each -> what the Q-Former sees of them (B, N, C); zeros without video."""
         if control in ("blank", "noise"):
-            tokens = self.blank_tokens(video.shape[1], questions)
-            return tokens if control == "blank" else noise_like(tokens, seeds)
-        video = torch.stack([altered(clip, control, seed) for clip, seed in zip(video, seeds, strict=True)])
-        return self.read(self.look(video), questions)
+            cfg = self.model.cfg.vit
+            zeros = torch.zeros(1, video.shape[1] * cfg.grid ** 2, cfg.width, device=self.model.device)
+            return zeros.expand(len(video), -1, -1)
+        return self.look(torch.stack([altered(clip, control, seed) for clip, seed in zip(video, seeds, strict=True)]))
+
+    def tokens(self, vision, control, seeds, questions):
+        """What the Q-Former sees (B, N, C), with a seed and a question for each -> what the LLM reads (B, Q, D)."""
+        if control not in ("blank", "noise"):
+            return self.read(vision, questions)
+        if self.protocol.question_in_qformer:
+            tokens = self.read(vision, questions)
+        else:
+            if self.blank is None:                             # the same for all clips
+                self.blank = self.read(vision[:1], questions[:1])
+            tokens = self.blank.expand(len(questions), -1, -1)
+        return tokens if control == "blank" else noise_like(tokens, seeds)
 
     @torch.inference_mode()
     def look(self, video):
@@ -160,17 +172,6 @@ class Answerer:
             rows = [self.wordpiece.encode(text, length, sep=True, truncate="left") for text in texts]
             qf_ids, qf_mask = (t.to(vision.device) for t in pad_words(rows, self.wordpiece))   # (B, S)
             return self.model.queries(vision, qf_ids, qf_mask)
-
-    def blank_tokens(self, T, questions):
-        """What the LLM reads of T frames that show nothing (B, Q, D): the same for all, unless questions go along."""
-        cfg = self.model.cfg
-        if self.protocol.question_in_qformer:
-            return self.read(torch.zeros(len(questions), T * cfg.vit.grid ** 2, cfg.vit.width,
-                                         device=self.model.device), questions)
-        if self.blank is None:
-            self.blank = self.read(torch.zeros(1, T * cfg.vit.grid ** 2, cfg.vit.width, device=self.model.device),
-                                   questions[:1])
-        return self.blank.expand(len(questions), -1, -1)
 
     # ---- prompts
 
@@ -209,7 +210,8 @@ class Answerer:
             if self.protocol.decode == "letter":
                 said = [f"({LETTERS[max(range(len(p)), key=p.__getitem__)]})" for p in letters]
             else:
-                said = map(self.first_line, self.speak(questions, logits.argmax(-1).tolist(), cache))
+                room = [self.model.cfg.llama.max_positions - len(p.ids) for p in prompts]
+                said = map(self.first_line, self.speak(questions, logits.argmax(-1).tolist(), cache, room))
             return [Answer(text, p, []) for text, p in zip(said, letters, strict=True)]
 
     @property
@@ -241,8 +243,9 @@ class Answerer:
     def ids(self, rows):
         return torch.tensor(rows, dtype=torch.long, device=self.model.device)
 
-    def speak(self, questions, first, cache):
-        """Greedy answers (lists of new ids), their first ids being known; cache: of the prompts.
+    def speak(self, questions, first, cache, room):
+        """Greedy answers (lists of new ids), their first ids being known; cache: of the prompts, room: ids that the LLM
+        can take behind each.
 
         Each step reads what was said last and, on trial, what the options let expect; as far as the model would have
         said just this, it has been said.
@@ -252,7 +255,9 @@ class Answerer:
         while left := [i for i in rows if not self.ended(said[i])]:
             if left != rows:
                 cache, rows = cache.take([rows.index(i) for i in left]), left
-            fed = [[said[i][-1], *continuation(said[i], options[i])] for i in rows]
+            most = [min(room[i], self.protocol.max_new_tokens) - len(said[i]) for i in rows]
+            fed = [[said[i][-1], *continuation(said[i], options[i])[:max(0, n)]]
+                   for i, n in zip(rows, most, strict=True)]
             prompts = [Prompt(row, row) for row in fed]
             ids, _, mask = pad_batch(prompts, self.tok.eos_id, multiple=self.multiple)
             hidden = llm(llm.embed(ids.to(self.model.device)), mask.to(self.model.device), cache)  # (b, s, D)
@@ -303,7 +308,7 @@ class Answerer:
 
     def first_line(self, ids):
         """New ids -> the prediction: the answer's first line, behind the bracket that the prompt has opened."""
-        return ("(" if self.opened else "") + answer_text(self.tok, ids).split("\n")[0]
+        return ("(" if self.opened else "") + answer_text(self.tok, ids).split("\n")[0].rstrip()
 
 
 def noise_like(tokens, seeds):

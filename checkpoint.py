@@ -114,11 +114,12 @@ def llm_record(llm, folder):
 
 
 def checkpoint_hash(folder):
-    """16 hexadecimal digits of a checkpoint's weights, all of them but the frozen LLM's (config.json has those)."""
-    digest = hashlib.sha256()
-    with open(Path(folder) / "model.safetensors", "rb") as f:
-        while block := f.read(2 ** 24):
-            digest.update(block)
+    """16 hexadecimal digits of all that a checkpoint's answers depend on, but the LLM, which config.json names."""
+    digest = hashlib.sha256(json.dumps(read_json(Path(folder) / "config.json")["config"], sort_keys=True).encode())
+    for name in ("vocab.txt", "model.safetensors"):
+        with open(Path(folder) / name, "rb") as f:
+            while block := f.read(2 ** 24):
+                digest.update(block)
     return digest.hexdigest()[:16]
 
 

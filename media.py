@@ -160,13 +160,14 @@ def read_gif(path, choose):
                 frames.append(np.asarray(image.convert("RGB")))                          # (H, W, 3)
                 delay = image.info.get("duration", 0) / 1000
                 seconds += delay if delay >= 0.02 else 0.1                               # as browsers and FFmpeg do
-    except (UnidentifiedImageError, OSError, EOFError, SyntaxError, ValueError, struct.error, IndexError) as error:
-        if isinstance(error, MediaError):
-            raise
+        fps = len(frames) / seconds if len(frames) > 1 else 1.0
+        indices = np.clip(choose(0, len(frames) - 1, fps), 0, len(frames) - 1).tolist()
+        chosen = torch.from_numpy(np.stack([frames[i] for i in indices]))                # (T, H, W, 3)
+    except MediaError:
+        raise
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, EOFError, SyntaxError, ValueError,
+            struct.error, IndexError) as error:
         raise MediaError(f"{path}: cannot be decoded as a GIF") from error
-    fps = len(frames) / seconds if len(frames) > 1 else 1.0
-    indices = np.clip(choose(0, len(frames) - 1, fps), 0, len(frames) - 1).tolist()
-    chosen = torch.from_numpy(np.stack([frames[i] for i in indices]))                    # (T, H, W, 3)
     return chosen.permute(0, 3, 1, 2), [i / fps for i in indices]                        # (T, 3, H, W)
 
 

@@ -18,6 +18,7 @@ scorers.py; what it is worth: stats.py, report.py. Source: paper section 3 and t
 import argparse
 import datetime
 import os
+import signal
 import sys
 import time
 from collections import defaultdict
@@ -35,7 +36,7 @@ from checkpoint import add_model_options, checkpoint_hash, device_of, dtype_of, 
 from lora import merge_lora
 from media import NORMS, MediaError, benchmark_video
 from predictions import Predictions, key_of
-from prompt import ANSWER_PREFIX, SYSTEM
+from prompt import ANSWER_PREFIX, ONLY_BEST, SYSTEM
 from scorers import is_right
 from storage import hold
 from tasks import TASKS, TVBENCH, describe, letter_of, load_questions, missing_media
@@ -52,14 +53,19 @@ class Job:
     permuted: bool          # the options in every cyclic order but their own, instead of in their own
     predictions: Predictions
     rows: dict              # what is answered so far, by key_of
+    chosen: bool = True     # or only found, finished, from an earlier run
 
     def variants(self, q):
         """The question as this job asks it: once, or once for each order."""
         return [turned(q, shift) for shift in range(1, len(q["candidates"]))] if self.permuted else [q]
 
+    def is_open(self, q):
+        """Whether it has no answer yet; a medium that could not be read is tried again in each run."""
+        return key_of(q) not in self.rows or "unread" in self.rows[key_of(q)]
+
     def open(self, questions):
         """What this job still has to ask of these questions."""
-        return [v for q in questions for v in self.variants(q) if key_of(v) not in self.rows]
+        return [v for q in questions for v in self.variants(q) if self.is_open(v)]
 
 
 def turned(q, shift):
@@ -94,10 +100,13 @@ class Clips(torch.utils.data.Dataset):
         clips, reasons = [], []
         for media, bound in self.groups[index]:
             try:
-                clips.append(benchmark_video(media, self.cfg, bound))
+                clip = benchmark_video(media, self.cfg, bound)
+                clips.append(clip.expand(self.cfg.eval_frames, -1, -1, -1))                # a picture is a still video
                 reasons.append("")
             except MediaError as error:
                 reasons.append(str(error))
+            except Exception as error:                         # whatever a decoder dies of, the others are asked
+                reasons.append(f"{media}: {type(error).__name__}: {error}")
         return torch.stack(clips) if clips else None, reasons
 
 
@@ -122,7 +131,8 @@ def evaluate(answerer, questions, jobs, batch=32, workers=1, rank=0, world=1, pr
             if any(job.open(some) for job in jobs for some in window)]
     groups = [[(some[0]["media"], some[0]["bound"]) for some in window[i:i + CHUNK]]
               for window in mine for i in range(0, len(window), CHUNK)]
-    loader = iter(torch.utils.data.DataLoader(Clips(groups, answerer.model.cfg), None, num_workers=workers))
+    loader = iter(torch.utils.data.DataLoader(Clips(groups, answerer.model.cfg), None, num_workers=workers,
+                                              worker_init_fn=leave_ctrl_c_to_others))
     total = sum(len(job.open(some)) for job in jobs for window in mine for some in window)
     bar = tqdm(total=total, unit="answer", disable=not (progress and sys.stderr.isatty()), leave=False)
     for window in mine:
@@ -137,10 +147,15 @@ def evaluate(answerer, questions, jobs, batch=32, workers=1, rank=0, world=1, pr
         found = asked(answerer, torch.cat(videos), seen, prompts, jobs, batch) if videos else [[] for _ in jobs]
         for job, rows in zip(jobs, found, strict=True):
             rows += [row_of(v, None, why) for q, why in unread for v in job.variants(q)]
-            new = [row for row in rows if key_of(row) not in job.rows]
+            new = [row for row in rows if job.is_open(row)]
             yield job, new
             bar.update(len(new))
     bar.close()
+
+
+def leave_ctrl_c_to_others(worker):
+    """Ctrl-C reaches the workers as well; the process that they work for ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def asked(answerer, video, questions, prompts, jobs, batch):
@@ -149,26 +164,29 @@ def asked(answerer, video, questions, prompts, jobs, batch):
     prompts: of the questions in their own order, by key_of.
     """
     seeds = [seed_of(some[0]["video"], some[0]["bound"]) for some in questions]
-    read, found = {}, []
+    seen, found = {}, []
     for job in jobs:
         if not any(job.open(some) for some in questions):
             found.append([])
             continue
+        if job.control not in seen:                            # what is read of the clips is the same for all orders
+            vision = answerer.watch(video, job.control, seeds)                                 # (B, N, C)
+            tokens = None
+            if not answerer.protocol.question_in_qformer:
+                tokens = answerer.tokens(vision, job.control, seeds, [some[0] for some in questions])  # (B, Q, D)
+            seen[job.control] = vision, tokens
+        vision, tokens = seen[job.control]
         variants = [(v, clip) for clip, some in enumerate(questions) for q in some for v in job.variants(q)]
-        if answerer.protocol.question_in_qformer:                          # then each question is a clip of its own
-            places = torch.tensor([clip for _, clip in variants])
-            tokens = answerer.tokens(video[places], job.control, [seeds[i] for i in places], [v for v, _ in variants])
-            variants = [(v, i) for i, (v, _) in enumerate(variants)]
-        else:
-            if job.control not in read:
-                read[job.control] = answerer.tokens(video, job.control, seeds, [some[0] for some in questions])
-            tokens = read[job.control]                                     # (B, Q, D)
         todo = [(v, clip, prompts.get(key_of(v)) or answerer.prompt(v)) for v, clip in variants]
         todo.sort(key=lambda each: -len(each[2].ids))
         rows = []
         for i in range(0, len(todo), batch):
             some, clips, texts = zip(*todo[i:i + batch], strict=True)
-            rows += [row_of(q, a) for q, a in zip(some, answerer.answer(some, tokens, list(clips), texts), strict=True)]
+            places, read = list(clips), tokens
+            if tokens is None:                                 # then each question is a clip of its own
+                read = answerer.tokens(vision[places], job.control, [seeds[clip] for clip in clips], some)
+                places = list(range(len(some)))
+            rows += [row_of(q, a) for q, a in zip(some, answerer.answer(some, read, places, texts), strict=True)]
         found.append(rows)
     return found
 
@@ -208,12 +226,16 @@ def parse(argv=None):
                        help="pixels: clip, as officially, or imagenet, as in training (default: the preset's)")
     args = p.parse_args(argv)
     args.out = args.out or str(Path(args.ckpt) / "mvbench")
-    args.controls = list(CONTROLS) if args.controls == "all" else [c.strip() for c in args.controls.split(",") if c]
+    names = dict.fromkeys(name.strip() for name in args.controls.split(",") if name.strip())
+    args.controls = list(CONTROLS) if "all" in names else list(names)
     unknown = sorted(set(args.controls) - set(CONTROLS))
     if unknown:
         p.error(f"--controls knows no {', '.join(unknown)}: choose among {', '.join(CONTROLS)}, or all")
     if args.no_answer_prompt and args.decode == "letter":
         p.error("--decode letter needs the answer prompt: the letter is looked for behind its bracket")
+    if args.decode == "likelihood" and (args.question_in_qformer or args.no_answer_prompt):
+        p.error("--decode likelihood shows nobody the options and has no answer prompt: leave out "
+                "--question-in-qformer and --no-answer-prompt")
     if args.batch < 1 or args.limit < 0 or args.frames < 0 or args.workers < 0:
         p.error("--batch must be 1 or more, --limit, --frames and --workers 0 or more")
     return args
@@ -233,35 +255,52 @@ def settings_of(args, cfg, record, digits):
     return {
         "checkpoint": checkpoint_hash(args.ckpt), "LLM": (record["llm"] or {}).get("fingerprint"), "questions": digits,
         "frames": args.frames or cfg.eval_frames, "norm": args.norm or cfg.eval_norm,
-        "system prompt": not args.no_system, "answer prompt": not args.no_answer_prompt,
+        "system prompt": "" if args.no_system else SYSTEM, "asked for": ONLY_BEST,
+        "answer prompt": "" if args.no_answer_prompt else ANSWER_PREFIX,
         "question in the Q-Former": args.question_in_qformer, "decode": args.decode, "dtype": dtype_of(args),
         "8 bits": args.llm_int8}
 
 
 def begin(args, cfg, record, rank):
-    """-> (the questions that are meant, the jobs). By the first process: checks what is there, and says what is not."""
+    """-> (the questions that are meant, the jobs). By the first process: checks what is there, and says what is not.
+
+    Controls that an earlier run has finished are jobs, too: they belong into the report.
+    """
     tasks, root = (TVBENCH, args.tvbench) if args.tvbench else (TASKS, args.data)
     wanted = load_questions(root, [name.strip() for name in args.only.split(",") if name.strip()], args.limit, tasks)
     digits, version = describe(root, tasks)
-    settings = settings_of(args, cfg, record, digits)
-    jobs = []
-    for control, permuted in [("", False), *[(name, False) for name in args.controls], *[("", True)] * args.permute]:
-        name = ".permute" if permuted else f".{control}" if control else ""
-        predictions = Predictions(args.out, name + suffix_of(args), {"control": control, **settings}, rank)
-        jobs.append(Job(control, permuted, predictions, {}))
+    settings, jobs = settings_of(args, cfg, record, digits), []
+    for control in ("", *CONTROLS, "permute"):
+        predictions = Predictions(args.out, f"{'.' * bool(control)}{control}{suffix_of(args)}",
+                                  {"control": control, **settings}, rank)
+        chosen = control in ("", *args.controls) or control == "permute" and args.permute
+        if chosen or predictions.is_of_these_settings():
+            jobs.append(Job("" if control == "permute" else control, control == "permute", predictions, {}, chosen))
     if rank > 0:
         return wanted, jobs
     missing = missing_media(wanted, tasks)
-    for line in missing:
-        print(line, flush=True)
+    print("\n".join(missing), end="\n" * bool(missing), flush=True)
     if missing and args.strict_data:
         raise FileNotFoundError("media are missing, and --strict-data was said")
     if not any(q["media"] for q in wanted):
         raise FileNotFoundError(f"{root} holds none of the media that the questions speak of")
     for job in jobs:
-        job.predictions.begin(args.restart, {"command": report.command_line(), "version": version,
-                                             "checkpoint": str(args.ckpt), "data": str(root)})
+        if job.chosen:
+            job.predictions.begin(args.restart, {"commands": [report.command_line()], "version": version,
+                                                 "checkpoint": str(args.ckpt), "data": str(root)})
+        refuse_other_media(job, wanted)
     return wanted, jobs
+
+
+def refuse_other_media(job, wanted):
+    """ValueError if an answer is about another file than the one that lies there now."""
+    sizes = {(q["task"], q["index"]): q["size"] for q in wanted if q["media"]}
+    other = [row for key, row in job.predictions.read().items()
+             if "unread" not in row and sizes.get(key[:2], row["size"]) != row["size"]]
+    if other:
+        raise ValueError(f"{job.predictions.path} speaks of other media: {len(other)} have another size now, the first "
+                         f"being {other[0]['video']} of {other[0]['task']}; choose another folder by --out, or "
+                         "--restart to ask anew")
 
 
 def main(argv=None):
@@ -280,20 +319,25 @@ def main(argv=None):
 def run(args, rank, world):
     """Asks what has not been answered, together with the other processes; the first one reports."""
     cfg, record = read_config(args.ckpt)
-    wanted, jobs = begin(args, cfg, record, rank)
-    wait_for_all(world)
+    problem = None
+    try:
+        wanted, jobs = begin(args, cfg, record, rank)
+    except (ValueError, OSError) as error:
+        problem = error
+    give_up_together(problem, rank, world)
     for job in jobs:
         job.rows = job.predictions.read()
     wait_for_all(world)                                        # nobody writes while others read
     questions = [q for q in wanted if q["media"]]
-    left = sum(len(job.open(questions)) for job in jobs)
+    jobs = [job for job in jobs if job.chosen or all(key_of(v) in job.rows for q in questions for v in job.variants(q))]
+    left = sum(len(job.open(questions)) for job in jobs if job.chosen)
     times = {}
     if left:
         if rank == 0:
             print(f"{'TVBench' if args.tvbench else 'MVBench'}: {len(questions)} questions, "
-                  f"{args.frames or cfg.eval_frames} frames, {len(jobs)} way(s) of asking; {left} answers to come",
-                  flush=True)
-        times = ask_all(args, questions, jobs, rank, world)
+                  f"{args.frames or cfg.eval_frames} frames, {sum(job.chosen for job in jobs)} way(s) of asking; "
+                  f"{left} answers to come", flush=True)
+        times = ask_all(args, questions, [job for job in jobs if job.chosen], rank, world)
     begun = time.perf_counter()
     wait_for_all(world)
     if left and world > 1:
@@ -333,7 +377,8 @@ def finish(args, wanted, questions, jobs, times, left):
     plain = {job.control: some for job, some in zip(jobs, rows, strict=True) if not job.permuted}
     orders = next((plain[""] + some for job, some in zip(jobs, rows, strict=True) if job.permuted), None)
     first = jobs[0].predictions
-    summary = report.summarise(plain, wanted, orders, first, times)
+    missing = missing_media(wanted, TVBENCH if args.tvbench else TASKS)
+    summary = report.summarise(plain, wanted, orders, first, times, missing)
     report.write(summary, plain, first.out, suffix_of(args))
     report.show(summary)
     if left:
@@ -354,8 +399,20 @@ def join_processes(args):
         return 0, 1
     if device_of(args) == "cuda":
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
     dist.init_process_group("gloo", timeout=datetime.timedelta(days=2))
     return dist.get_rank(), world
+
+
+def give_up_together(problem, rank, world):
+    """A problem of the first process is told once, and ends them all."""
+    stop = [problem is not None]
+    if world > 1:
+        dist.broadcast_object_list(stop, 0)
+    if problem and (rank == 0 or not stop[0]):
+        raise problem
+    if stop[0]:
+        sys.exit(2)
 
 
 def wait_for_all(world):

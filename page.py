@@ -94,10 +94,14 @@ def cards(summary):
 
 
 def unanswered(summary):
+    found = []
+    if summary["missing"]:
+        lines = "<br>".join(map(escape, summary["missing"]))
+        found.append(f'<p class="bad">Not asked, and in no number:<br>{lines}</p>')
     if not summary["unanswered"]:
-        return []
-    return [f'<p class="bad">{summary["unanswered"]} questions speak of a medium that cannot be read. They are asked, '
-            "unanswered, and counted as wrong.</p>",
+        return found
+    return [*found, f'<p class="bad">{summary["unanswered"]} questions speak of a medium that cannot be read. They are '
+            "asked, unanswered, and counted as wrong.</p>",
             "<details><summary>which</summary>" + "".join(f"<p><code>{escape(reason)}</code></p>"
                                                           for reason in summary["unread"]) + "</details>"]
 
@@ -212,7 +216,7 @@ def calibrated(summary):
 def provenance(summary):
     """Command, checkpoint, questions, protocol, time, software."""
     settings = dict(summary["settings"])
-    told = {"command": summary["command"],
+    told = {"command": "; then ".join(summary["commands"]),
             "checkpoint": f"{summary['checkpoint']}, fingerprint {settings.pop('checkpoint')}",
             "LLM": f"fingerprint {settings.pop('LLM', None)}",
             "questions": f"{summary['data']}, fingerprint {settings.pop('questions', None)}; {summary['version']}",

@@ -108,7 +108,7 @@ def answers(model, wordpiece, tok, questions, generate):
         marks.append(time.perf_counter())
         prompt = mvbench_prompt(tok, q["question"], q["candidates"], n_video, style=cfg.style)
         new = generate(model.splice(torch.tensor([prompt.ids], device=model.device), tokens))
-        found.append("(" + answer_text(tok, new).split("\n")[0])
+        found.append("(" + answer_text(tok, new).split("\n")[0].rstrip())
         marks.append(time.perf_counter())
         for part, begun, ended in zip(("data", "ViT", "Q-Former", "LLM"), marks[:-1], marks[1:], strict=True):
             seconds[part] += ended - begun

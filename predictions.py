@@ -20,6 +20,19 @@ def key_of(row):
     return row["task"], row["index"], row.get("shift", 0)
 
 
+def read_rows(path):
+    """{key: row} of a file of predictions; ValueError names a line that is none."""
+    rows = {}
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            rows[key_of(row)] = row
+            row["prediction"], row["candidates"], row["answer"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}, line {number} is no prediction: delete the line, or --restart") from None
+    return rows
+
+
 class Predictions:
     """The rows of one way of asking: one control, or the permuted options. Several processes may fill it."""
 
@@ -37,29 +50,41 @@ class Predictions:
     def begin(self, restart, notes):
         """By one process, before all others: checks that what is there belongs to these settings, or removes it.
 
-        notes: what else settings.json shall tell. Raises ValueError naming each setting that differs.
+        notes: what else settings.json shall tell; commands are collected. Raises ValueError naming what differs.
         """
         known = [path for path in (self.path, *self.parts) if path.exists()]
-        told = self.out / f"settings{self.name}.json"
+        found = read_json(self.told) if self.told.is_file() and not restart else {}
         if restart:
             for path in known:
                 path.unlink()
         elif known:
-            found = read_json(told).get("settings", {}) if told.is_file() else {}
-            differ = [f"{what}: {short(found.get(what))} there, {short(value)} now"
-                      for what, value in self.settings.items() if found.get(what) != value]
+            differ = [f"{what}: {short(found.get('settings', {}).get(what))} there, {short(value)} now"
+                      for what, value in self.settings.items() if found.get("settings", {}).get(what) != value]
             if differ:
                 raise ValueError(f"{known[0]} holds answers under other settings ({'; '.join(differ)}): choose another "
                                  "folder by --out, or --restart to ask anew and lose them")
             for path in known:
                 drop_torn_line(path)
         self.out.mkdir(parents=True, exist_ok=True)
-        save_text(json.dumps({"settings": self.settings, **notes}, indent=2), told)
+        commands = list(dict.fromkeys([*(found.get("commands", []) if known else []), *notes["commands"]]))
+        save_text(json.dumps({"settings": self.settings, **notes, "commands": commands}, indent=2), self.told)
+
+    @property
+    def told(self):
+        return self.out / f"settings{self.name}.json"
+
+    def is_of_these_settings(self):
+        """Whether a finished file is there, with these settings."""
+        return (self.path.is_file() and self.told.is_file()
+                and read_json(self.told).get("settings") == self.settings)
 
     def read(self):
-        """{key: row} of everything that has been answered."""
-        return {key_of(row): row for path in (self.path, *self.parts) if path.exists()
-                for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+        """{key: row} of everything that has been answered; of two rows, the one that could be watched."""
+        rows = {}
+        for path in (self.path, *self.parts):
+            if path.exists():
+                rows |= {key: row for key, row in read_rows(path).items() if key not in rows or "unread" in rows[key]}
+        return rows
 
     def write(self, rows):
         """Appends rows to this process's part; they are on disk when it returns, whatever happens to the process."""

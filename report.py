@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 import page
-from predictions import key_of
+from predictions import key_of, read_rows
 from scorers import SCORERS, compare_scorers, is_right
 from stats import calibration, letters, mcnemar, over_videos, permutations, wilson
 from storage import read_json, save_text
@@ -48,11 +48,12 @@ def chance(questions):
     return score([{"task": q["task"], "correct": 1 / len(q["candidates"])} for q in questions])
 
 
-def summarise(plain, wanted, orders, predictions, times):
+def summarise(plain, wanted, orders, predictions, times, missing=()):
     """Everything that can be said, as a dict.
 
     plain: {control: rows}, "" being the run itself; wanted: the questions that were meant; orders: rows under all
-    orders of the options, or None; predictions: of the run itself; times: {part: seconds}.
+    orders of the options, or None; predictions: of the run itself; times: {part: seconds}; missing: lines about media
+    that are not there, whose questions were not asked.
     """
     rows = plain[""]
     normal, odds = score(rows), chance(rows)
@@ -60,14 +61,16 @@ def summarise(plain, wanted, orders, predictions, times):
     scorers, differ = compare_scorers(rows)
     found = calibration(rows)
     tasks = [task_line(name, rows, wanted, normal, odds, controls) for name in normal]
-    told = read_json(predictions.out / f"settings{predictions.name}.json")
+    told, before = read_json(predictions.told), predictions.out / f"summary{predictions.name}.json"
+    if not times and before.is_file():                         # nothing was asked: what it took is known from before
+        times = read_json(before).get("seconds", {})
     return {
-        "tasks": tasks[:-1], "average": tasks[-1] | time_interval(plain, tasks[-1]),
+        "tasks": tasks[:-1], "average": tasks[-1] | time_interval(plain),
         "mean of tasks": sum(task["accuracy"] for task in tasks[:-1]) / max(1, len(tasks) - 1),
         "controls": list(controls), "scorers": scorers, "scorers differ": len(differ), "differing": differ[:20],
         "letters": letters(rows), "permutations": permutations(orders) if orders else None,
         "calibration": found and {"error": found[0], "bins": found[1]},
-        "unread": sorted({row["unread"] for row in rows if "unread" in row}),
+        "missing": list(missing), "unread": sorted({row["unread"] for row in rows if "unread" in row}),
         "unanswered": sum("unread" in row for row in rows), "seconds": times,
         "software": {"commit": commit(), "python": platform.python_version(), "torch": torch.__version__,
                      "machine": machine()}, **told}
@@ -86,15 +89,15 @@ def task_line(name, rows, wanted, normal, odds, controls):
             "controls": found, "needs time": normal[name] - max(moving) if moving else None}
 
 
-def time_interval(plain, line):
+def time_interval(plain):
     """The interval of the average's "needs time", paired by question, as far as single or shuffle is there."""
     known = [control for control in MOVING if control in plain]
     if not known:
         return {}
-    best = max(known, key=lambda control: line["controls"][control])
-    other = {key_of(row): row["correct"] for row in plain[best]}
-    rows = [row for row in plain[""] if key_of(row) in other]
-    low, high = over_videos(rows, [row["correct"] - other[key_of(row)] for row in rows])
+    columns = [{key_of(row): row["correct"] for row in plain[control]} for control in ("", *known)]
+    rows = [row for row in plain[""] if all(key_of(row) in column for column in columns)]
+    low, high = over_videos(rows, [[column[key_of(row)] for column in columns] for row in rows],
+                            lambda means: means[:, 0] - means[:, 1:].max(1))               # the better in each draw
     return {"needs time low": 100 * low, "needs time high": 100 * high}
 
 
@@ -127,7 +130,7 @@ def write(summary, plain, out, suffix):
         put_json(out / f"mvbench{'.' * bool(control)}{control}{suffix}.json", rounded(score(rows)))
     put_json(out / f"chance{suffix}.json", rounded(chance(plain[""])))
     put_json(out / f"summary{suffix}.json", {"written": time.strftime("%Y-%m-%d %H:%M"), **summary})
-    if is_complete(summary):
+    if is_complete(summary) and "part" not in suffix:
         put_json(out / f"leaderboard{suffix}.json", score(plain[""]))
     save_text(page.page(summary, plain[""]), out / f"report{suffix}.html")
 
@@ -172,6 +175,8 @@ def show(summary):
               f"{found['any']:9}")
     print(f"they differ on {summary['scorers differ']} questions")
     show_habits(summary)
+    if summary["missing"]:
+        print("\nnot asked, and in no number:\n  " + "\n  ".join(summary["missing"]))
     if summary["unanswered"]:
         print(f"\n{summary['unanswered']} questions with an unreadable medium, counted as wrong:")
         print("\n".join(f"  unread: {reason}" for reason in summary["unread"][:5]))
@@ -216,7 +221,7 @@ def compare(argv):
     args = p.parse_args(argv)
     a, b = (rows_of(path) for path in (args.a, args.b))
     pairs = [(row, b[key]) for key, row in a.items() if key in b]
-    other = [row for row, same in pairs if any(row[k] != same[k] for k in ("question", "candidates", "answer"))]
+    other = [row for row, same in pairs if any(row.get(k) != same.get(k) for k in ("question", "candidates", "answer"))]
     if not pairs:
         raise ValueError(f"{args.a} and {args.b} have no question in common")
     if other:
@@ -241,11 +246,10 @@ def rows_of(path):
     places = [Path(path), Path(path) / "predictions.jsonl", Path(path) / "mvbench" / "predictions.jsonl"]
     file = next((place for place in places if place.is_file()), None)
     if file is None:
-        raise FileNotFoundError(f"{path} is no finished run: it has no predictions.jsonl")
-    try:
-        return {key_of(row): row for row in map(json.loads, file.read_text(encoding="utf-8").splitlines())}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no file of predictions: {error}") from None
+        others = [str(found) for place in places for found in sorted(place.parent.glob("predictions*.jsonl"))]
+        hint = f"; there are {', '.join(dict.fromkeys(others))}" if others else ""
+        raise FileNotFoundError(f"{path} is no finished run: it has no predictions.jsonl{hint}")
+    return read_rows(file)
 
 
 def compared(pairs, scorer):

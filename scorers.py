@@ -11,7 +11,8 @@ official scorer does with "(". So one definition serves for all four, and says w
 
 Not here: who asks (mvbench.py), how sure a number is (stats.py).
 Source: mvbench.ipynb; lmms_eval/tasks/mvbench/utils.py, mcq_acc; without a judge LLM, vlmeval/dataset/utils/mvbench.py,
-check_ans_with_model, and vlmeval/utils/matching_util.py, can_infer.
+check_ans_with_model, and vlmeval/utils/matching_util.py, can_infer, at 18fc37a (later ones look at the answer's length
+and the letter's place too).
 
     pytest tests/test_scorers.py
 """
@@ -76,19 +77,17 @@ def inferred(said, candidates):
 def strict(said, candidates):
     """One option, named by letter ("(B)" anywhere; "B", "B.", "B)", "B:" at the beginning) or by its whole text.
 
-    Letter and text that speak of different options, two letters, two texts, a letter that is no option: nothing.
+    Letter and text that speak of different options, two letters, two texts, a letter that is no option: nothing. A
+    letter at the beginning that is not set off ("B He ran.") names no option, but no other text counts beside it.
     """
     begun = re.match(r"([A-E])(?:[.):]|$)", said.strip())
-    letters = set(re.findall(r"\(([A-E])\)", said)) | ({begun[1]} if begun else set())
-    texts = texts_named(said, candidates)
-    if len(letters) > 1 or not letters <= set(LETTERS[:len(candidates)]):
-        return set()
-    if letters and texts and not letters <= texts:
-        return set()
+    letters = set(re.findall(r"\(([A-Z])\)", said.upper())) | ({begun[1]} if begun else set())
+    texts, hint = texts_named(said, candidates), re.match(r"\(?([A-E])\b", said.strip())
     if letters:
-        return letters
+        agree = not texts or letters <= texts
+        return letters if len(letters) == 1 and agree and letters <= set(LETTERS[:len(candidates)]) else set()
     same = {candidates[LETTERS.index(letter)] for letter in texts}
-    return texts if len(same) == 1 else set()
+    return texts if len(same) == 1 and (hint is None or hint[1] in texts) else set()
 
 
 def texts_named(said, candidates):

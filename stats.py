@@ -35,20 +35,26 @@ def wilson(right, n):
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def over_videos(rows, values, seed=0):
-    """Mean of values (one per row, e.g. right: 1 or 0) -> (low, high), 95 %, by drawing the rows' videos anew."""
-    groups = defaultdict(lambda: [0.0, 0])
+def over_videos(rows, values, of=None, seed=0):
+    """Mean of values (one per row, e.g. right: 1 or 0) -> (low, high), 95 %, by drawing the rows' videos anew.
+
+    values may be several per row (n, k); `of` then makes one number of their means (draws, k). Where all videos are
+    alike, as in a short run that is all right, draws say nothing, and the interval is Wilson's of so many videos.
+    """
+    groups = defaultdict(list)
     for row, value in zip(rows, values, strict=True):
-        group = groups[row["media"]]
-        group[0] += value
-        group[1] += 1
+        groups[row["media"]].append(value)
     if not groups:
         return 0.0, 1.0
-    sums, sizes = np.array(list(groups.values())).T                                        # (videos,), (videos,)
+    sums = np.array([np.sum(group, 0) for group in groups.values()], dtype=float)          # (videos,) or (videos, k)
+    sizes = np.array([len(group) for group in groups.values()], dtype=float)               # (videos,)
+    if of is None and (sums == 0).all() or of is None and (sums == sizes).all():
+        return wilson(len(sizes) if sums[0] else 0, len(sizes))
     rng, means = np.random.default_rng(seed), []
     for _ in range(DRAWS // 100):                                                          # in parts: flat memory
         drawn = rng.integers(len(sums), size=(100, len(sums)))
-        means.append(sums[drawn].sum(1) / sizes[drawn].sum(1))
+        found = (sums[drawn].sum(1).T / sizes[drawn].sum(1)).T                             # (100,) or (100, k)
+        means.append(of(found) if of else found)
     low, high = np.percentile(np.concatenate(means), (2.5, 97.5))
     return float(low), float(high)
 

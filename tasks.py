@@ -11,6 +11,8 @@ data_list; TVBench: arXiv 2410.07752, github.com/daniel-cores/tvbench, infer.ipy
 """
 import hashlib
 import json
+import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +73,7 @@ REVISED = ("EDXBD.mp4", "video_14727.mp4", "video_13446.mp4")
 
 
 def load_questions(root, only=(), limit=0, tasks=TASKS):
-    """MVBench folder -> list of dicts: task, index, video, media, bound, question, candidates, answer.
+    """MVBench folder -> list of dicts: task, index, video, media, size, bound, question, candidates, answer.
 
     only: task names; limit: the first so many of each task; tasks: TASKS or TVBENCH. A medium that is nowhere has media
     "". ValueError names file, entry and fault; FileNotFoundError a folder without any of the tasks.
@@ -109,17 +111,29 @@ def annotation_file(root, task):
 
 def question_of(task, index, item, path, root):
     """One entry of a task's file, checked."""
-    wrong = [key for key in ("video", "question", "answer") if not isinstance(item.get(key), str)]
+    wrong = [key for key in ("video", "question") if not isinstance(item.get(key), str)]
+    wrong += ["answer"] if not isinstance(item.get("answer"), str | int | float) else []
     wrong += ["candidates"] if not 2 <= len(item.get("candidates") or []) <= len(LETTERS) else []
-    wrong += [key for key in ("start", "end") if task.bound and not isinstance(item.get(key), int | float)]
+    wrong += [key for key in ("start", "end") if task.bound and not is_second(item.get(key))]
     if wrong:
         raise ValueError(f"{path}, entry {index}: missing or malformed {', '.join(wrong)}")
     if item["answer"] not in item["candidates"]:
         raise ValueError(f"{path}, entry {index}: the answer {item['answer']!r} is not among the candidates")
     bound = (item["start"], item["end"]) if task.bound else None
     media = find_media(root, task.folder, item["video"])
-    return {"task": task.name, "index": index, "video": item["video"], "media": media, "bound": bound,
-            "question": item["question"], "candidates": item["candidates"], "answer": item["answer"]}
+    return {"task": task.name, "index": index, "video": item["video"], "media": media, "size": size_of(media),
+            "bound": bound, "question": item["question"], "candidates": [str(text) for text in item["candidates"]],
+            "answer": str(item["answer"])}
+
+
+def is_second(value):
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def size_of(media):
+    """By which a medium is known again: its bytes, or a folder's number of files; 0 for none."""
+    path = Path(media)
+    return 0 if not media else len(os.listdir(path)) if path.is_dir() else path.stat().st_size
 
 
 def find_media(root, folder, name):

@@ -22,6 +22,11 @@ def asked(n=5, options=("It jumps.", "It spins twice.", "Nothing.")):
              "candidates": list(options), "answer": options[0]} for i in range(n)]
 
 
+def tokens_of(ask, video, control, seeds, questions):
+    """What the LLM reads of clips (B, T, 3, H, W)."""
+    return ask.tokens(ask.watch(video, control, seeds), control, seeds, questions)
+
+
 def clips(cfg, n=5):
     return torch.randn(n, cfg.eval_frames, 3, cfg.vit.img_size, cfg.vit.img_size,
                        generator=torch.Generator().manual_seed(0))
@@ -41,7 +46,7 @@ def plain(ask, q, tokens):
 @pytest.mark.parametrize("protocol", [{}, {"system": ""}, {"answer_prefix": ""}, {"question_in_qformer": True}])
 def test_many_together_are_what_each_is_alone_word_by_word(loaded, protocol):
     ask, questions = answerer(loaded, **protocol), asked()
-    tokens = ask.tokens(clips(loaded[0].cfg), "", [0] * 5, questions)
+    tokens = tokens_of(ask, clips(loaded[0].cfg), "", [0] * 5, questions)
     found = ask.answer(questions, tokens)
     for q, answer, clip in zip(questions, found, tokens, strict=True):
         said, letters = plain(ask, q, clip)
@@ -57,7 +62,7 @@ def test_many_together_are_what_each_is_alone_word_by_word(loaded, protocol):
 def test_several_questions_about_a_clip_share_what_was_read_of_it(loaded):
     ask = answerer(loaded)
     questions, places = asked(6), [1, 0, 1, 1, 0, 1]
-    tokens = ask.tokens(clips(loaded[0].cfg, 2), "", [0, 0], questions[:2])
+    tokens = tokens_of(ask, clips(loaded[0].cfg, 2), "", [0, 0], questions[:2])
     for q, answer, place in zip(questions, ask.answer(questions, tokens, places), places, strict=True):
         said, letters = plain(ask, q, tokens[place])
         assert answer.said == said
@@ -75,7 +80,7 @@ def test_words_that_were_expected_are_read_at_once(loaded, known, steps, monkeyp
     """An answer of 6 ids, of which the options let expect the first `known`: as many steps of the LLM as that leaves,
     and the same answer."""
     ask, (q,) = answerer(loaded), asked(1)
-    tokens = ask.tokens(clips(loaded[0].cfg, 1), "", [0], [q])
+    tokens = tokens_of(ask, clips(loaded[0].cfg, 1), "", [0], [q])
     llm = ask.model.llama_model
     ids, _, mask = pad_batch([ask.prompt(q)], ask.tok.eos_id, "left")
     embeds = ask.model.splice(ids, tokens)
@@ -87,6 +92,18 @@ def test_words_that_were_expected_are_read_at_once(loaded, known, steps, monkeyp
     monkeypatch.setattr(llm, "forward", counting(llm, calls).forward)
     (answer,) = ask.answer([q], tokens)
     assert answer.said == ask.first_line(true) and len(calls) == 2 + steps  # clip, question, then the answer's steps
+
+
+def test_nothing_is_tried_beyond_the_room_that_there_is(loaded, monkeypatch):
+    """A prompt and its answer fill the LLM's positions exactly; the options are longer. It is answered all the same."""
+    ask, (q,) = answerer(loaded, max_new_tokens=20), asked(1)
+    tokens = tokens_of(ask, clips(loaded[0].cfg, 1), "", [0], [q])
+    (free,) = ask.answer([q], tokens)
+    ids = len(ask.prompt(q).ids)
+    monkeypatch.setattr(loaded[0].cfg.llama, "max_positions", ids + 19)
+    monkeypatch.setattr(ask, "option_ids", lambda q: [[7, i] + [9] * 40 for i in ask.letter_ids])
+    (answer,) = ask.answer([q], tokens)
+    assert answer.said == free.said
 
 
 def test_what_follows():
@@ -105,7 +122,7 @@ def test_common_beginnings():
 
 def test_by_letter(loaded):
     ask, questions = answerer(loaded, decode="letter"), asked()
-    tokens = ask.tokens(clips(loaded[0].cfg), "", [0] * 5, questions)
+    tokens = tokens_of(ask, clips(loaded[0].cfg), "", [0] * 5, questions)
     for answer in ask.answer(questions, tokens):
         assert answer.said == f"({'ABC'[max(range(3), key=answer.letters.__getitem__)]})"
 
@@ -113,7 +130,7 @@ def test_by_letter(loaded):
 def test_by_likelihood(loaded):
     """Each option's text behind the prompt, alone, its mean log-probability by hand."""
     ask, questions = answerer(loaded, decode="likelihood"), asked(3)
-    tokens = ask.tokens(clips(loaded[0].cfg, 3), "", [0] * 3, questions)
+    tokens = tokens_of(ask, clips(loaded[0].cfg, 3), "", [0] * 3, questions)
     llm = ask.model.llama_model
     for i, answer in enumerate(ask.answer(questions, tokens)):
         for text, found in zip(questions[i]["candidates"], answer.likelihoods, strict=True):
@@ -150,14 +167,14 @@ def test_blank_and_noise_know_nothing_of_the_clip(loaded):
     ask, questions = answerer(loaded), asked()
     one, other = clips(loaded[0].cfg), clips(loaded[0].cfg).flip(0) * 3
     for control in ("blank", "noise"):
-        assert torch.equal(ask.tokens(one, control, [1, 2, 3, 4, 5], questions),
-                           ask.tokens(other, control, [1, 2, 3, 4, 5], questions))
+        assert torch.equal(tokens_of(ask, one, control, [1, 2, 3, 4, 5], questions),
+                           tokens_of(ask, other, control, [1, 2, 3, 4, 5], questions))
     zeros = torch.zeros(5, *loaded[0].encode(one).shape[1:])
-    assert_close(ask.tokens(one, "blank", [0] * 5, questions), ask.read(zeros, questions))
-    noise = ask.tokens(one, "noise", [1, 2, 1, 4, 5], questions)
+    assert_close(tokens_of(ask, one, "blank", [0] * 5, questions), ask.read(zeros, questions))
+    noise = tokens_of(ask, one, "noise", [1, 2, 1, 4, 5], questions)
     assert torch.equal(noise[0], noise[2]) and not torch.equal(noise[0], noise[1])
     in_qformer = answerer(loaded, question_in_qformer=True)
-    assert_close(in_qformer.tokens(one, "blank", [0] * 5, questions), in_qformer.read(zeros, questions))
+    assert_close(tokens_of(in_qformer, one, "blank", [0] * 5, questions), in_qformer.read(zeros, questions))
 
 
 def test_noise_is_as_large_as_what_it_replaces():

@@ -217,3 +217,15 @@ def test_flip_mirrors_half_of_the_clips_and_is_off_by_default():
     flipped = [torch.equal(mirror(frames, random.Random(seed)), plain.flip(-1)) for seed in range(100)]
     assert 35 < sum(flipped) < 65
     assert all(torch.equal(Transform(32, train=True, crop=False)(frames, random.Random(s)), plain) for s in range(20))
+
+
+@pytest.mark.parametrize("offset, data", [(6, b"\xff\xff\xff\x7f"), (0, b"GIF87b"), (10, b"\0")])
+def test_damaged_headers_of_gifs_are_named(tmp_path, offset, data):
+    path = paint(tmp_path, "a.gif", 40)
+    found = bytearray(path.read_bytes())
+    found[offset:offset + len(data)] = data
+    path.write_bytes(found)
+    try:
+        read_media(path, every)
+    except MediaError as error:
+        assert str(error).startswith(f"{path}: ")

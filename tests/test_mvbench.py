@@ -5,6 +5,7 @@ Run: pytest tests/test_mvbench.py
 import gc
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import mvbench
 import plain_mvbench
@@ -229,6 +231,89 @@ def test_other_settings_are_refused(ckpt, tree, tmp_path):
     with pytest.raises(ValueError, match="under other settings"):          # nobody knows under which
         run(ckpt, tree, tmp_path, *small)
     assert len(run(ckpt, tree, tmp_path, *small, "--restart")["predictions.part.jsonl"].splitlines()) == 2
+
+
+def copied(tree, out, *tasks):
+    """A benchmark of a few tasks of the tree."""
+    for task in TASKS:
+        if task.name in tasks:
+            (out / "json").mkdir(parents=True, exist_ok=True)
+            shutil.copy(tree / "json" / f"{task.file}.json", out / "json")
+            shutil.copytree(tree / "video" / task.folder, out / "video" / task.folder, dirs_exist_ok=True)
+    return out
+
+
+def test_other_media_under_the_same_names_are_refused(ckpt, tree, tmp_path):
+    data = copied(tree, tmp_path / "data", "State Change")
+    run(ckpt, data, tmp_path / "out")
+    with open(data / "video" / "perception" / "videos" / "SC_1.mp4", "ab") as f:
+        f.write(b"more")
+    with pytest.raises(ValueError, match="speaks of other media: 1 have another size now, the first being SC_1.mp4 of"):
+        run(ckpt, data, tmp_path / "out")
+
+
+def test_what_could_not_be_read_is_tried_again(ckpt, tree, tmp_path):
+    data = copied(tree, tmp_path / "data", "State Change")
+    clip = data / "video" / "perception" / "videos" / "SC_1.mp4"
+    whole, others = clip.read_bytes(), ("--controls", "reverse")
+    clip.write_bytes(b"torn")
+    found = run(ckpt, data, tmp_path / "out", *others)
+    assert all(b"unread" in data for data in found.values())
+    with pytest.raises(ValueError, match="SC_1.mp4: cannot be decoded as a video .--strict-data"):
+        run(ckpt, data, tmp_path / "out", "--strict-data")
+    clip.write_bytes(whole)
+    found = run(ckpt, data, tmp_path / "out", *others)
+    assert not any(b"unread" in data for data in found.values())
+    assert all(len(data.splitlines()) == 2 for data in found.values())
+
+
+def test_pictures_are_still_videos_and_whatever_a_decoder_dies_of_has_a_name(ckpt, tree, tmp_path, monkeypatch):
+    data = copied(tree, tmp_path / "data", "State Change")
+    entries = json.loads((data / "json" / "state_change.json").read_text())
+    Image.new("RGB", (80, 60), "red").save(data / "video" / "perception" / "videos" / "a.png")
+    (data / "json" / "state_change.json").write_text(json.dumps([{**entries[0], "video": "a.png"}, entries[1]]))
+    real = mvbench.benchmark_video
+    monkeypatch.setattr(mvbench, "benchmark_video", lambda path, *more: 1 / 0 if "SC_1" in path else real(path, *more))
+    (lines,) = run(ckpt, data, tmp_path / "out").values()
+    one, other = map(json.loads, lines.splitlines())
+    assert one["prediction"].startswith("(") and other["unread"].endswith("SC_1.mp4: ZeroDivisionError: division "
+                                                                           "by zero")
+
+
+def test_a_second_without_an_end_is_named(tmp_path):
+    (tmp_path / "json").mkdir()
+    (tmp_path / "json" / "action_sequence.json").write_text(
+        '[{"video": "a.mp4", "question": "?", "candidates": [1, 2], "answer": 1, "start": 0, "end": NaN}]')
+    with pytest.raises(ValueError, match="action_sequence.json, entry 0: missing or malformed end"):
+        load_questions(tmp_path)
+
+
+def test_missing_media_are_told_in_the_report_and_controls_that_are_there_stay_in_it(ckpt, tree, tmp_path):
+    data = copied(tree, tmp_path / "data", "State Change", "Fine-grained Pose")
+    run(ckpt, data, tmp_path / "out", "--controls", "reverse,blank", "--permute")
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert ">reverse<" in html and "media are missing" not in html and "When the options change places" in html
+    shutil.rmtree(data / "video" / "nturgbd")
+    run(ckpt, data, tmp_path / "out")
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert ">reverse<" in html and "When the options change places" in html    # they are still true
+    assert "Fine-grained Pose: 2 of 2 media are missing" in html
+    told = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert told["seconds"]["in all"] > 0 and told["average"]["asked"] == 2 and len(told["commands"]) == 1
+
+
+def test_ctrl_c_with_workers_is_one_line(ckpt, tree, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "mvbench.py", "--ckpt", ckpt, "--data", tree, "--out", tmp_path, "--workers", "2",
+         "--batch", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    part, begun = tmp_path / "predictions.rank0.jsonl", time.time()
+    while not part.exists() or not part.stat().st_size:
+        assert time.time() - begun < 60
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.decode().strip() == "stopped; what has been answered is kept, and the same command goes on"
 
 
 def test_two_runs_in_one_folder_are_refused(ckpt, tree, tmp_path):

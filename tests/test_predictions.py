@@ -7,13 +7,14 @@ from predictions import Predictions, key_of
 
 
 def rows(*indices, task="AC", **more):
-    return [{"task": task, "index": i, "prediction": f"({i}) é", **more} for i in indices]
+    return [{"task": task, "index": i, "prediction": f"({i}) é", "candidates": ["a", "b"], "answer": "a", **more}
+            for i in indices]
 
 
 def opened(out, rank=0, settings=None, restart=False, name=""):
     predictions = Predictions(out, name, settings or {"frames": 16}, rank)
     if rank == 0:
-        predictions.begin(restart, {"command": "python mvbench.py"})
+        predictions.begin(restart, {"commands": ["python mvbench.py"]})
     return predictions
 
 
@@ -65,6 +66,16 @@ def test_controls_lie_side_by_side(tmp_path):
     blank.write(rows(0, 1))
     blank.merge([])
     assert len(opened(tmp_path).read()) == 1 and len(opened(tmp_path, name=".blank").read()) == 2
+
+
+def test_a_line_that_is_no_prediction_is_named_and_an_answer_is_worth_more_than_none(tmp_path):
+    opened(tmp_path).write([*rows(0), *rows(1, unread="a.mp4: no such file")])
+    opened(tmp_path, rank=1).write(rows(0, unread="a.mp4: no such file"))
+    assert ["unread" in row for row in opened(tmp_path).read().values()] == [False, True]
+    with open(tmp_path / "predictions.rank0.jsonl", "a") as f:
+        f.write("garbage\n")
+    with pytest.raises(ValueError, match="predictions.rank0.jsonl, line 3 is no prediction: delete the line"):
+        opened(tmp_path).read()
 
 
 def test_orders_of_the_options_are_different_answers():

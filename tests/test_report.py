@@ -25,8 +25,8 @@ def row(task, index, correct, media=None, **more):
 def summary_of(tmp_path, plain, wanted=None, orders=None, times=None):
     predictions = Predictions(tmp_path, "", {"checkpoint": "ab12", "LLM": None, "questions": "cd34", "control": "",
                                              "frames": 16})
-    predictions.begin(False, {"command": "python mvbench.py --x '<b>'", "version": "20 questions", "checkpoint": "run",
-                              "data": "data"})
+    predictions.begin(False, {"commands": ["python mvbench.py --x '<b>'"], "version": "20 questions",
+                              "checkpoint": "run", "data": "data"})
     return report.summarise(plain, wanted or plain[""], orders, predictions, times or {})
 
 
@@ -176,6 +176,10 @@ def test_what_cannot_be_compared_is_named(tmp_path):
                                 (a, str(tmp_path), "is no finished run")):
         with pytest.raises((ValueError, OSError), match=message):
             mvbench.main(["compare", one, other])
-    (tmp_path / "c" / "predictions.jsonl").write_text("[1]\n")
-    with pytest.raises(ValueError, match="is no file of predictions"):
+    for line in ("[1]", "garbage", "{}"):
+        (tmp_path / "c" / "predictions.jsonl").write_text(f"{line}\n")
+        with pytest.raises(ValueError, match="c/predictions.jsonl, line 1 is no prediction: delete the line"):
+            mvbench.main(["compare", a, c])
+    (tmp_path / "c" / "predictions.jsonl").rename(tmp_path / "c" / "predictions.part.jsonl")
+    with pytest.raises(OSError, match=r"it has no predictions.jsonl; there are .*c/predictions.part.jsonl"):
         mvbench.main(["compare", a, c])

@@ -29,6 +29,11 @@ TRUTH = [  # what is said; the letters that official, lmms-eval, vlmevalkit and 
     ("He sat. He ran.", "", "", "", ""),
     ("(C) He sat.", "C", "C", "C", ""),                      # letter and text contradict each other
     ("(E) He sat.", "", "", "A", ""),                        # a letter that is no option here
+    ("(F) He ran.", "", "", "C", ""),
+    ("(b) He ran.", "B", "B", "BC", ""),
+    ("(c) He ran.", "C", "C", "C", "C"),
+    ("B He ran.", "B", "B", "B", ""),
+    ("(B, He ran.", "", "B", "B", ""),
     ("E", "", "", "", ""),
     ("Z", "", "", "", ""),
     ("D. 1,000 times", "D", "D", "D", "D"),
