@@ -83,18 +83,17 @@ def task_line(name, rows, wanted, normal, odds, controls):
     right = sum(marks)
     low, high = over_videos(of_task, marks) if name == "Avg" else wilson(right, len(marks))
     found = {control: table[name] for control, table in controls.items() if name in table}
-    moving = [found[control] for control in MOVING if control in found]
+    moving = [found[control] for control in MOVING] if all(control in found for control in MOVING) else []
     return {"task": name, "accuracy": normal[name], "low": 100 * low, "high": 100 * high, "right": right,
             "asked": len(of_task), "there are": sum(name in ("Avg", q["task"]) for q in wanted), "chance": odds[name],
             "controls": found, "needs time": normal[name] - max(moving) if moving else None}
 
 
 def time_interval(plain):
-    """The interval of the average's "needs time", paired by question, as far as single or shuffle is there."""
-    known = [control for control in MOVING if control in plain]
-    if not known:
+    """The interval of the average's "needs time", paired by question, where single and shuffle are there."""
+    if not all(control in plain for control in MOVING):
         return {}
-    columns = [{key_of(row): row["correct"] for row in plain[control]} for control in ("", *known)]
+    columns = [{key_of(row): row["correct"] for row in plain[control]} for control in ("", *MOVING)]
     rows = [row for row in plain[""] if all(key_of(row) in column for column in columns)]
     low, high = over_videos(rows, [[column[key_of(row)] for column in columns] for row in rows],
                             lambda means: means[:, 0] - means[:, 1:].max(1))               # the better in each draw
@@ -154,7 +153,7 @@ def rounded(table):
 def show(summary):
     """Prints the table, the scorers, and what else a reader of the number should know."""
     controls = summary["controls"]
-    moving = any(control in controls for control in MOVING)
+    moving = summary["average"]["needs time"] is not None
     print(f"\n{'task':26}{'right':>7}{'95 %':>13}{'chance':>8}" + "".join(f"{control:>9}" for control in controls)
           + f"{'needs time':>12}" * moving + f"{'asked':>11}")
     for line in (*summary["tasks"], summary["average"]):
@@ -232,7 +231,7 @@ def compare(argv):
     for name in [*dict.fromkeys(row["task"] for row, _ in pairs), "Avg"]:
         found = compared([(x, y) for x, y in pairs if name in ("Avg", x["task"])], args.scorer)
         line = (f"{name:26}{found['a']:7.1f}{found['b']:7.1f}{found['a'] - found['b']:+8.1f}{found['only a']:8}"
-                f"{found['only b']:8}{found['p']:9.4f}")
+                f"{found['only b']:8}{p_value(found['p']):>9}")
         print("-" * len(line) + "\n" + line if name == "Avg" else line)
     differences = [is_right(args.scorer, x) - is_right(args.scorer, y) for x, y in pairs]
     low, high = over_videos([x for x, _ in pairs], differences)
@@ -260,7 +259,11 @@ def compared(pairs, scorer):
             "only b": only_b, "p": mcnemar(only_a, only_b)}
 
 
+def p_value(p, equals=""):
+    return f"{equals}{p:.4f}" if p >= 1e-4 else f"{'< ' if equals else '<'}0.0001"
+
+
 def verdict(found):
     if found["p"] < 0.05:
-        return f"{'A' if found['a'] > found['b'] else 'B'} is better (p = {found['p']:.4f})."
+        return f"{'A' if found['a'] > found['b'] else 'B'} is better (p {p_value(found['p'], '= ')})."
     return f"The difference could be luck (p = {found['p']:.2f})."
