@@ -154,8 +154,9 @@ def evaluate(answerer, questions, jobs, batch=32, workers=1, rank=0, world=1, pr
 
 
 def leave_ctrl_c_to_others(worker):
-    """Ctrl-C reaches the workers as well; the process that they work for ends them."""
+    """Ctrl-C reaches the workers as well; the process that they work for ends them, whatever they are handing over."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = lambda *error: None           # of the thread that hands tensors over; others' errors are passed on
 
 
 def asked(answerer, video, questions, prompts, jobs, batch):

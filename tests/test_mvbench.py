@@ -159,7 +159,13 @@ def start(ckpt, tree, out, *more, rank=None, port=0):
         env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port)}
     command = [sys.executable, str(ROOT / "mvbench.py"), "--ckpt", ckpt, "--data", tree, "--out", out, "--workers", "0"]
-    return subprocess.Popen([*map(str, command), *more], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen([*map(str, command), *more], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            preexec_fn=hear_ctrl_c, start_new_session=True)
+
+
+def hear_ctrl_c():
+    """Even where these tests run in the background of a shell, which has them ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def test_two_processes(whole, ckpt, tree, tmp_path):
@@ -175,7 +181,7 @@ def test_two_processes(whole, ckpt, tree, tmp_path):
 @pytest.mark.parametrize("how, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_killed_at_any_question_and_started_again(ckpt, tree, tmp_path, how, code):
     """The same final files, bit for bit, as of a run that nothing has disturbed."""
-    small = ("--controls", "reverse", "--batch", "4", "--only", "Action Count,State Change,Object Shuffle")
+    small = ("--controls", "reverse", "--batch", "2", "--limit", "1")
     process = start(ckpt, tree, tmp_path / "undisturbed", *small)
     assert process.communicate(timeout=120) and process.returncode == 0
     process = start(ckpt, tree, tmp_path / "killed", *small)
@@ -303,9 +309,7 @@ def test_missing_media_are_told_in_the_report_and_controls_that_are_there_stay_i
 
 
 def test_ctrl_c_with_workers_is_one_line(ckpt, tree, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "mvbench.py", "--ckpt", ckpt, "--data", tree, "--out", tmp_path, "--workers", "2",
-         "--batch", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    process = start(ckpt, tree, tmp_path, *ALL, "--batch", "1", "--workers", "2")
     part, begun = tmp_path / "predictions.rank0.jsonl", time.time()
     while not part.exists() or not part.stat().st_size:
         assert time.time() - begun < 60
