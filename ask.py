@@ -208,7 +208,7 @@ class Answerer:
             letters = logits.softmax(-1)[:, self.letter_ids].tolist() if self.opened else [[]] * len(questions)
             letters = [p[:len(q["candidates"])] for q, p in zip(questions, letters, strict=True)]
             if self.protocol.decode == "letter":
-                said = [f"({LETTERS[max(range(len(p)), key=p.__getitem__)]})" for p in letters]
+                said = [f"({LETTERS[best_of(p)]})" for p in letters]
             else:
                 room = [self.model.cfg.llama.max_positions - len(p.ids) for p in prompts]
                 said = map(self.first_line, self.speak(questions, logits.argmax(-1).tolist(), cache, room))
@@ -298,7 +298,7 @@ class Answerer:
             logits = self.model.llama_model.lm_head(row[-len(target) - 1:-1]).float()          # (length, V)
             chosen = logits.log_softmax(-1)[range(len(target)), target]
             found[i].append(chosen.mean().item())
-        best = {i: max(range(len(p)), key=p.__getitem__) for i, p in found.items()}
+        best = {i: best_of(p) for i, p in found.items()}
         return [Answer(f"({LETTERS[best[i]]}) {q['candidates'][best[i]]}", [], found[i])
                 for i, q in enumerate(questions)]
 
@@ -316,6 +316,11 @@ def noise_like(tokens, seeds):
     noise = torch.stack([torch.randn(tokens.shape[1:], generator=torch.Generator().manual_seed(seed))
                          for seed in seeds]).to(tokens)
     return tokens.mean(1, keepdim=True) + noise * tokens.std(1, keepdim=True)
+
+
+def best_of(values):
+    """The place of the largest."""
+    return max(range(len(values)), key=values.__getitem__)
 
 
 def continuation(said, texts):

@@ -26,7 +26,7 @@ import torch
 import page
 from predictions import key_of, read_rows
 from scorers import SCORERS, compare_scorers, is_right
-from stats import calibration, letters, mcnemar, over_videos, permutations, wilson
+from stats import calibration, letters, mcnemar, over_videos, permutations, share_over_videos, wilson
 from storage import read_json, save_text
 
 MOVING = ("single", "shuffle")      # controls that leave what there is to see, but not when
@@ -81,7 +81,7 @@ def task_line(name, rows, wanted, normal, odds, controls):
     of_task = [row for row in rows if name in ("Avg", row["task"])]
     marks = [row["correct"] for row in of_task]
     right = sum(marks)
-    low, high = over_videos(of_task, marks) if name == "Avg" else wilson(right, len(marks))
+    low, high = share_over_videos(of_task, marks) if name == "Avg" else wilson(right, len(marks))
     found = {control: table[name] for control, table in controls.items() if name in table}
     moving = [found[control] for control in MOVING] if all(control in found for control in MOVING) else []
     return {"task": name, "accuracy": normal[name], "low": 100 * low, "high": 100 * high, "right": right,

@@ -38,8 +38,7 @@ def wilson(right, n):
 def over_videos(rows, values, of=None, seed=0):
     """Mean of values (one per row, e.g. right: 1 or 0) -> (low, high), 95 %, by drawing the rows' videos anew.
 
-    values may be several per row (n, k); `of` then makes one number of their means (draws, k). Where all videos are
-    alike, as in a short run that is all right, draws say nothing, and the interval is Wilson's of so many videos.
+    values may be several per row (n, k); `of` then makes one number of their means (draws, k).
     """
     groups = defaultdict(list)
     for row, value in zip(rows, values, strict=True):
@@ -48,8 +47,6 @@ def over_videos(rows, values, of=None, seed=0):
         return 0.0, 1.0
     sums = np.array([np.sum(group, 0) for group in groups.values()], dtype=float)          # (videos,) or (videos, k)
     sizes = np.array([len(group) for group in groups.values()], dtype=float)               # (videos,)
-    if of is None and (sums == 0).all() or of is None and (sums == sizes).all():
-        return wilson(len(sizes) if sums[0] else 0, len(sizes))
     rng, means = np.random.default_rng(seed), []
     for _ in range(DRAWS // 100):                                                          # in parts: flat memory
         drawn = rng.integers(len(sums), size=(100, len(sums)))
@@ -57,6 +54,15 @@ def over_videos(rows, values, of=None, seed=0):
         means.append(of(found) if of else found)
     low, high = np.percentile(np.concatenate(means), (2.5, 97.5))
     return float(low), float(high)
+
+
+def share_over_videos(rows, right):
+    """As over_videos, of marks right or wrong. All right, or all wrong: draws say nothing, and the interval is Wilson's
+    of so many videos."""
+    if len(set(right)) == 1:
+        videos = len({row["media"] for row in rows})
+        return wilson(videos if right[0] else 0, videos)
+    return over_videos(rows, right)
 
 
 def mcnemar(only_a, only_b):

@@ -178,27 +178,31 @@ def hold(folder):
         yield
 
 
-def save_text(text, path):
-    """A text file: whole or not at all."""
+@contextmanager
+def whole_file(path):
+    """Gives a temporary path to write; it takes the place of `path` only when the block ends without an error."""
+    path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         to_disk(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_text(text, path):
+    """A text file: whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def save_foreign(tensors, path):
     """{name: tensor} -> a PyTorch file, for the code of others: whole or not at all, as every file here."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
-        to_disk(temporary)
-        temporary.replace(path)
+        with whole_file(path) as temporary:
+            torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
     except RuntimeError as error:                              # PyTorch's word for a full disk
         raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}; is there room on the disk?") from None
-    finally:
-        temporary.unlink(missing_ok=True)

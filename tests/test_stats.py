@@ -39,6 +39,15 @@ def test_videos_are_drawn_not_questions():
     assert free[1] - free[0] < (many[1] - many[0]) / 2.5                   # as if 1,800 videos had been seen
 
 
+def test_all_right_is_no_certainty_and_no_difference_is_none():
+    rows = rows_of(4, 2)
+    assert stats.share_over_videos(rows, [True] * 8) == stats.wilson(4, 4)
+    assert stats.share_over_videos(rows, [False] * 8) == stats.wilson(0, 4)
+    assert stats.over_videos(rows, [0] * 8) == (0, 0)                      # of two runs that agree everywhere
+    mixed = [True, False] * 4
+    assert stats.share_over_videos(rows, mixed) == stats.over_videos(rows, mixed)
+
+
 def test_the_same_draws_every_time():
     rows, right = rows_of(50, 2), [i % 3 == 0 for i in range(100)]
     assert stats.over_videos(rows, right) == stats.over_videos(rows, right)
