@@ -126,6 +126,8 @@ class Answerer:
         self.model, self.wordpiece, self.tok, self.protocol = model, wordpiece, tok, protocol or Protocol()
         self.n_video = model.cfg.n_query + model.cfg.n_extra
         self.letter_ids = letter_ids(tok)
+        # the ids that can be an answer's last: all others need not be looked at, which takes longer than one thinks
+        self.last_ids = {i for i in range(tok.vocab_size) if i == tok.eos_id or set("#\n") & set(tok.decode([i]))}
         self.clock = Clock(model.device)
         self.multiple = 8 if self.clock.on_gpu else 1          # of padded lengths
         self.head, self.blank = None, None                     # KVCache of the prompts' head; tokens of a blank video
@@ -280,7 +282,7 @@ class Answerer:
         return new
 
     def ended(self, ids):
-        return self.complete(ids) or len(ids) >= self.protocol.max_new_tokens
+        return len(ids) >= self.protocol.max_new_tokens or ids[-1] in self.last_ids and self.complete(ids)
 
     def option_ids(self, q):
         """Of each option, the ids of the answer that names it, up to its end, as in training."""

@@ -77,11 +77,15 @@ class KVCache:
             kept[:, :, begin:S] = new
         return tuple(t[:, :, :S] for t in self.layers[i])
 
+    @torch.no_grad()
     def take(self, rows, room=64):
         """A cache of these rows (indices (b,), repeated at will), with room for so many more tokens."""
         S = self.mask.shape[1]
-        taken = KVCache(len(self.layers))
-        taken.layers = [tuple(with_room(t[rows, :, :S], S + room) for t in layer) for layer in self.layers]
+        taken, rows = KVCache(len(self.layers)), torch.as_tensor(rows, device=self.mask.device)
+        for i, layer in enumerate(self.layers):
+            taken.layers[i] = tuple(t.new_empty(len(rows), t.shape[1], S + room, t.shape[3]) for t in layer)
+            for new, t in zip(taken.layers[i], layer, strict=True):
+                torch.index_select(t[:, :, :S], 0, rows, out=new[:, :, :S])
         taken.mask = self.mask[rows]
         return taken
 
@@ -106,20 +110,19 @@ class RMSNorm(nn.Module):
 
 
 def rope_angles(positions, head_size, theta, dtype):
-    """positions (B, S) -> cos, sin (B, 1, S, hs): a head's frequencies, once for each of its halves."""
+    """positions (B, S) -> cos and sin of a head's angles (B, S, 1, hs), as rotate takes them."""
     pair = torch.arange(0, head_size, 2, device=positions.device).float()       # (hs/2,)
     angle = positions[..., None].float() * theta ** (-pair / head_size)         # (B, S, hs/2)
-    angle = torch.cat((angle, angle), dim=-1)[:, None]                          # (B, 1, S, hs)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    cos, sin = angle.cos(), angle.sin()
+    return tuple(torch.cat(halves, dim=-1)[:, :, None].to(dtype) for halves in ((cos, cos), (-sin, sin)))
 
 
 def rotate(x, cos, sin):
     """
-    Turn x (B, nh, S, hs) by its positions' angles.
+    Turn x (B, S, nh, hs) by its positions' angles: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
     subtle: channel j pairs with j + hs/2 (Hugging Face), not with its neighbour (the paper, Meta's files).
     """
-    x1, x2 = x.chunk(2, dim=-1)                                                 # 2 x (B, nh, S, hs/2)
-    return torch.addcmul(x * cos, torch.cat((-x2, x1), dim=-1), sin)            # (B, nh, S, hs)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)       # (B, S, nh, hs)
 
 
 class Attention(nn.Module):
@@ -132,16 +135,16 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(cfg.heads * hs, cfg.width, bias=cfg.attention_bias)
 
     def heads(self, x):
-        return x.unflatten(-1, (-1, self.hs)).transpose(1, 2)                   # (B, nh, S, hs)
+        return x.unflatten(-1, (-1, self.hs))                                   # (B, S, nh, hs)
 
     def forward(self, x, n, rope, mask, cache, i):              # x (B, s, D) -> (B, n, D), mask (B, 1, n, S) or None
-        k = rotate(self.heads(self.k_proj(x)), *rope)                           # (B, kv_heads, s, hs)
-        v = self.heads(self.v_proj(x))                                          # (B, kv_heads, s, hs)
+        k = rotate(self.heads(self.k_proj(x)), *rope).transpose(1, 2)           # (B, kv_heads, s, hs)
+        v = self.heads(self.v_proj(x)).transpose(1, 2)                          # (B, kv_heads, s, hs)
         if cache is not None:
             k, v = cache.append(i, k, v)                                        # (B, kv_heads, S, hs)
         if n == 0:
             return x[:, :0]
-        q = rotate(self.heads(self.q_proj(x[:, -n:])), *(t[:, :, -n:] for t in rope))       # (B, nh, n, hs)
+        q = rotate(self.heads(self.q_proj(x[:, -n:])), *(t[:, -n:] for t in rope)).transpose(1, 2)  # (B, nh, n, hs)
         groups = q.shape[1] // k.shape[1]
         k, v = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (k, v))    # (B, nh, S, hs)
         # without a mask: a whole sequence (n = S) is causal, a single new token (n = 1) sees all before it
@@ -196,6 +199,11 @@ def attention_mask(mask, s):
     return allowed | torch.eye(s, S, dtype=torch.bool, device=mask.device).roll(S - s, dims=1)
 
 
+def additive(allowed, dtype):
+    """Bools -> 0 or minus infinity, to be added to the scores: attention would do this to bools in every layer."""
+    return allowed if allowed is None else torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, -torch.inf)
+
+
 class Llama(nn.Module):
     """
     forward: embeds (B, S, D), mask (B, S) 1 = token, padding left or right -> hidden (B, S, D) after the final norm;
@@ -248,7 +256,7 @@ class Llama(nn.Module):
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -s:]            # (B, s), padding is not counted
         rope = rope_angles(positions, self.cfg.head_size, self.cfg.rope_theta, embeds.dtype)
         wanted = [s] * (len(self.model["layers"]) - 1) + [last]
-        masks = {n: attention_mask(mask, n) for n in set(wanted)}               # n: (B, 1, n, S) or None
+        masks = {n: additive(attention_mask(mask, n), embeds.dtype) for n in set(wanted)}   # n: (B, 1, n, S) or None
         recompute = self.cfg.checkpoint_layers and self.training and torch.is_grad_enabled()
         x = embeds
         for i, (layer, n) in enumerate(zip(self.model["layers"], wanted, strict=True)):

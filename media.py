@@ -18,7 +18,7 @@ import decord
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageSequence, UnidentifiedImageError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}  # .gif: see read_gif
 GIF_LIMIT = 3e8  # pixels in all its frames
@@ -150,19 +150,18 @@ def read_gif(path, choose):
     Each frame builds on those before it, so all are decoded.
     """
     try:
+        frames, seconds = [], 0.0
         with Image.open(path) as image:
-            if image.n_frames * image.width * image.height > GIF_LIMIT:
-                raise MediaError(f"{path}: {image.n_frames} frames of {image.width} x {image.height} are too many for "
-                                 "a GIF: make a video of it")
-            frames, seconds = [], 0.0
-            for i in range(image.n_frames):
-                image.seek(i)
-                frames.append(np.asarray(image.convert("RGB")))                          # (H, W, 3)
+            for i, frame in enumerate(ImageSequence.Iterator(image), 1):
+                if i * frame.width * frame.height > GIF_LIMIT:
+                    raise MediaError(f"{path}: more than {i - 1} frames of {frame.width} x {frame.height} are too many "
+                                     "for a GIF: make a video of it")
+                frames.append(frame.convert("RGB"))
                 delay = image.info.get("duration", 0) / 1000
                 seconds += delay if delay >= 0.02 else 0.1                               # as browsers and FFmpeg do
         fps = len(frames) / seconds if len(frames) > 1 else 1.0
         indices = np.clip(choose(0, len(frames) - 1, fps), 0, len(frames) - 1).tolist()
-        chosen = torch.from_numpy(np.stack([frames[i] for i in indices]))                # (T, H, W, 3)
+        chosen = torch.from_numpy(np.stack([np.asarray(frames[i]) for i in indices]))    # (T, H, W, 3)
     except MediaError:
         raise
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, EOFError, SyntaxError, ValueError,
