@@ -115,13 +115,17 @@ class VideoTextData(torch.utils.data.Dataset):
 class Sampler:
     """Batches of indices, in an order that (seed, epoch) decide. A batch holds one medium; what fills none is left out.
 
-    A source of weight w comes w times in an epoch; of a broken weight's rest, a random part. With several processes all
-    draw the same batches, and each takes its share. Going on at a step: skip_to(step).
+    A source of weight w comes w times in an epoch; of a broken weight's rest, a random part. batch_size is that of a
+    step: with several processes (world) all draw the same batches, and each takes every world-th sample of them; with
+    accumulate, a step's batch comes in so many parts. Going on at a step: skip_to(step).
     """
 
-    def __init__(self, dataset, batch_size, seed=0, rank=0, world=1):
-        self.dataset, self.seed, self.rank, self.world = dataset, seed, rank, world
-        self.size = batch_size * world
+    def __init__(self, dataset, batch_size, seed=0, rank=0, world=1, accumulate=1):
+        self.dataset, self.seed, self.rank, self.world, self.parts = dataset, seed, rank, world, accumulate
+        self.size = batch_size
+        if batch_size % (world * accumulate):
+            raise ValueError(f"a batch of {batch_size} cannot be shared evenly by {world} processes in {accumulate} "
+                             "parts; choose another --batch or --accumulate")
         groups = dataset.groups() if hasattr(dataset, "groups") else [("", 1.0, range(len(dataset)))]
         self.media = {}  # medium -> [(range of indices, how many of them an epoch takes)]
         for medium, weight, span in groups:
@@ -132,11 +136,11 @@ class Sampler:
         self.skip_to(0)
 
     def __len__(self):
-        """Batches of one epoch."""
+        """Steps of one epoch."""
         return sum(sum(take for _, take in spans) // self.size for spans in self.media.values())
 
     def skip_to(self, step):
-        """Go on as after `step` batches since the beginning."""
+        """Go on as after `step` steps since the beginning."""
         epoch, position = divmod(step, len(self))
         self.set_epoch(epoch, position)
 
@@ -169,15 +173,17 @@ class Sampler:
             indices = self.alike_in_length(indices[:full * self.size])
             batches += list(indices.reshape(full, self.size))
         for b in rng.permutation(len(batches))[self.position:]:
-            yield batches[b][self.rank::self.world].tolist()
+            for part in np.split(batches[b], self.parts):
+                yield part[self.rank::self.world].tolist()
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
 
 def collate_media(samples):
     """What every batch has: video (B, T, 3, H, W), or features (B, T, L, C) of it, or None for both where there is text
-    alone; idx (B,), medium, paths, bad."""
+    alone; idx (B,), clips (how many different ones), medium, paths, bad."""
     batch = {"idx": torch.tensor([s["idx"] for s in samples]), "medium": samples[0]["medium"],
+             "clips": len({s["idx"] for s in samples}),
              "paths": [s["path"] for s in samples], "bad": [line for s in samples for line in s["bad"]]}
     for key in ("video", "features"):
         batch[key] = torch.stack([s[key] for s in samples]) if key in samples[0] else None
@@ -265,9 +271,11 @@ def seconds_message(seconds):
 
 def make_loader(dataset, sampler, collate, workers=0):
     """Batches of one epoch from where the sampler stands; `workers` processes decode ahead."""
-    # subtle: workers start anew with every epoch, and so learn of dataset.set_epoch
+    # subtle: workers start anew with every epoch, and so learn of dataset.set_epoch; their seeds come from a generator
+    # of their own, or going on would draw one number more from the one that dropout uses
     return torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers,
-                                       pin_memory=torch.cuda.is_available())
+                                       pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None,
+                                       generator=torch.Generator().manual_seed(0))
 
 
 # ---- python data.py check --------------------------------------------------------------------------------------------

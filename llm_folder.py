@@ -62,13 +62,14 @@ def llm_config(folder):
     return LlamaConfig(**{"kv_heads": sizes["heads"], **sizes})
 
 
-def write_llm(llama, tokenizer_model, folder):
-    """The files of an LLM folder: what stage 0 makes is what Vicuna comes as."""
+def write_llm(llama, tokenizer_model, folder, tensors=None):
+    """The files of an LLM folder: what stage 0 makes is what Vicuna comes as. tensors: instead of the weights now."""
     config = {hf: getattr(llama.cfg, ours) for ours, hf in HF_NAMES.items()}
     config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
                "head_dim": llama.cfg.head_size, "bos_token_id": 1, "eos_token_id": 2}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    save_tensors(dict(llama.named_parameters()), folder / "model.safetensors")  # one that is tied only once
+    own = dict(llama.named_parameters())                                        # one that is tied only once
+    save_tensors({name: (tensors or own)[name] for name in own}, folder / "model.safetensors")
     shutil.copyfile(tokenizer_model, folder / "tokenizer.model")
 
 

@@ -100,9 +100,11 @@ def toy_config():
 def micro_config():
     """As small as it gets, for tests: every stage takes a step within a fraction of a second."""
     toy = toy_config()
-    return replace(toy, preset="micro",
+    # dropout as in the real sizes, so that tests notice where going on draws other numbers
+    return replace(toy, preset="micro", lora_dropout=0.05,
                    vit=replace(toy.vit, width=32, depth=2, heads=2, frames=4),
-                   qformer=replace(toy.qformer, width=32, depth=2, heads=2, ffn=64, vision_width=32, embed_dim=32),
+                   qformer=replace(toy.qformer, width=32, depth=2, heads=2, ffn=64, vision_width=32, embed_dim=32,
+                                   dropout=0.1, drop_path=0.1),
                    llama=replace(toy.llama, width=32, depth=2, heads=2, kv_heads=1, ffn=64),
                    n_query=4, n_extra=4, align_frames=4, train_frames=4, eval_frames=4, lora_r=4, lora_alpha=8)
 
@@ -178,15 +180,18 @@ class VideoChat2(nn.Module):
             time = time[:, :1]                                             # else broadcasting repeats the image
         return self.vision_layernorm((x + time).flatten(1, 2))             # (B, N, C)
 
-    def align(self, batch, dec_id, generator=None, captions_only=False):
+    def align(self, batch, dec_id, generator=None, captions_only=False, **options):
         """Stage 1: {"vtc", "vtm", "vtg"} of video (B, T, 3, H, W) and caption ids, mask (B, S), idx (B,).
 
         dec_id: id of [DEC], which opens a caption to be generated. generator: draws the hard negatives.
-        captions_only: "vtg" alone.
+        captions_only: "vtg" alone. options: of Aligner.losses, for several processes.
         """
+        if not captions_only and batch.get("clips", 2) < 2:
+            raise ValueError("matching (VTM) needs for each clip another one in the batch, but a batch of "
+                             f"{len(batch['idx'])} holds a single clip: choose a larger --batch for each process")
         vision = self.encode_timed(batch["video"], batch.get("features"))  # (B, N, C)
         return self.aligner.losses(self.qformer, self.query_tokens, vision, batch["ids"], batch["mask"], batch["idx"],
-                                   dec_id, generator=generator, captions_only=captions_only)
+                                   dec_id, generator=generator, captions_only=captions_only, **options)
 
     # ---- stages 2 and 3
 

@@ -16,7 +16,6 @@ This file knows the order of things: files, clips, batches, processes. How a que
 scorers.py; what it is worth: stats.py, report.py. Source: paper section 3 and table 2; official mvbench.ipynb.
 """
 import argparse
-import datetime
 import os
 import signal
 import sys
@@ -27,7 +26,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import report
@@ -35,6 +33,7 @@ from ask import CONTROLS, DECODES, Answerer, Protocol, seed_of
 from checkpoint import add_model_options, checkpoint_hash, device_of, dtype_of, open_model, read_config
 from lora import merge_lora
 from media import NORMS, MediaError, benchmark_video
+from parallel import give_up_together, join
 from predictions import Predictions, key_of
 from prompt import ANSWER_PREFIX, ONLY_BEST, SYSTEM
 from scorers import is_right
@@ -309,46 +308,46 @@ def main(argv=None):
     if argv[:1] == ["compare"]:
         return report.compare(argv[1:])
     args = parse(argv)
-    rank, world = join_processes(args)
-    with hold(args.out) if rank == 0 else nullcontext():
-        run(args, rank, world)
-    if world > 1:
-        dist.destroy_process_group()
+    world = join(device_of(args), only_talk=True)
+    args.device = world.device
+    with hold(args.out) if world.first else nullcontext():
+        run(args, world)
+    world.leave()
     return 0
 
 
-def run(args, rank, world):
+def run(args, world):
     """Asks what has not been answered, together with the other processes; the first one reports."""
     cfg, record = read_config(args.ckpt)
     problem = None
     try:
-        wanted, jobs = begin(args, cfg, record, rank)
+        wanted, jobs = begin(args, cfg, record, world.rank)
     except (ValueError, OSError) as error:
         problem = error
-    give_up_together(problem, rank, world)
+    give_up_together(problem, world)
     for job in jobs:
         job.rows = job.predictions.read()
-    wait_for_all(world)                                        # nobody writes while others read
+    world.barrier()                                            # nobody writes while others read
     questions = [q for q in wanted if q["media"]]
     jobs = [job for job in jobs if job.chosen or all(key_of(v) in job.rows for q in questions for v in job.variants(q))]
     left = sum(len(job.open(questions)) for job in jobs if job.chosen)
     times = {}
     if left:
-        if rank == 0:
+        if world.first:
             print(f"{'TVBench' if args.tvbench else 'MVBench'}: {len(questions)} questions, "
                   f"{args.frames or cfg.eval_frames} frames, {sum(job.chosen for job in jobs)} way(s) of asking; "
                   f"{left} answers to come", flush=True)
-        times = ask_all(args, questions, [job for job in jobs if job.chosen], rank, world)
+        times = ask_all(args, questions, [job for job in jobs if job.chosen], world)
     begun = time.perf_counter()
-    wait_for_all(world)
-    if left and world > 1:
+    world.barrier()
+    if left and world.size > 1:
         times["waiting for other processes"] = time.perf_counter() - begun
         times["in all"] += times["waiting for other processes"]
-    if rank == 0:
+    if world.first:
         finish(args, wanted, questions, jobs, times, left)
 
 
-def ask_all(args, questions, jobs, rank, world):
+def ask_all(args, questions, jobs, world):
     """Asks what is open, this process's part of it -> {part: seconds}."""
     begun = time.perf_counter()
     model, wordpiece, tok, autocast = open_model(args)
@@ -360,7 +359,8 @@ def ask_all(args, questions, jobs, rank, world):
                         args.question_in_qformer, args.decode)
     answerer, loaded = Answerer(model, wordpiece, tok, protocol), time.perf_counter() - begun
     with autocast:
-        for job, rows in evaluate(answerer, questions, jobs, args.batch, args.workers, rank, world, rank == 0):
+        for job, rows in evaluate(answerer, questions, jobs, args.batch, args.workers, world.rank, world.size,
+                                  world.first):
             if args.strict_data and any("unread" in row for row in rows):
                 raise ValueError(next(row["unread"] for row in rows if "unread" in row) + " (--strict-data)")
             job.predictions.write(rows)
@@ -388,37 +388,6 @@ def finish(args, wanted, questions, jobs, times, left):
     else:
         print(f"\nAll had been answered before, nothing was asked; --restart asks anew. ({first.path})")
     print(f"written to {first.out}, to be looked at: {first.out / f'report{suffix_of(args)}.html'}")
-
-
-def join_processes(args):
-    """Under torchrun, joins the other processes -> (rank, how many); each takes a GPU of its own, if there are any.
-
-    They only wait for each other, so gloo does on GPUs as well.
-    """
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        return 0, 1
-    if device_of(args) == "cuda":
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(args.device)
-    dist.init_process_group("gloo", timeout=datetime.timedelta(days=2))
-    return dist.get_rank(), world
-
-
-def give_up_together(problem, rank, world):
-    """A problem of the first process is told once, and ends them all."""
-    stop = [problem is not None]
-    if world > 1:
-        dist.broadcast_object_list(stop, 0)
-    if problem and (rank == 0 or not stop[0]):
-        raise problem
-    if stop[0]:
-        sys.exit(2)
-
-
-def wait_for_all(world):
-    if world > 1:
-        dist.barrier()
 
 
 if __name__ == "__main__":

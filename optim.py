@@ -1,6 +1,6 @@
 """How weights move: the learning rate over the steps, AdamW, and Muon for layers' matrices where it is asked for.
 
-Options and their defaults are train.TrainConfig's. Not here: what trains at all (model.FROZEN), the loop (train.py).
+Options and their defaults are recipes.TrainConfig's. Not here: what trains at all (model.FROZEN), the loop (train.py).
 Source: AdamW (arXiv 1711.05101), Muon (arXiv 2502.16982), both PyTorch's; no decay on biases, norms, queries and
 temperature: official utils/optimizer.py.
 
@@ -10,6 +10,8 @@ import math
 import re
 
 import torch
+
+from parallel import whole
 
 
 def learning_rate(step, cfg):
@@ -51,10 +53,26 @@ def make_optimizers(model, cfg):
     return optimizers
 
 
-def optimizer_step(optimizers, lr, scaler):
+def grad_norm(model, optimizers, scaler, clip):
+    """The gradient's norm, a tensor that nobody has read yet; gradients are cut to `clip`."""
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
+
+
+def optimizer_step(optimizers, lr, scaler, norm):
+    """One step, unless the norm is not finite: then nothing changes.
+
+    subtle: fused AdamW looks at found_inf on the device, as it does for a GradScaler, so nobody waits to ask; Muon
+    cannot, and is asked about.
+    """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        scaler.step(optimizer)                                             # skipped where float16 overflowed
+        fused = optimizer.defaults.get("fused")
+        if fused and not scaler.is_enabled():
+            optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
+        if fused or norm.isfinite():
+            scaler.step(optimizer)                                         # skipped where float16 overflowed
         optimizer.zero_grad(set_to_none=True)
     scaler.update()

@@ -18,7 +18,7 @@ second layer and have a feed-forward network of their own. Text rows are word pi
     VTM matching   queries and text in one pass:   do they belong together?
     VTG generation text after the queries, causal: which word comes next?
 
-Not here: tokenisation (tokenizer.py), the LayerNorm ahead of the queries' input (model.py), negatives from other GPUs.
+Not here: tokenisation (tokenizer.py), the LayerNorm ahead of the queries' input (model.py), processes (parallel.py).
 
 Source: BLIP-2 (arXiv 2301.12597, section 3.1); video_chat2/models/blip2/Qformer.py and videochat2_qformer.py.
 Run:    python -m pytest tests/test_qformer.py
@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -47,6 +48,7 @@ class QFormerConfig:
     vtm_cat_text_cls: bool = True  # VTM judges queries and text's first row; False: the queries alone
     label_smoothing: float = 0.1  # of VTG
     init_std: float = 0.02        # 0: 1 / sqrt(width) of each matrix, which lets narrow models learn quicker
+    checkpoint_layers: bool = False  # training: recompute each layer in the backward pass instead of storing it
 
     def __post_init__(self):
         if self.width % self.heads:
@@ -234,8 +236,10 @@ class QFormer(nn.Module):
 
     def _layers(self, hidden, n_query, vision, mask, past=None, text=True):
         kvs, last = [], self.cfg.depth - 1
+        recompute = self.cfg.checkpoint_layers and self.training and torch.is_grad_enabled()
         for i, layer in enumerate(self.bert["encoder"]["layer"]):
-            hidden, kv = layer(hidden, n_query, vision, mask, past[i] if past else None, text or i < last)
+            args = (hidden, n_query, vision, mask, past[i] if past else None, text or i < last)
+            hidden, kv = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
             kvs.append(kv)
         return hidden, kvs                                                      # (B, Q + S, E)
 
@@ -260,7 +264,7 @@ def vtc_loss(sim, idx):
 def negative_weights(sim, idx):
     """sim (B, B), row = anchor -> chances (B, B): the more alike, the harder and likelier; never of the same idx."""
     same = idx[:, None] == idx[None]                                            # (B, B)
-    if same.all(1).any():
+    if not same.is_cuda and same.all(1).any():                                  # a GPU would have to be waited for
         raise ValueError(f"matching (VTM) needs for each clip another one in the batch, but the batch of {len(idx)} "
                          f"holds a single clip, idx {idx[0].item()}: use a larger batch")
     return (sim.float().softmax(1) + 1e-4).masked_fill(same, 0)
@@ -273,15 +277,39 @@ def hard_negatives(sim, idx, generator=None):
     CPU torch.Generator, videos first. Raises ValueError if the batch holds one clip only.
     """
     weights = negative_weights(sim.T, idx), negative_weights(sim, idx)          # (B, B) text x video, video x text
-    # on the CPU, so that one generator serves every device
-    videos, texts = (torch.multinomial(w.cpu(), 1, generator=generator)[:, 0].to(sim.device) for w in weights)
-    return videos, texts                                                        # (B,), (B,)
+    return tuple(draw(w, generator) for w in weights)                           # (B,), (B,)
+
+
+def draw(weights, generator):
+    """One place of each row, by chances that need not sum to 1, (B, n) -> (B,). As torch.multinomial, but the random
+    numbers are the CPU's, so that one generator serves every device, and a GPU's weights stay there.
+    """
+    noise = torch.empty(weights.shape).exponential_(generator=generator)        # (B, n)
+    return (weights / noise.to(weights.device, non_blocking=True)).argmax(1)
 
 
 def vtg_loss(logits, ids, mask, label_smoothing):
     """Next word: logits (B, S, V), ids and mask (B, S) -> mean cross-entropy over all words but each row's first."""
     target = ids.masked_fill(mask == 0, -100)[:, 1:]                            # (B, S - 1)
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), target.flatten(), label_smoothing=label_smoothing)
+
+
+class Alone:
+    """Who else has a part of the batch: nobody. Among several processes a parallel.World takes its place."""
+    @staticmethod
+    def gather(x):
+        """Rows of this process -> rows of the joint batch, with gradients."""
+        return x
+
+    @staticmethod
+    def own(x):
+        """Rows of the joint batch -> those of this process."""
+        return x
+
+    @staticmethod
+    def most(n):
+        """The largest of all processes' numbers."""
+        return n
 
 
 class Aligner(nn.Module):
@@ -325,22 +353,26 @@ class Aligner(nn.Module):
         """-> (B,): the logit of a match, by which retrieval ranks its best candidates again."""
         return self.match_logits(qformer, query_tokens, vision, ids, mask)[:, 1]    # (B,)
 
-    def vtm_loss(self, qformer, query_tokens, vision, ids, mask, negatives):
-        """B true pairs, B with another video, B with another text; negatives as hard_negatives gives them."""
-        videos, texts = negatives
-        vision = torch.cat((vision, vision[videos], vision))                        # (3*B, N, C)
-        ids, mask = (torch.cat((t, t, t[texts])) for t in (ids, mask))              # (3*B, S)
+    def vtm_loss(self, qformer, query_tokens, vision, ids, mask, negatives, pool=None):
+        """
+        B true pairs, B with another video, B with another text; negatives as hard_negatives gives them: places in
+        pool = (vision, ids, mask) of the joint batch, or in the batch itself.
+        """
+        (videos, texts), (all_vision, *all_texts) = negatives, pool or (vision, ids, mask)
+        vision = torch.cat((vision, all_vision[videos], vision))                    # (3*B, N, C)
+        ids, mask = (torch.cat((t, t, al[texts])) for t, al in zip((ids, mask), all_texts, strict=True))    # (3*B, S)
         logits = self.match_logits(qformer, query_tokens, vision, ids, mask)        # (3*B, 2)
         match = torch.zeros(len(logits), dtype=torch.long, device=logits.device)    # (3*B,)
         match[:len(logits) // 3] = 1
         return F.cross_entropy(logits, match)
 
     def losses(self, qformer, query_tokens, vision, ids, mask, idx, dec_id, generator=None, negatives=None,
-               captions_only=False):
+               captions_only=False, everyone=Alone, global_negatives=False):
         """
         {"vtc", "vtm", "vtg"}, to be added with equal weights; captions_only: {"vtg"} alone. ids open with [CLS];
         idx (B,) names each row's clip; dec_id takes [CLS]'s place for generation. negatives replaces the drawn ones.
-        Raises ValueError if the batch holds one clip only.
+        Contrast is over the batch of all processes; matching draws its negatives from this process's, as officially,
+        or, with global_negatives, from all. Raises ValueError if the batch holds one clip only.
         """
         query = query_tokens.expand(len(ids), -1, -1)                               # (B, Q, E)
         video, past = qformer(query, vision=vision, return_past=True)               # (B, Q, E)
@@ -350,11 +382,19 @@ class Aligner(nn.Module):
         if captions_only:
             return {"vtg": vtg}
         text = qformer(ids=ids, mask=mask)                                          # (B, S, E)
-        sim = similarity(self.video_features(video), self.text_features(text)) / self.temperature()     # (B, B)
-        if negatives is None:
-            negatives = hard_negatives(sim, idx, generator)
+        video_feats = everyone.gather(self.video_features(video).mean(1, keepdim=True))     # (all B, 1, e)
+        text_feats, all_idx = everyone.gather(self.text_features(text)), everyone.gather(idx)   # (all B, e), (all B,)
+        sim = similarity(video_feats, text_feats) / self.temperature()              # (all B, all B)
+        pool = None
+        if global_negatives:
+            longer = everyone.most(ids.shape[1]) - ids.shape[1]
+            ids, mask = F.pad(ids, (0, longer)), F.pad(mask, (0, longer))           # [PAD] is 0
+            pool = tuple(everyone.gather(t) for t in (vision, ids, mask))
+            negatives = tuple(everyone.own(t) for t in hard_negatives(sim, all_idx, generator))
+        elif negatives is None:
+            negatives = hard_negatives(everyone.own(everyone.own(sim).T).T, idx, generator)
         return {
-            "vtc": vtc_loss(sim, idx),
-            "vtm": self.vtm_loss(qformer, query_tokens, vision, ids, mask, negatives),
+            "vtc": vtc_loss(sim, all_idx),
+            "vtm": self.vtm_loss(qformer, query_tokens, vision, ids, mask, negatives, pool),
             "vtg": vtg,
         }

@@ -171,8 +171,9 @@ def hold(folder):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
+        # subtle: lockf, not flock, which loader workers would hold on to when this process is killed
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise OSError(f"another process is writing into {folder}: wait for it, or choose another folder") from None
         yield

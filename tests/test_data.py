@@ -155,7 +155,7 @@ def test_weights(world):
 
 def test_processes_share_a_batch(world):
     whole = list(Sampler(clips(world), 4))
-    shares = [list(Sampler(clips(world), 2, rank=rank, world=2)) for rank in range(2)]
+    shares = [list(Sampler(clips(world), 4, rank=rank, world=2)) for rank in range(2)]
     assert [sorted(a + b) for a, b in zip(*shares, strict=True)] == [sorted(batch) for batch in whole]
 
 

@@ -478,8 +478,11 @@ def test_an_option_is_of_one_stage_and_does_not_leak_into_the_next(given, import
 def test_a_stopped_stage_2_goes_on_with_its_own_llm(given, imported, corpora, tmp_path):
     options = ["--init", str(imported / "stage1"), "--llm", str(given / "llm2")]
     train_stage(corpora, tmp_path, 2, *options)
-    state = json.loads((tmp_path / "stage2" / "trainer.json").read_text())
-    (tmp_path / "stage2" / "trainer.json").write_text(json.dumps({**state, "done": False}))
+    last = tmp_path / "stage2.unfinished" / "000001"
+    last.parent.mkdir()
+    (tmp_path / "stage2").rename(last)
+    state = json.loads((last / "trainer.json").read_text())
+    (last / "trainer.json").write_text(json.dumps({**state, "done": False, "files": {}}))
     with pytest.raises(ValueError, match="stage2 was made with the LLM llm2 .*llm3 is another one"):
         train_stage(corpora, tmp_path, 2, *options[:2], "--llm", str(given / "llm3"))
 

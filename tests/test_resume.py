@@ -1,0 +1,302 @@
+"""Going on after any interruption, to the very same weights; damaged checkpoints, full disks, numbers that are not
+finite.
+
+Run: pytest tests/test_resume.py
+"""
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import parallel
+import recipes
+import resume
+import stages
+import storage
+import toyworld
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 8
+PARTS = {"vit": ("stage0/vit", "--stage", "0", "--only", "vit"), "llm": ("stage0/llm", "--stage", "0", "--only", "llm"),
+         1: ("stage1", "--stage", "1"), 2: ("stage2", "--stage", "2"), 3: ("stage3", "--stage", "3")}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Sums differ in their last bits with the number of threads; the processes that are started have one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world") / "toy"
+    toyworld.build(str(folder), clips=40, questions=2, texts=200, patch=12, workers=1)
+    return folder
+
+
+def options(world, out, part, *more):
+    return ["--preset", "micro", "--data", str(world), "--out", str(out), "--steps", str(STEPS), "--save-every", "2",
+            "--workers", "1", *PARTS[part][1:], *more]
+
+
+@pytest.fixture(scope="module")
+def runs(world, tmp_path_factory):
+    """Every stage of the micro preset, undisturbed."""
+    out = tmp_path_factory.mktemp("runs") / "micro"
+    for part in PARTS:
+        train.main(options(world, out, part))
+    return out
+
+
+def weights(folder):
+    return storage.read_tensors(Path(folder) / "model.safetensors")
+
+
+def assert_same(one, other):
+    once, twice = weights(one), weights(other)
+    assert once.keys() == twice.keys() and [n for n in once if not torch.equal(once[n], twice[n])] == []
+
+
+def begun(runs, out, part):
+    """A run whose earlier stages are done."""
+    names = list(PARTS)
+    for name in names[:names.index(part)]:
+        shutil.copytree(runs / PARTS[name][0], out / PARTS[name][0])
+    return out
+
+
+def command(processes=1):
+    several = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
+    return [sys.executable, *several, str(ROOT / "train.py")]
+
+
+def start(*arguments, processes=1):
+    """train.py, in a group of processes of its own, to be killed as a whole."""
+    return subprocess.Popen([*command(processes), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def run(*arguments, processes=1):
+    process = start(*arguments, processes=processes)
+    said, _ = process.communicate()
+    return process.returncode, said
+
+
+def kill_after(process, line):
+    """kill -9 to all its processes as soon as it has said this."""
+    said = ""
+    for told in process.stdout:
+        said += told
+        if line in told:
+            break
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    return said
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_kill_9_and_going_on_ends_with_the_same_weights(world, runs, tmp_path, part):
+    """With loader workers, dropout, and a generator that draws negatives; killed twice, in mid-epoch."""
+    out = begun(runs, tmp_path, part)
+    for n in (3, 6):
+        assert f"step {n}/{STEPS}" in kill_after(start(*options(world, out, part)), f"step {n}/{STEPS}")
+    code, said = run(*options(world, out, part))
+    assert code == 0 and "going on from step" in said, said
+    assert_same(runs / PARTS[part][0], out / PARTS[part][0])
+    assert not list(out.rglob("*.unfinished"))
+
+
+@pytest.mark.parametrize("part", [1, 3])
+def test_two_processes_are_killed_and_go_on(world, runs, tmp_path, part):
+    more = ("--accumulate", "2", "--batch", "8")
+    whole, out = begun(runs, tmp_path / "whole", part), begun(runs, tmp_path / "torn", part)
+    assert run(*options(world, whole, part, *more), processes=2)[0] == 0
+    assert "step 5/" in kill_after(start(*options(world, out, part, *more), processes=2), "step 5/")
+    code, said = run(*options(world, out, part, *more), processes=2)
+    assert code == 0 and "going on from step" in said, said
+    assert_same(whole / PARTS[part][0], out / PARTS[part][0])
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_leaves_with_its_code(world, runs, tmp_path, number, code, monkeypatch):
+    out, real = begun(runs, tmp_path, 1), train.Log.step
+
+    def interrupted(self, step, *rest):
+        real(self, step, *rest)
+        if step == 2:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(train.Log, "step", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(options(world, out, 1, "--save-every", "100"))
+    assert stopped.value.code == code and not (out / "stage1").exists()
+    assert list(resume.steps_of(out / "stage1.unfinished")) == [4]       # the step is finished that it came in
+    monkeypatch.setattr(train.Log, "step", real)
+    train.main(options(world, out, 1))
+    assert_same(runs / "stage1", out / "stage1")
+
+
+@pytest.fixture
+def stopped(world, runs, tmp_path):
+    """A run of stage 2 that was killed between steps 7 and 8, with checkpoints of steps 4 and 6."""
+    out = begun(runs, tmp_path / "stopped", 2)
+    kill_after(start(*options(world, out, 2)), f"step 7/{STEPS}")
+    shutil.rmtree(out / "stage2.unfinished" / "000008", ignore_errors=True)
+    assert list(resume.steps_of(out / "stage2.unfinished")) == [4, 6]    # the last two are kept
+    return out
+
+
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def altered(path):
+    found = bytearray(path.read_bytes())
+    found[-5] ^= 1
+    path.write_bytes(found)
+
+
+@pytest.mark.parametrize("harm", [cut_off, altered, Path.unlink])
+@pytest.mark.parametrize("name", ["model.safetensors", "trainer.safetensors", "trainer.json"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(world, runs, stopped, harm, name, capsys):
+    path = stopped / "stage2.unfinished" / "000006" / name
+    if harm is altered and name == "trainer.json":
+        path.write_text("[1, 2]")
+    else:
+        harm(path)
+    train.main(options(world, stopped, 2))
+    said = capsys.readouterr().out
+    assert f"damaged: {path}" in said and "going on from step 4" in said
+    assert_same(runs / "stage2", stopped / "stage2")
+
+
+def test_an_unfinished_checkpoint_can_be_looked_at(world, stopped):
+    import checkpoint
+    model, _, tok = checkpoint.load_model(stopped / "stage2.unfinished" / "000006")
+    assert tok and model.stage == 2
+
+
+def test_another_run_s_checkpoint_is_refused(world, runs, stopped):
+    for more, what in ((("--batch", "2"), "batch 4 instead of 2"), (("--seed", "5"), "seed 0 instead of 5")):
+        code, said = run(*options(world, stopped, 2, *more))
+        assert code == 2 and what in said and "--restart" in said, said
+    folder = stopped / "stage2.unfinished" / "000006"
+    shutil.copy(runs / "stage1" / "model.safetensors", folder / "model.safetensors")
+    state = json.loads((folder / "trainer.json").read_text())
+    state["files"]["model.safetensors"] = resume.digest(folder / "model.safetensors")
+    (folder / "trainer.json").write_text(json.dumps(state))
+    code, said = run(*options(world, stopped, 2))
+    assert code == 2 and "does not fit this model" in said, said
+    train.main(options(world, stopped, 2, "--restart"))
+    assert_same(runs / "stage2", stopped / "stage2")
+
+
+def test_a_second_run_in_the_same_folder_is_refused(world, runs, tmp_path):
+    out = begun(runs, tmp_path, 1)
+    with storage.hold(out / "stage1.unfinished"):
+        code, said = run(*options(world, out, 1))
+    assert code == 2 and "another process is writing" in said and "Traceback" not in said
+
+
+def test_a_full_disk_is_named_and_training_goes_on(world, runs, tmp_path, monkeypatch, capsys):
+    out, real, written = begun(runs, tmp_path, 1), resume.save_tensors, []
+
+    def full(tensors, path):
+        written.append(path)
+        if len(written) == 2:                                            # of step 4
+            raise OSError(28, "No space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(resume, "save_tensors", full)
+    train.main(options(world, out, 1))
+    said = capsys.readouterr().out
+    assert "000004 cannot be written" in said and "MiB are free" in said and "training goes on" in said
+    assert_same(runs / "stage1", out / "stage1")
+
+
+def poisoned(monkeypatch, steps):
+    """Losses of these calls are NaN, and one layer's output is."""
+    real, calls = stages.VideoChat2.align, []
+
+    def align(self, batch, *rest, **options):
+        calls.append(1)
+        if len(calls) in steps:
+            batch = batch | {"features": batch["features"] * float("nan")}
+        return real(self, batch, *rest, **options)
+
+    monkeypatch.setattr(stages.VideoChat2, "align", align)
+
+
+@pytest.mark.parametrize("muon", ["0", "1"])
+def test_a_step_that_is_not_finite_is_left_out_and_named(world, runs, tmp_path, monkeypatch, capsys, muon):
+    out = begun(runs, tmp_path, 1)
+    poisoned(monkeypatch, {3, 5})        # the third step, and its repetition, which looks for the module
+    train.main(options(world, out, 1, "--muon", muon))
+    said = capsys.readouterr().out
+    assert "step 3 left out: gradient nan" in said and "first that is not finite: vision_layernorm" in said
+    assert ".gif" in said.split("its files:")[1]
+    assert all(t.isfinite().all() for t in weights(out / "stage1").values())
+
+
+def test_too_many_such_steps_stop_the_run(world, runs, tmp_path, monkeypatch):
+    out = begun(runs, tmp_path, 1)
+    poisoned(monkeypatch, set(range(4, 100)))
+    with pytest.raises(ValueError, match="2 steps in a row without a finite gradient"):
+        train.main(options(world, out, 1, "--max-bad-steps", "2"))
+    last = resume.newest(out / "stage1.unfinished")
+    assert last and all(t.isfinite().all() for t in weights(last).values())
+
+
+def test_a_left_out_step_changes_nothing():
+    """By hand: AdamW's moments, its count of steps and the weights."""
+    import optim
+    model = torch.nn.Linear(3, 2)
+    optimizers = optim.make_optimizers(model, recipes.TrainConfig(lr=0.1))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    for poison in (False, True):
+        before = [p.detach().clone() for p in model.parameters()]
+        model(torch.full((1, 3), float("nan") if poison else 1.0)).sum().backward()
+        norm = optim.grad_norm(model, optimizers, scaler, 1.0)
+        optim.optimizer_step(optimizers, 0.1, scaler, norm)
+        same = [torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+        assert same == [poison, poison]
+    assert {int(state["step"]) for state in optimizers[0].state.values()} == {1}
+
+
+def test_saving_costs_little(world, runs, tmp_path, monkeypatch):
+    """The loop goes on while a slow disk still writes."""
+    real = storage.save_tensors
+    monkeypatch.setattr(resume, "save_tensors", lambda *args: (time.sleep(2), real(*args)))
+    cfg = recipes.TrainConfig(stage=1, keep=2)
+    model = torch.nn.Linear(4, 4)
+    job = stages.Job("x", tmp_path / "x", model, None, None, None, lambda folder, tensors: None)
+    saver = resume.Saver(job, cfg, parallel.World())
+    begun_at = time.perf_counter()
+    saver.save(1, [], torch.amp.GradScaler("cpu", enabled=False))
+    assert time.perf_counter() - begun_at < 1
+    saver.wait()
+    assert list(resume.steps_of(job.unfinished)) == [1] and not saver.problem
+
+
+def test_random_numbers_survive(tmp_path):
+    job = stages.Job("x", tmp_path / "x", torch.nn.Linear(1, 1), None, None, None, None,
+                     generator=torch.Generator().manual_seed(random.randrange(1000)))
+    state = {f"random.0.{name}": t for name, t in resume.random_state(job).items()}
+    drawn = torch.rand(3), torch.rand(3, generator=job.generator)
+    resume.put_random_state(job, state, 1)                               # another process's: nothing happens
+    assert not torch.equal(torch.rand(3), drawn[0])
+    resume.put_random_state(job, state, 0)
+    assert torch.equal(torch.rand(3), drawn[0]) and torch.equal(torch.rand(3, generator=job.generator), drawn[1])
