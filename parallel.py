@@ -46,7 +46,7 @@ class World:
         """Sums of these numbers over all processes; they wait for each other, but for no GPU."""
         if self.size == 1:
             return list(numbers)
-        t = torch.tensor(numbers, dtype=torch.float64)
+        t = torch.tensor(list(numbers), dtype=torch.float64)
         dist.all_reduce(t, group=self.control)
         return t.tolist()
 
@@ -137,18 +137,18 @@ class Step(nn.Module):
 BLOCKS = ("blocks", "layer", "layers")      # the lists of ViT blocks, Q-Former layers, LLM layers
 
 
-def spread(model, loss, world, shard=False):
+def spread(model, loss, world, shard=False, idle=True):
     """Puts the model onto the world's devices -> the function that computes a step's losses.
 
-    subtle: where a stage leaves parts unused (text without video, captions alone at first), those keep no gradient, as
-    in one process; DDP must look for them in each step.
+    idle: steps may leave parts of the model unused (text without video, captions alone at first). These keep no
+    gradient, as in one process, but DDP must look for them.
     """
     if shard:
         return cut_up(model, loss, world)
     model.to(world.device)
     if world.size == 1:
         return loss
-    return DistributedDataParallel(Step(model, loss), find_unused_parameters=True)
+    return DistributedDataParallel(Step(model, loss), find_unused_parameters=idle)
 
 
 def cut_up(model, loss, world):

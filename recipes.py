@@ -9,6 +9,7 @@ Source: paper section 4 and table 10; official scripts' config files.
     python train.py --help
 """
 import argparse
+import os
 from dataclasses import MISSING, asdict, dataclass, field, fields
 
 import torch
@@ -138,6 +139,10 @@ def parse(argv=None):
     unknown = sorted(set(filter(None, cfg.recompute.split(","))) - set(RECOMPUTE))
     if unknown:
         p.error(f"--recompute knows no {', '.join(unknown)}; there are {', '.join(RECOMPUTE)}")
+    if cfg.shard and (not cfg.stage or cfg.dtype == "fp16" or cfg.llm_int8):
+        p.error("--shard is for stages 1 to 3, in fp32 or bf16, without --llm-int8")
+    if cfg.shard and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        p.error("--shard needs several processes: torchrun --nproc_per_node 2 train.py ...")
     cfg.restart = cfg.restart or not cfg.resume
     cfg.out = cfg.out or f"runs/{cfg.preset}"
     cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -45,6 +45,7 @@ class Job:
     write: Callable                 # folder, {name: tensor} of the model -> None: the checkpoint's files
     notes: list = field(default_factory=list)   # lines for the log's head
     generator: torch.Generator = None           # of the loss, where it draws (hard negatives)
+    idle: bool = False                          # whether a step may leave some of what trains unused
 
     @property
     def unfinished(self):
@@ -221,7 +222,9 @@ def stage_job(cfg, stage, world):
         checkpoint.write_checkpoint(tensors, stage, config, folder, start / "vocab.txt",
                                     checkpoint.llm_record(llm, folder))
 
-    return Job(f"stage {stage}", folder, model, dataset, collate, loss, write, notes, generator)
+    # captions alone need no text rows that look both ways; a text without video, or an instruction, no Q-Former's
+    idle = cfg.captions_first > 0 or stage == 3
+    return Job(f"stage {stage}", folder, model, dataset, collate, loss, write, notes, generator, idle)
 
 
 def stage_parts(cfg, stage, model, wordpiece, tok, generator, world):

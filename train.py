@@ -46,7 +46,7 @@ def fit(job, cfg, world):
     first = resume.load_model(job, cfg, last) if last else 0
     if cfg.compile:
         compile_blocks(job.model)
-    forward = spread(job.model.train(), job.loss, world, cfg.shard)
+    forward = spread(job.model.train(), job.loss, world, cfg.shard, job.idle)
     optimizers = make_optimizers(job.model, cfg)
     torch.manual_seed(cfg.seed + world.rank)
     scaler = torch.amp.GradScaler(kind, enabled=cfg.dtype == "fp16")  # without fp16 it does nothing
