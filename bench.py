@@ -3,6 +3,7 @@
     mvbench   questions a second by mvbench.py, and by the plain loop of plain_mvbench.py, with the same weights
     memory    the memory of a training step at real size, without a GPU: weights, gradients, optimizer, activations
     index     how long annotation files of millions of entries take, and how much memory
+    train, data, growth     how fast training is: bench_train.py
 
 memory runs one real step of the stage on tensors that have shapes but no values, and counts the bytes that live at each
 moment; nothing is estimated from formulas. What a GPU does otherwise than a CPU is put in its place: the attention
@@ -36,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-import llama
+import bench_train
 import model as videochat2
 import plain_mvbench
 from annotations import Annotations, Source, load_corpus
@@ -50,10 +51,10 @@ from model import PRESETS, Config, VideoChat2, set_trainable
 from optim import make_optimizers
 from prompt import ANSWER_PREFIX, ONLY_BEST, SYSTEM, VIDEO
 from qformer import QFormerConfig
+from recipes import TrainConfig
 from storage import read_json, whole_folder
 from tasks import TASKS, load_questions
 from tokenizer import SentencePiece, train_sentencepiece
-from train import TrainConfig
 from vit_video import VisionTransformer, ViTConfig
 
 GIB = 2 ** 30
@@ -244,7 +245,7 @@ def as_on_a_gpu(dtype, targets):
     def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
         return FlashAttention.apply(q.to(dtype), k.to(dtype), v.to(dtype))
 
-    def loss(model, hidden, labels):
+    def loss(model, hidden, labels, _):
         logits = model.lm_head(hidden[:, :targets].flatten(0, 1)).float()                      # (B * targets, V)
         return F.cross_entropy(logits, labels[:, :targets].flatten())
 
@@ -253,7 +254,6 @@ def as_on_a_gpu(dtype, targets):
         mock.patch.object(F, "layer_norm", lambda x, *rest: layer_norm(x.float(), *rest)),     # autocast does on CUDA
         mock.patch.object(VisionTransformer, "positions", lambda self, T, device: torch.empty(
             T, self.cfg.grid ** 2, self.cfg.width)),
-        mock.patch.object(llama, "attention_mask", lambda mask, s: None),
         mock.patch.object(videochat2, "lm_loss", loss),
     ]
 
@@ -455,7 +455,7 @@ def own_memory():
 def parse(argv=None):
     p = argparse.ArgumentParser(prog="bench.py", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = p.add_subparsers(dest="command", required=True, metavar="mvbench|memory|index")
+    commands = p.add_subparsers(dest="command", required=True, metavar="mvbench|memory|index|train|data|growth")
     e = commands.add_parser("mvbench", help="questions a second, against a plain loop")
     e.add_argument("--ckpt", default="", help="checkpoint (default: a scaled-down 7B shape with random weights)")
     e.add_argument("--data", default="data/toy/mvbench",
@@ -475,12 +475,24 @@ def parse(argv=None):
     i = commands.add_parser("index", help="annotation files of millions of entries")
     i.add_argument("--entries", type=int, default=5_000_000, help="(default 5,000,000)")
     i.add_argument("--folder", default="", help="where the file is written and deleted again (default: the system's)")
+    t = commands.add_parser("train", help="a step of every stage, against the same of transformers and peft")
+    t.add_argument("--stage", type=int, choices=(1, 2, 3), default=0, help="(default: all)")
+    t.add_argument("--steps", type=int, default=5, help="timed in each process (default %(default)s)")
+    t.add_argument("--rounds", type=int, default=2, help="processes of each side, in turn (default %(default)s)")
+    d = commands.add_parser("data", help="decoded clips a second, against the official way")
+    d.add_argument("--clips", type=int, default=16, help="in a round (default %(default)s)")
+    d.add_argument("--rounds", type=int, default=3, help="(default %(default)s)")
+    d.add_argument("--workers", type=int, default=2, help="(default %(default)s)")
+    g = commands.add_parser("growth", help="how a step's cost grows with batch, frames and text")
+    for each in (t, g):
+        each.add_argument("--preset", default="", help="(default: vicuna-7b on a GPU, else a scaled-down one)")
     return p.parse_args(argv)
 
 
 def main(argv=None):
     args = parse(argv)
-    {"mvbench": mvbench, "memory": memory, "index": index}[args.command](args)
+    {"mvbench": mvbench, "memory": memory, "index": index, "train": bench_train.train, "data": bench_train.data,
+     "growth": bench_train.growth}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -245,18 +245,19 @@ class Llama(nn.Module):
         The last layer then computes no others; with 0 it only fills the cache.
         """
         B, s = embeds.shape[:2]
-        last = s if last is None else last
-        if mask is None:
-            mask = torch.ones(B, s, dtype=torch.long, device=embeds.device)     # (B, s)
-        if cache is not None:
-            mask = cache.append_mask(mask)                                      # (B, S), old tokens and new ones
+        wanted = [s] * (len(self.model["layers"]) - 1) + [s if last is None else last]
+        if mask is None and cache is None:                                      # causality says it all
+            mask, masks = torch.ones(B, s, dtype=torch.long, device=embeds.device), dict.fromkeys(wanted)
+        else:
+            mask = torch.ones(B, s, dtype=torch.long, device=embeds.device) if mask is None else mask
+            mask = mask if cache is None else cache.append_mask(mask)           # (B, S), old tokens and new ones
+            # n: (B, 1, n, S) or None
+            masks = {n: additive(attention_mask(mask, n), embeds.dtype) for n in set(wanted)}
         if mask.shape[1] > self.cfg.max_positions < mask.sum(1).max():          # padding is not counted
             raise ValueError(f"{mask.sum(1).max()} tokens, but the LLM takes at most {self.cfg.max_positions}: "
                              "shorten the text or the video")
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -s:]            # (B, s), padding is not counted
         rope = rope_angles(positions, self.cfg.head_size, self.cfg.rope_theta, embeds.dtype)
-        wanted = [s] * (len(self.model["layers"]) - 1) + [last]
-        masks = {n: additive(attention_mask(mask, n), embeds.dtype) for n in set(wanted)}   # n: (B, 1, n, S) or None
         recompute = self.cfg.checkpoint_layers and self.training and torch.is_grad_enabled()
         x = embeds
         for i, (layer, n) in enumerate(zip(self.model["layers"], wanted, strict=True)):

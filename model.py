@@ -227,24 +227,31 @@ class VideoChat2(nn.Module):
         return self.splice(batch["ids"], self.queries(vision, batch.get("qf_ids"), batch.get("qf_mask")))
 
     def loss(self, batch):
-        """Stages 2 and 3: mean cross-entropy over the label tokens of video, ids, labels, mask (B, S)."""
+        """Stages 2 and 3: mean cross-entropy over the label tokens of video, ids, labels (B, S), padded right."""
         embeds = self.read(batch)                                          # (B, S, D)
         if self.stage == 3 and self.cfg.bos_ones:
             embeds = torch.cat((torch.ones_like(embeds[:, :1]), embeds[:, 1:]), 1)
-        hidden = self.llama_model(embeds, batch["mask"])                   # (B, S, D)
-        return lm_loss(self.llama_model, hidden, batch["labels"])
+        # subtle: no mask. The padding is on the right, where no real token looks. To ask a GPU where it begins would
+        # mean to wait for it, and without a mask the flash kernel is taken
+        hidden = self.llama_model(embeds)                                  # (B, S, D)
+        return lm_loss(self.llama_model, hidden, batch["labels"], batch.get("targets"))
 
 
-def lm_loss(llama, hidden, labels):
+def targets_of(labels):
+    """labels (B, S) -> places (number of targets,) in the flattened (B, S - 1) of hidden states that foretell one."""
+    return (labels[:, 1:] != IGNORE).flatten().nonzero()[:, 0]
+
+
+def lm_loss(llama, hidden, labels, targets=None):
     """Next-token cross-entropy, mean over labels != IGNORE. hidden (B, S, D), labels (B, S) -> scalar.
 
-    Logits are computed only where there is a target: the vocabulary is the widest axis of the whole model.
+    Logits are computed only where there is a target: the vocabulary is the widest axis of the whole model. targets:
+    targets_of(labels), if known; a GPU, asked for them, would have to be waited for.
     """
-    target = labels[:, 1:]                                                 # (B, S - 1)
-    keep = target != IGNORE
-    logits = llama.lm_head(hidden[:, :-1][keep]).float()                   # (number of targets, V)
-    total = F.cross_entropy(logits, target[keep], reduction="sum")
-    return total / keep.sum().clamp(min=1)                                 # a batch without targets has loss 0
+    targets = targets_of(labels) if targets is None else targets
+    logits = llama.lm_head(hidden[:, :-1].flatten(0, 1)[targets]).float()  # (number of targets, V)
+    total = F.cross_entropy(logits, labels[:, 1:].flatten()[targets], reduction="sum")
+    return total / max(1, len(targets))                                    # a batch without targets has loss 0
 
 
 def set_trainable(model, stage, vit=True):

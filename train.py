@@ -27,9 +27,9 @@ from tqdm import tqdm
 import data
 import resume
 from llm_folder import DTYPES
+from model import targets_of
 from optim import grad_norm, learning_rate, make_optimizers, optimizer_step
 from parallel import BLOCKS, average_whole, collects, give_up_together, join, spread
-from prompt import IGNORE
 from recipes import parse
 from stages import finished, jobs
 from storage import hold
@@ -59,7 +59,7 @@ def fit(job, cfg, world):
     with StopSignal(alone=world.size == 1) as stop:
         for step in range(first, cfg.steps):
             with log.waiting():
-                parts = [next(batches) for _ in range(cfg.accumulate)]
+                parts = [with_targets(next(batches)) for _ in range(cfg.accumulate)]
             words, stopped = world.total([sum(map(words_in, parts)), float(stop.number > 0)])
             losses = {}
             for i, batch in enumerate(parts):
@@ -90,10 +90,15 @@ def fit(job, cfg, world):
     log.say(f"{job.name}: done in {log.minutes():.1f} min, written to {job.folder}")
 
 
+def with_targets(batch):
+    """The batch and where its words are that are learnt, as long as it lies on the CPU."""
+    return batch | {"targets": targets_of(batch["labels"])} if "labels" in batch else batch
+
+
 def words_in(batch):
     """How many words of a batch are learnt: next-word losses are means over them."""
-    if "labels" in batch:
-        return (batch["labels"][:, 1:] != IGNORE).sum().item()
+    if "targets" in batch:
+        return len(batch["targets"])
     return batch["mask"][:, 1:].sum().item() if "mask" in batch else 0
 
 

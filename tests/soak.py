@@ -21,7 +21,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import storage
+import storage  # noqa: E402
 
 
 def command(args, out, stage):

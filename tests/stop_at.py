@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import model
-import train
+import model  # noqa: E402
+import train  # noqa: E402
 
 
 def without_dropout():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import bench
+import bench_train
 from model import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,7 +20,7 @@ import torch
 import bench, test_bench
 from model import VideoChat2, set_trainable
 from optim import make_optimizers
-from train import TrainConfig
+from recipes import TrainConfig
 
 def two_steps(cfg, step):
     model = VideoChat2(cfg, step.stage).train()
@@ -65,3 +66,23 @@ def test_counted_memory_is_what_a_real_step_takes(stage):
                             check=True)
     real = float(result.stdout)
     assert real > 4e8 and counted["peak"] == pytest.approx(real, rel=0.1), (counted, real)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_reference_of_transformers_computes_the_same_losses(stage):
+    """VideoMAE's ViT, InstructBlipVideo's Q-Former, LlamaForCausalLM and peft's LoRA, filled with our weights."""
+    cfg = bench_train.sizes("scaled", 2)
+    cfg = replace(cfg, vit=replace(cfg.vit, depth=2), qformer=replace(cfg.qformer, depth=2),
+                  llama=replace(cfg.llama, depth=2))
+    model = bench_train.ours(cfg, stage, torch.float32, "cpu")
+    batch = bench_train.made_batch(cfg, stage, 3, 2, 24, "cpu")
+    negatives = torch.tensor([1, 2, 0]), torch.tensor([2, 0, 1])
+    one = bench_train.losses_of(model, batch, negatives)
+    other = bench_train.Reference(model)(batch, negatives)
+    assert {n: loss.item() for n, loss in one.items()} == pytest.approx({n: x.item() for n, x in other.items()}, 1e-5)
+
+
+def test_data_and_growth_print_what_they_measure(capsys):
+    bench.main(["data", "--clips", "1", "--rounds", "1", "--workers", "0"])
+    said = capsys.readouterr().out
+    assert said.count("clips/s") == 3 and "times as fast as the official way" in said

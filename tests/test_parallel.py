@@ -77,6 +77,7 @@ def one_step(stage, world, shard=False, accumulate=1, negatives=False):
     size = len(whole["idx"]) // accumulate
     parts = [{k: world.own(v[i * size:(i + 1) * size]) if torch.is_tensor(v) else v for k, v in whole.items()}
              for i in range(accumulate)]
+    parts = [train.with_targets(batch) for batch in parts]
     (words,) = world.total([sum(map(train.words_in, parts))])
     losses = {}
     for i, batch in enumerate(parts):
