@@ -34,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import plain_mvbench
 from media import benchmark_video, mvbench_indices
 from model import PRESETS, VideoChat2, set_trainable
+from parallel import join, spread
 from prompt import IGNORE, VIDEO
 from qformer import hard_negatives, similarity, vtc_loss, vtg_loss
 
@@ -359,10 +360,48 @@ def data(args):
 
 
 def growth(args):
-    """Prints the seconds and memory of a step of stage 3, one size growing at a time; and of processes."""
+    """Prints the seconds and memory of a step of stage 3, one size growing at a time; then by processes."""
     base = dict(clips=4, frames=8, text=256)
+    preset = args.preset or ("vicuna-7b" if torch.cuda.is_available() else "scaled")
     for name, values in {"clips": (1, 2, 4, 8, 16), "frames": (4, 8, 16, 32, 64), "text": (64, 128, 256, 512)}.items():
         for value in values:
-            shape = tuple((base | {name: value}).values())
-            row = in_a_process("ours", args.preset or "scaled", 3, shape, 3)
-            print(f"{name:8}{value:6}{row['seconds']:8.2f} s {row['peak']:6.2f} GiB  MFU {row['mfu']:.0%}", flush=True)
+            row = in_a_process("ours", preset, 3, (base | {name: value}).values(), 3)
+            print(f"{name:10}{value:6}{row['seconds']:8.2f} s {row['peak']:6.2f} GiB  MFU {row['mfu']:.0%}", flush=True)
+    for processes in range(1, max(2, torch.cuda.device_count()) + 1):
+        for layout in ("ddp", "shard")[:processes]:
+            done = subprocess.run(
+                [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), __file__, preset,
+                 layout, *map(str, base.values())], capture_output=True, text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1"})
+            if done.returncode:
+                raise ValueError(f"{processes} processes, {layout}: {done.stderr[-2000:]}")
+            print(f"processes {processes:6}{float(done.stdout.split()[-1]):8.2f} s  {layout}, 1 thread each", flush=True)
+
+
+def in_a_crowd(preset, layout, *shape):
+    """One of several processes that share a batch; the first prints the seconds of a step."""
+    clips, frames, text = map(int, shape)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    world, cfg = join(device), sizes(preset, frames)
+    model = ours(cfg, 3, dtype, "cpu" if layout == "shard" else world.device)
+    forward = spread(model, lambda batch, done: {"lm": model.loss(batch)}, world, layout == "shard", idle=False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+    batch = {name: world.own(t) for name, t in made_batch(cfg, 3, clips, frames, text, world.device).items()}
+
+    def step():
+        with torch.autocast(device, dtype, enabled=device == "cuda"):
+            loss = forward(batch, 0.0)["lm"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()
+    seconds = sorted(timed(step, device) for _ in range(5))[2]
+    if world.first:
+        print(seconds)
+    world.leave()
+
+
+if __name__ == "__main__":                                     # under torchrun, by growth
+    in_a_crowd(*sys.argv[1:])

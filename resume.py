@@ -189,6 +189,12 @@ class Saver:
             self.thread.join()
             self.thread = None
 
+    def close(self):
+        """wait, and OSError if the last one could not be written."""
+        self.wait()
+        if self.problem:
+            raise OSError(self.told())
+
     def told(self):
         """What went wrong since the last time, or ""."""
         problem, self.problem = self.problem, ""

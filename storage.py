@@ -124,8 +124,11 @@ def read_tensors(path):
 
 
 def save_tensors(tensors, path):
-    """{name: tensor} -> a safetensors file; tensors may be views and on any device."""
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+    """{name: tensor} -> a safetensors file; tensors may be views and on any device. OSError names the file."""
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from None
 
 
 def fits(own, tensors, where, fresh=(), dropped=()):

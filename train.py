@@ -39,7 +39,6 @@ from storage import hold
 
 def fit(job, cfg, world):
     """Trains a job to the end; an interrupted one goes on where its last whole checkpoint stands."""
-    kind = torch.device(world.device).type
     sampler = data.Sampler(job.dataset, cfg.batch, cfg.seed, world.rank, world.size, cfg.accumulate)
     cfg.steps = cfg.steps or cfg.epochs * len(sampler)
     last = None if cfg.restart else world.tell(resume.newest(job.unfinished) if world.first else None)
@@ -49,7 +48,8 @@ def fit(job, cfg, world):
     forward = spread(job.model.train(), job.loss, world, cfg.shard, job.idle)
     optimizers = make_optimizers(job.model, cfg)
     torch.manual_seed(cfg.seed + world.rank)
-    scaler = torch.amp.GradScaler(kind, enabled=cfg.dtype == "fp16")  # without fp16 it does nothing
+    # without fp16 it does nothing
+    scaler = torch.amp.GradScaler(torch.device(world.device).type, enabled=cfg.dtype == "fp16")
     if last:
         resume.load_trainer(job, optimizers, scaler, last, world)
     sampler.skip_to(first)
@@ -61,33 +61,42 @@ def fit(job, cfg, world):
             with log.waiting():
                 parts = [with_targets(next(batches)) for _ in range(cfg.accumulate)]
             words, stopped = world.total([sum(map(words_in, parts)), float(stop.number > 0)])
-            losses = {}
-            for i, batch in enumerate(parts):
-                collects(forward, job.model, last=i + 1 == len(parts))
-                with torch.autocast(kind, DTYPES[cfg.dtype], enabled=cfg.dtype != "fp32"):
-                    found = forward(to_device(batch, world.device), step / cfg.steps)
-                shares = {name: share(name, batch, words, cfg, world) * loss for name, loss in found.items()}
-                scaler.scale(sum(shares.values())).backward()
-                losses = {name: losses.get(name, 0) + loss.detach() for name, loss in shares.items()}
-            average_whole(job.model, world)
+            losses = backward(job, forward, parts, words, step / cfg.steps, scaler, cfg, world)
             norm = grad_norm(job.model, optimizers, scaler, cfg.clip)
             optimizer_step(optimizers, learning_rate(step, cfg), scaler, norm)
             log.step(step, losses, norm, parts)
-            if step + 1 < cfg.steps and (stopped or (step + 1) % cfg.save_every == 0):
+            if step + 1 == cfg.steps:
+                break
+            if stopped or (step + 1) % cfg.save_every == 0:
                 saver.save(step + 1, optimizers, scaler)
-            if saver.problem:
-                log.say(saver.told())
-            if stopped and step + 1 < cfg.steps:
+            if stopped:
                 log.close()
-                saver.wait()
-                if saver.problem:
-                    raise OSError(saver.told())
+                saver.close()
                 log.say(f"\nstopped; the same command goes on from step {step + 1}")
                 sys.exit(128 + (stop.number or signal.SIGTERM))
+            if saver.problem:
+                log.say(saver.told())
     log.close()
     saver.wait()
     resume.finish(job, cfg, world)
     log.say(f"{job.name}: done in {log.minutes():.1f} min, written to {job.folder}")
+
+
+def backward(job, forward, parts, words, done, scaler, cfg, world):
+    """Gradients of one step, part by part -> {name: loss}, whose mean over the processes is the step's.
+
+    words: learnt in the whole step; done: share of the steps.
+    """
+    kind, losses = torch.device(world.device).type, {}
+    for i, batch in enumerate(parts):
+        collects(forward, job.model, last=i + 1 == len(parts))
+        with torch.autocast(kind, DTYPES[cfg.dtype], enabled=cfg.dtype != "fp32"):
+            found = forward(to_device(batch, world.device), done)
+        shares = {name: share(name, batch, words, cfg, world) * loss for name, loss in found.items()}
+        scaler.scale(sum(shares.values())).backward()
+        losses = {name: losses.get(name, 0) + loss.detach() for name, loss in shares.items()}
+    average_whole(job.model, world)
+    return losses
 
 
 def with_targets(batch):

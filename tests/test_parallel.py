@@ -17,6 +17,7 @@ import data
 import lora
 import parallel
 import resume
+import stages
 import storage
 import toyworld
 import train
@@ -79,13 +80,9 @@ def one_step(stage, world, shard=False, accumulate=1, negatives=False):
              for i in range(accumulate)]
     parts = [train.with_targets(batch) for batch in parts]
     (words,) = world.total([sum(map(train.words_in, parts))])
-    losses = {}
-    for i, batch in enumerate(parts):
-        parallel.collects(forward, model, last=i + 1 == accumulate)
-        shares = {name: train.share(name, batch, words, cfg, world) * loss for name, loss in forward(batch, 0).items()}
-        sum(shares.values()).backward()
-        losses = {name: losses.get(name, 0) + found.item() for name, found in shares.items()}
-    parallel.average_whole(model, world)
+    job = stages.Job("", None, model, None, None, loss, None)
+    losses = train.backward(job, forward, parts, words, 0, torch.amp.GradScaler("cpu", enabled=False), cfg, world)
+    losses = {name: loss.item() for name, loss in losses.items()}
     losses = dict(zip(losses, (total / world.size for total in world.total(losses.values())), strict=True))
     norm = parallel.whole(nn.utils.clip_grad_norm_(model.parameters(), 1e9))
     grads = {name: parallel.whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}

@@ -22,6 +22,7 @@ import storage
 import toyworld
 import train
 from model import VideoChat2, micro_config, set_trainable
+from vit_video import VisionTransformer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -204,3 +205,14 @@ def test_one_part_of_stage_0_alone(world, tmp_path, capsys):
         with pytest.raises(SystemExit):
             train.parse(wrong)
         assert "expected vit or llm" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_blocks_compute_the_same():
+    vit = VisionTransformer(micro_config().vit)
+    video = torch.randn(1, 4, 3, 64, 64)
+    expected = vit(video)
+    names = list(vit.state_dict())
+    train.compile_blocks(vit)
+    torch.testing.assert_close(vit(video), expected)
+    assert list(vit.state_dict()) == names and vit.blocks[0]._compiled_call_impl
