@@ -375,7 +375,8 @@ def growth(args):
                 env=os.environ | {"OMP_NUM_THREADS": "1"})
             if done.returncode:
                 raise ValueError(f"{processes} processes, {layout}: {done.stderr[-2000:]}")
-            print(f"processes {processes:6}{float(done.stdout.split()[-1]):8.2f} s  {layout}, 1 thread each", flush=True)
+            seconds = float(done.stdout.split()[-1])
+            print(f"{'processes':10}{processes:6}{seconds:8.2f} s  {layout}, 1 thread each", flush=True)
 
 
 def in_a_crowd(preset, layout, *shape):

@@ -6,7 +6,7 @@
     --shard         FSDP2: weights, gradients and optimizer are cut into as many pieces as there are processes; each
                     block is put together just before it computes, and cut again
 
-The result is that of one process with the joint batch. Not here: what a batch is (data.Sampler), the loop (train.py).
+The result is that of one process with the joint batch. Several machines share the folders of data and run. Not here: what a batch is (data.Sampler), the loop (train.py).
 Source: PyTorch DDP (arXiv 2006.15704), FSDP (arXiv 2304.11277); gathering with gradients: BLIP-2's official code.
 
     pytest tests/test_parallel.py
@@ -14,6 +14,7 @@ Source: PyTorch DDP (arXiv 2006.15704), FSDP (arXiv 2304.11277); gathering with 
 import datetime
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from functools import partial
 
@@ -153,6 +154,8 @@ def spread(model, loss, world, shard=False, idle=True):
 
 def cut_up(model, loss, world):
     """FSDP2: each block is a unit, frozen ones, too; what stands between them belongs to the whole."""
+    # it warns of Q-Former layers, which return views of their keys and values; nobody here writes into them
+    warnings.filterwarnings("ignore", message=".*returned a view tensor")
     mesh = init_device_mesh(torch.device(world.device).type, (world.size,))
     # subtle: a number cannot be cut; each process keeps the temperature whole, and average_whole keeps them the same
     whole = {p for p in model.parameters() if p.ndim == 0}
