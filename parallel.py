@@ -6,7 +6,8 @@
     --shard         FSDP2: weights, gradients and optimizer are cut into as many pieces as there are processes; each
                     block is put together just before it computes, and cut again
 
-The result is that of one process with the joint batch. Several machines share the folders of data and run. Not here: what a batch is (data.Sampler), the loop (train.py).
+The result is that of one process with the joint batch. Several machines share the folders of data and run. Not here:
+what a batch is (data.Sampler), the loop (train.py).
 Source: PyTorch DDP (arXiv 2006.15704), FSDP (arXiv 2304.11277); gathering with gradients: BLIP-2's official code.
 
     pytest tests/test_parallel.py

@@ -178,10 +178,9 @@ class Saver:
             for _, old in sorted(steps_of(self.folder).items())[:-self.cfg.keep]:
                 shutil.rmtree(old, ignore_errors=True)
         except Exception as error:                             # a full disk, above all; training need not end for it
-            need = sum(t.nbytes for t in (*weights.values(), *tensors.values())) / 2 ** 20
-            free = shutil.disk_usage(self.folder.parent).free / 2 ** 20
-            self.problem = (f"{self.folder / f'{step:06d}'} cannot be written ({error}): it needs {need:,.0f} MiB, "
-                            f"{free:,.0f} MiB are free; the checkpoints before it are kept, and training goes on")
+            self.problem = (f"{self.folder / f'{step:06d}'} cannot be written ({error}): "
+                            f"{room(self.folder, tensors | weights)}; the checkpoints before it are kept, and training "
+                            "goes on")
 
     def wait(self):
         """Until the last folder is written."""
@@ -201,12 +200,24 @@ class Saver:
         return problem
 
 
+def room(folder, tensors):
+    """What these tensors need on the disk, and what is free there."""
+    need, free = sum(t.nbytes for t in tensors.values()), shutil.disk_usage(folder.parent).free
+    return f"it needs {need / 2 ** 20:,.1f} MiB, {free / 2 ** 20:,.1f} MiB are free"
+
+
 def finish(job, cfg, world):
-    """Writes the finished checkpoint; what an unfinished run would need is forgotten."""
+    """Writes the finished checkpoint; what an unfinished run would need is forgotten. OSError on a full disk."""
     weights = model_state(job.model)
     if world.first:
-        with whole_folder(job.folder) as folder:
-            job.write(folder, weights)
-            (folder / TRAINER).write_text(json.dumps({"done": True, "options": asdict(cfg)}, indent=2))
+        for _, old in sorted(steps_of(job.unfinished).items())[:-1]:
+            shutil.rmtree(old)                                 # makes room
+        try:
+            with whole_folder(job.folder) as folder:
+                job.write(folder, weights)
+                (folder / TRAINER).write_text(json.dumps({"done": True, "options": asdict(cfg)}, indent=2))
+        except OSError as error:
+            raise OSError(f"{job.folder} cannot be written ({error}): {room(job.folder, weights)}; make room, and the "
+                          "same command goes on from the last checkpoint") from None
         shutil.rmtree(job.unfinished, ignore_errors=True)
     world.barrier()

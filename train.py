@@ -259,8 +259,11 @@ class Log:
                "clips_per_s": round(self.cfg.batch / seconds, 1), "waiting": round(waited, 3)}
         if not self.world.first:
             return
-        with open(self.path, "a") as f:
-            f.write(json.dumps(row) + "\n")
+        try:
+            with open(self.path, "a") as f:
+                f.write(json.dumps(row) + "\n")
+        except OSError as error:                                           # a full disk need not end the run
+            self.say(f"{self.path} lacks this line: {error}")
         parts = "".join(f" | {name} {mean:.3f}" for name, mean in means.items()) if len(means) > 1 else ""
         eta = (now - self.begun) / (step + 1 - self.first) * (self.cfg.steps - step - 1)
         self.say(f"{self.job.name} | step {step + 1}/{self.cfg.steps} | loss {row['loss']:.3f}{parts} "

@@ -227,6 +227,23 @@ def test_a_full_disk_is_named_and_training_goes_on(world, runs, tmp_path, monkey
     assert_same(runs / "stage1", out / "stage1")
 
 
+def test_a_full_disk_at_the_very_end_loses_nothing(world, runs, tmp_path, monkeypatch):
+    out, real = begun(runs, tmp_path, 1), resume.checkpoint.write_checkpoint
+
+    def full(tensors, stage, cfg, folder, *rest):
+        if folder.name.startswith(".stage1."):                           # not one of the steps'
+            raise OSError(28, "No space left on device")
+        real(tensors, stage, cfg, folder, *rest)
+
+    monkeypatch.setattr(resume.checkpoint, "write_checkpoint", full)
+    with pytest.raises(OSError, match="stage1 cannot be written .*MiB are free; make room, and the same command"):
+        train.main(options(world, out, 1))
+    assert list(resume.steps_of(out / "stage1.unfinished")) == [6]
+    monkeypatch.undo()
+    train.main(options(world, out, 1))
+    assert_same(runs / "stage1", out / "stage1")
+
+
 def poisoned(monkeypatch, steps):
     """Losses of these calls are NaN, and one layer's output is."""
     real, calls = stages.VideoChat2.align, []
