@@ -478,6 +478,7 @@ def parse(argv=None):
     t = commands.add_parser("train", help="a step of every stage, against the same of transformers and peft")
     t.add_argument("--stage", type=int, choices=(1, 2, 3), default=0, help="(default: all)")
     t.add_argument("--steps", type=int, default=5, help="timed in each process (default %(default)s)")
+    t.add_argument("--compile", action="store_true", help="ours with torch.compile, too")
     t.add_argument("--rounds", type=int, default=2, help="processes of each side, in turn (default %(default)s)")
     d = commands.add_parser("data", help="decoded clips a second, against the official way")
     d.add_argument("--clips", type=int, default=16, help="in a round (default %(default)s)")
