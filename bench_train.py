@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 import plain_mvbench
 from media import benchmark_video, mvbench_indices
-from model import PRESETS, VideoChat2, set_trainable
+from model import PRESETS, VideoChat2, set_trainable, targets_of
 from parallel import join, spread
 from prompt import IGNORE, VIDEO
 from qformer import hard_negatives, similarity, vtc_loss, vtg_loss
@@ -71,6 +71,7 @@ def made_batch(cfg, stage, size, frames, text, device):
         slot = torch.full((size, n_video), VIDEO)
         batch |= {"ids": torch.cat((slot, words), 1), "mask": F.pad(mask, (n_video, 0), value=1),
                   "labels": F.pad(labels, (n_video, 0), value=IGNORE)}
+        batch["targets"] = targets_of(batch["labels"])
         if stage == 3:
             batch |= {"qf_ids": words[:, :48] % vocab, "qf_mask": torch.ones_like(words[:, :48])}
     return {name: t.to(device) for name, t in batch.items()}
@@ -383,7 +384,7 @@ def growth(args):
         for value in values:
             row = in_a_process("ours", preset, 3, (base | {name: value}).values(), 3)
             print(f"{name:10}{value:6}{row['seconds']:8.2f} s {row['peak']:6.2f} GiB  MFU {row['mfu']:.0%}", flush=True)
-    for processes in range(1, max(2, torch.cuda.device_count()) + 1):
+    for processes in (1, 2, 4)[:torch.cuda.device_count() if torch.cuda.is_available() else 2]:
         for layout in ("ddp", "shard")[:processes]:
             done = subprocess.run(
                 [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), __file__, preset,
@@ -405,6 +406,7 @@ def in_a_crowd(preset, layout, *shape):
     forward = spread(model, lambda batch, done: {"lm": model.loss(batch)}, world, layout == "shard", idle=False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
     batch = {name: world.own(t) for name, t in made_batch(cfg, 3, clips, frames, text, world.device).items()}
+    batch["targets"] = targets_of(batch["labels"])
 
     def step():
         with torch.autocast(device, dtype, enabled=device == "cuda"):

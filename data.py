@@ -12,6 +12,7 @@ conversation becomes ids (prompt.py). Source: the official pt_dataset.py and it_
 """
 import argparse
 import random
+import signal
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -275,7 +276,13 @@ def make_loader(dataset, sampler, collate, workers=0):
     # of their own, or going on would draw one number more from the one that dropout uses
     return torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers,
                                        pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None,
-                                       generator=torch.Generator().manual_seed(0))
+                                       generator=torch.Generator().manual_seed(0), worker_init_fn=leave_signals)
+
+
+def leave_signals(worker):
+    """Ctrl-C and SIGTERM reach the workers as well, but the process that they work for decides when they end."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # ---- python data.py check --------------------------------------------------------------------------------------------

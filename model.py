@@ -186,7 +186,7 @@ class VideoChat2(nn.Module):
         dec_id: id of [DEC], which opens a caption to be generated. generator: draws the hard negatives.
         captions_only: "vtg" alone. options: of Aligner.losses, for several processes.
         """
-        if not captions_only and batch.get("clips", 2) < 2:
+        if not captions_only and not options.get("global_negatives") and batch.get("clips", 2) < 2:
             raise ValueError("matching (VTM) needs for each clip another one in the batch, but a batch of "
                              f"{len(batch['idx'])} holds a single clip: choose a larger --batch for each process")
         vision = self.encode_timed(batch["video"], batch.get("features"))  # (B, N, C)
@@ -216,7 +216,10 @@ class VideoChat2(nn.Module):
         embeds = self.llama_model.embed(ids.masked_fill(slot, 0))          # (B, S, D)
         if video_tokens is None:
             return embeds
-        return embeds.masked_scatter(slot.unsqueeze(-1), video_tokens.to(embeds.dtype))
+        # as masked_scatter, whose backward pass would have to ask a GPU how many places there are
+        place = (slot.cumsum(1) - 1).clamp(min=0, max=video_tokens.shape[1] - 1)            # (B, S): which of the Q
+        tokens = video_tokens.to(embeds.dtype).gather(1, place[..., None].expand(-1, -1, embeds.shape[-1]))
+        return torch.where(slot[..., None], tokens, embeds)                # (B, S, D)
 
     def read(self, batch):
         """Everything before the LLM's first layer: -> embeds (B, S, D)."""

@@ -100,7 +100,11 @@ def join(device, only_talk=False):
     only_talk: they exchange no tensors that lie on a GPU.
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: PyTorch finds no GPU here")
     if size == 1:
+        if torch.device(device).index is not None and device.startswith("cuda"):
+            torch.cuda.set_device(device)
         return World(device=device)
     on_gpu, local = device.startswith("cuda"), int(os.environ["LOCAL_RANK"])
     if on_gpu:

@@ -10,6 +10,7 @@ Source: paper section 4 and table 10; official scripts' config files.
 """
 import argparse
 import os
+import re
 from dataclasses import MISSING, asdict, dataclass, field, fields
 
 import torch
@@ -136,6 +137,12 @@ def parse(argv=None):
         p.error(f"--only {cfg.only}: expected {' or '.join(STANDINS)}, with --stage 0")
     if min(cfg.accumulate, cfg.keep, cfg.save_every, cfg.log_every, cfg.max_bad_steps) < 1:
         p.error("--accumulate, --keep, --save-every, --log-every and --max-bad-steps must be 1 or more")
+    if min(cfg.steps, cfg.batch, cfg.lr, cfg.lr_end, cfg.weight_decay, cfg.workers, cfg.muon) < 0 or cfg.clip <= 0:
+        p.error("--clip must be above 0; --steps, --batch, rates, --weight-decay and --workers 0 or more")
+    if cfg.steps == 0 and cfg.epochs < 1 or not 0 <= cfg.warmup <= 1 or not 0 <= cfg.hold <= 1:
+        p.error("--epochs must be 1 or more, --warmup and --hold shares between 0 and 1")
+    if not re.fullmatch(r"(cpu|cuda(:\d+)?)?", cfg.device):
+        p.error(f"--device {cfg.device}: expected cpu, cuda or cuda:N")
     unknown = sorted(set(filter(None, cfg.recompute.split(","))) - set(RECOMPUTE))
     if unknown:
         p.error(f"--recompute knows no {', '.join(unknown)}; there are {', '.join(RECOMPUTE)}")

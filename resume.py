@@ -65,7 +65,7 @@ def newest(folder, say=print):
         problem = check(path)
         if not problem:
             return path
-        say(f"damaged: {problem}; the checkpoint before it is taken")
+        say(f"damaged: {problem}; the checkpoint before it is taken, if there is one")
     return None
 
 def clean(job, cfg):
@@ -94,14 +94,15 @@ def put_optimizer_state(optimizers, model, tensors, where):
         if p not in owner:
             raise ValueError(f"{where} was begun with other options: {name} does not train now; go on with those, or "
                              "begin again by --restart")
-        owner[p].state[p][key] = t if key == "step" else like(t.to(p.device, p.dtype), p)
+        # subtle: fused AdamW counts its steps on the device
+        owner[p].state[p][key] = t.to(p.device) if key == "step" else like(t.to(p.device, p.dtype), p)
 
 
 def random_state(job):
     """The states of this process's generators."""
     state = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+        state["cuda"] = torch.cuda.get_rng_state()             # of the current device, which parallel.join has set
     if job.generator:
         state["loss"] = job.generator.get_state()
     return state

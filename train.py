@@ -72,7 +72,8 @@ def fit(job, cfg, world):
             if stopped:
                 log.close()
                 saver.close()
-                log.say(f"\nstopped; the same command goes on from step {step + 1}")
+                again = "the same command without --restart" if cfg.restart else "the same command"
+                log.say(f"\nstopped; {again} goes on from step {step + 1}")
                 sys.exit(128 + (stop.number or signal.SIGTERM))
             if saver.problem:
                 log.say(saver.told())
@@ -206,7 +207,8 @@ class Log:
     def step(self, step, losses, norm, parts):
         """losses {name: tensor}, norm a tensor: as yet unread. parts: the step's batches."""
         self.read()
-        self.before = step, losses, norm, parts, (time.time(), self.waited)
+        losses, norm = {name: later(t) for name, t in losses.items()}, later(norm)
+        self.before = step, losses, norm, parts, (time.time(), self.waited), computed(self.world.device)
 
     def close(self):
         self.read()
@@ -217,12 +219,16 @@ class Log:
         """What the step before has computed."""
         if self.before is None:
             return
-        step, losses, norm, parts, times = self.before
+        step, losses, norm, parts, times, ready = self.before
+        ready()
         for line in (line for batch in parts for line in batch["bad"]):
             self.bar.write(f"unreadable, another sample took its place: {line}")
         finite = math.isfinite(norm.item())
-        # with fp16, overflows are the scaler's way to find its scale
-        if finite or self.cfg.dtype == "fp16" and all(math.isfinite(loss.item()) for loss in losses.values()):
+        # with fp16, overflows are the scaler's way to find its scale; all processes must see it alike
+        if not finite and self.cfg.dtype == "fp16":
+            (strange,) = self.world.total([sum(not math.isfinite(loss.item()) for loss in losses.values())])
+            finite = strange == 0
+        if finite:
             self.bad = 0
             self.window.append(losses)
         else:
@@ -254,8 +260,9 @@ class Log:
                  / max(1, sum(name in losses for losses in self.window)) for name in names]
         means = dict(zip(names, (total / self.world.size for total in self.world.total(means)), strict=True))
         self.window = []
-        row = {"stage": self.job.name, "step": step + 1, "loss": sum(means.values()), **means,
-               "lr": learning_rate(step, self.cfg), "grad": norm.item(), "ms": round(1000 * seconds, 1),
+        row = {"stage": self.job.name, "step": step + 1, "loss": sum(means.values()) if means else None, **means,
+               "lr": learning_rate(step, self.cfg), "grad": norm.item() if norm.isfinite() else None,
+               "ms": round(1000 * seconds, 1),
                "clips_per_s": round(self.cfg.batch / seconds, 1), "waiting": round(waited, 3)}
         if not self.world.first:
             return
@@ -265,10 +272,25 @@ class Log:
         except OSError as error:                                           # a full disk need not end the run
             self.say(f"{self.path} lacks this line: {error}")
         parts = "".join(f" | {name} {mean:.3f}" for name, mean in means.items()) if len(means) > 1 else ""
+        loss = f"{row['loss']:.3f}" if means else "-"
         eta = (now - self.begun) / (step + 1 - self.first) * (self.cfg.steps - step - 1)
-        self.say(f"{self.job.name} | step {step + 1}/{self.cfg.steps} | loss {row['loss']:.3f}{parts} "
-                 f"| lr {row['lr']:.1e} | grad {row['grad']:.2f} | {row['ms']:.0f} ms, {waited:.0%} waiting for data "
+        self.say(f"{self.job.name} | step {step + 1}/{self.cfg.steps} | loss {loss}{parts} "
+                 f"| lr {row['lr']:.1e} | grad {norm.item():.2f} | {row['ms']:.0f} ms, {waited:.0%} waiting for data "
                  f"| {row['clips_per_s']} clips/s | eta {eta / 60:.1f}m")
+
+
+def later(t):
+    """A tensor on its way to the CPU, without waiting for it."""
+    return t.detach().to("cpu", non_blocking=True)
+
+
+def computed(device):
+    """-> a function that waits until all is done that a GPU was told up to now, but for nothing that comes after."""
+    if not device.startswith("cuda"):
+        return lambda: None
+    event = torch.cuda.Event()
+    event.record()
+    return event.synchronize
 
 
 def first_not_finite(job, parts, done, world):
@@ -302,7 +324,8 @@ def main(argv=None):
     for make, name, settings in jobs(cfg, given):
         torch.manual_seed(cfg.seed)                                        # of the initial weights
         job = world.first_then_others(lambda make=make, name=name, settings=settings: make(settings, name, world))
-        if finished(job.folder) and job.folder.is_dir() and not cfg.restart:
+        # subtle: one that was begun again, and stopped, goes on although the old one lies there
+        if finished(job.folder) and job.folder.is_dir() and not (cfg.restart or resume.steps_of(job.unfinished)):
             if world.first:
                 print(f"{job.name}: already trained, in {job.folder} (--restart trains it again)")
             continue

@@ -149,10 +149,47 @@ def test_a_signal_saves_and_leaves_with_its_code(world, runs, tmp_path, number, 
     assert_same(runs / "stage1", out / "stage1")
 
 
+def test_a_signal_to_all_processes_saves_too(world, runs, tmp_path):
+    """Schedulers tell loader workers as well."""
+    out = begun(runs, tmp_path, 1)
+    process = start(*options(world, out, 1, "--workers", "2", "--save-every", "100"))
+    for line in process.stdout:
+        if f"step 2/{STEPS}" in line:
+            break
+    os.killpg(process.pid, signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and "goes on from step" in said, said
+    train.main(options(world, out, 1))
+    assert_same(runs / "stage1", out / "stage1")
+
+
+def test_a_run_begun_again_and_stopped_goes_on_beside_the_old_one(world, runs, tmp_path, capsys):
+    out = begun(runs, tmp_path, 2)
+    shutil.copytree(runs / "stage2", out / "stage2")
+    kill_after(start(*options(world, out, 2, "--restart")), f"step 5/{STEPS}")
+    train.main(options(world, out, 2))
+    assert "going on from step" in capsys.readouterr().out
+    assert_same(runs / "stage2", out / "stage2")
+
+
+@pytest.mark.parametrize("wrong", [("--steps", "-3"), ("--epochs", "0"), ("--batch", "-4"), ("--clip", "0"),
+                                   ("--device", "gpu"), ("--warmup", "2"), ("--keep", "0"), ("--recompute", "all"),
+                                   ("--shard",), ("--dtype", "fp8")])
+def test_wrong_values_are_refused(wrong, capsys):
+    with pytest.raises(SystemExit) as left:
+        recipes.parse(["--stage", "1", *wrong])
+    assert left.value.code == 2 and wrong[0] in capsys.readouterr().err
+
+
 @pytest.fixture
-def stopped(world, runs, tmp_path):
+def stopped(killed, tmp_path):
+    return shutil.copytree(killed, tmp_path / "stopped")
+
+
+@pytest.fixture(scope="module")
+def killed(world, runs, tmp_path_factory):
     """A run of stage 2 that was killed between steps 7 and 8, with checkpoints of steps 4 and 6."""
-    out = begun(runs, tmp_path / "stopped", 2)
+    out = begun(runs, tmp_path_factory.mktemp("killed"), 2)
     kill_after(start(*options(world, out, 2)), f"step 7/{STEPS}")
     shutil.rmtree(out / "stage2.unfinished" / "000008", ignore_errors=True)
     assert list(resume.steps_of(out / "stage2.unfinished")) == [4, 6]    # the last two are kept

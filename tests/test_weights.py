@@ -12,6 +12,7 @@ from videos import write_video
 
 import checkpoint
 import official
+import recipes
 import storage
 import train
 import weights
@@ -517,7 +518,7 @@ def test_each_oddity_is_one_flag_away(imported, corpora, plain, tmp_path, flags)
     assert not torch.equal(changed["llama_proj.weight"], plain["llama_proj.weight"])
     assert all(t.isfinite().all() and t.dtype == torch.float32 for t in changed.values())
     option = flags[0].removeprefix("--").removeprefix("no-").replace("-", "_")
-    if option in train.MODEL_OPTIONS:
+    if option in recipes.MODEL_OPTIONS:
         cfg, _ = checkpoint.read_config(tmp_path / "stage3")
         value = flags[1] if len(flags) > 1 else not flags[0].startswith("--no-")
         assert str(getattr(cfg, option)) == str(value)
