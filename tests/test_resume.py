@@ -3,6 +3,7 @@ finite.
 
 Run: pytest tests/test_resume.py
 """
+import contextlib
 import json
 import os
 import random
@@ -103,6 +104,11 @@ def kill_after(process, line):
             break
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    out = process.args[process.args.index("--out") + 1].encode()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):                    # torchrun's processes are no group of its own
+        with contextlib.suppress(OSError):
+            if out + b"\0" in path.read_bytes():
+                os.kill(int(path.parent.name), signal.SIGKILL)
     process.stdout.close()
     return said
 
