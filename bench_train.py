@@ -255,11 +255,9 @@ def train(args):
               flush=True)
 
 
-def in_a_process(side, preset, stage, shape, steps, threads=0):
+def in_a_process(side, preset, stage, shape, steps):
     call = f"import bench_train; bench_train.one_side({side!r}, {preset!r}, {stage}, {tuple(shape)}, {steps})"
-    env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    done = subprocess.run([sys.executable, "-c", call], cwd=Path(__file__).parent, capture_output=True, text=True,
-                          env=env)
+    done = subprocess.run([sys.executable, "-c", call], cwd=Path(__file__).parent, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"{side}, stage {stage}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])

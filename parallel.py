@@ -140,7 +140,10 @@ class Step(nn.Module):
         return self.loss(batch, done)
 
 
-BLOCKS = ("blocks", "layer", "layers")      # the lists of ViT blocks, Q-Former layers, LLM layers
+def blocks_of(model):
+    """ViT blocks, Q-Former layers, LLM layers."""
+    return [block for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
+            and name.rpartition(".")[2] in ("blocks", "layer", "layers") for block in module]
 
 
 def spread(model, loss, world, shard=False, idle=True):
@@ -167,10 +170,8 @@ def cut_up(model, loss, world):
     for p in whole:
         p.data = p.data.to(world.device)
     cut = partial(fully_shard, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in BLOCKS:
-            for block in module:
-                cut(block)
+    for block in blocks_of(model):
+        cut(block)
     cut(model, ignored_params=whole)
     for method in ("align", "loss"):
         register_fsdp_forward_method(model, method)

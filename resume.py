@@ -42,12 +42,14 @@ def digest(path):
     return [path.stat().st_size, found.hexdigest()]
 
 
-def check(folder):
-    """What is wrong with a step's folder, in one line; "" if nothing is."""
+def check(folder, names=None):
+    """What is wrong with a step's folder, or with these of its files, in one line; "" if nothing is."""
     try:
         files = read_json(folder / TRAINER)["files"]
         for name, mark in files.items():
             path = folder / name
+            if names and name not in names:
+                continue
             if not path.is_file():
                 return f"{path} is missing"
             if path.stat().st_size != mark[0]:
@@ -59,14 +61,15 @@ def check(folder):
     return ""
 
 
-def newest(folder, say=print):
-    """The last step's folder that is whole, or None; each one that is not is named."""
+def newest(folder, say=print, names=None):
+    """The last step's folder that is whole, or of which these files are, or None; each one that is not is named."""
     for _, path in sorted(steps_of(folder).items(), reverse=True):
-        problem = check(path)
+        problem = check(path, names)
         if not problem:
             return path
         say(f"damaged: {problem}; the checkpoint before it is taken, if there is one")
     return None
+
 
 def clean(job, cfg):
     """Removes what a killed process has left half-written and, where the run begins again, all."""

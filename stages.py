@@ -179,7 +179,7 @@ def unfinished(folder):
 
 def begun_with(cfg, folder):
     """The LLM of an unfinished run that goes on, or None."""
-    last = None if cfg.restart else newest(unfinished(folder), say=lambda line: None)
+    last = None if cfg.restart else newest(unfinished(folder), say=lambda line: None, names=("config.json",))
     return last and checkpoint.read_config(last)[1]["llm"]
 
 

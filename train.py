@@ -21,7 +21,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 from tqdm import tqdm
 
 import data
@@ -29,7 +28,7 @@ import resume
 from llm_folder import DTYPES
 from model import targets_of
 from optim import grad_norm, learning_rate, make_optimizers, optimizer_step
-from parallel import BLOCKS, average_whole, collects, give_up_together, join, spread
+from parallel import average_whole, blocks_of, collects, give_up_together, join, spread
 from recipes import parse
 from stages import finished, jobs
 from storage import hold
@@ -122,10 +121,8 @@ def share(name, batch, words, cfg, world):
 
 def compile_blocks(model):
     """torch.compile for each block: they are alike, so it compiles few, and an uncompiled loop runs them."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in BLOCKS:
-            for block in module:
-                block.compile()
+    for block in blocks_of(model):
+        block.compile()
 
 
 class StopSignal:
