@@ -11,6 +11,8 @@ conversation becomes ids (prompt.py). Source: the official pt_dataset.py and it_
     python data.py check corpus.json --decode
 """
 import argparse
+import atexit
+import multiprocessing
 import random
 import signal
 import sys
@@ -280,9 +282,19 @@ def make_loader(dataset, sampler, collate, workers=0):
 
 
 def leave_signals(worker):
-    """Ctrl-C and SIGTERM reach the workers as well, but the process that they work for decides when they end."""
+    """Ctrl-C and SIGTERM reach the workers as well, but the process that they work for decides when they end, whatever
+    they are handing over."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = lambda *error: None           # of the thread that hands tensors over; others' errors are passed on
+
+
+@atexit.register
+def end_workers():
+    """Before multiprocessing would end them by a SIGTERM, which they leave alone, and wait for them forever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)              # or torch would report that they were killed
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 # ---- python data.py check --------------------------------------------------------------------------------------------

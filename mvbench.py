@@ -17,7 +17,6 @@ scorers.py; what it is worth: stats.py, report.py. Source: paper section 3 and t
 """
 import argparse
 import os
-import signal
 import sys
 import time
 from collections import defaultdict
@@ -31,6 +30,7 @@ from tqdm import tqdm
 import report
 from ask import CONTROLS, DECODES, Answerer, Protocol, seed_of
 from checkpoint import add_model_options, checkpoint_hash, device_of, dtype_of, open_model, read_config
+from data import leave_signals
 from lora import merge_lora
 from media import NORMS, MediaError, benchmark_video
 from parallel import give_up_together, join
@@ -131,7 +131,7 @@ def evaluate(answerer, questions, jobs, batch=32, workers=1, rank=0, world=1, pr
     groups = [[(some[0]["media"], some[0]["bound"]) for some in window[i:i + CHUNK]]
               for window in mine for i in range(0, len(window), CHUNK)]
     loader = iter(torch.utils.data.DataLoader(Clips(groups, answerer.model.cfg), None, num_workers=workers,
-                                              worker_init_fn=leave_ctrl_c_to_others))
+                                              worker_init_fn=leave_signals))
     total = sum(len(job.open(some)) for job in jobs for window in mine for some in window)
     bar = tqdm(total=total, unit="answer", disable=not (progress and sys.stderr.isatty()), leave=False)
     for window in mine:
@@ -150,12 +150,6 @@ def evaluate(answerer, questions, jobs, batch=32, workers=1, rank=0, world=1, pr
             yield job, new
             bar.update(len(new))
     bar.close()
-
-
-def leave_ctrl_c_to_others(worker):
-    """Ctrl-C reaches the workers as well; the process that they work for ends them, whatever they are handing over."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.excepthook = lambda *error: None           # of the thread that hands tensors over; others' errors are passed on
 
 
 def asked(answerer, video, questions, prompts, jobs, batch):

@@ -1,4 +1,5 @@
-"""Shared by all tests: the golden numbers of the official implementation, and an MVBench with a model, both tiny."""
+"""Shared by all tests: the golden numbers of the official implementation, and an MVBench with a model
+and a toy world, all tiny."""
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from videos import painted, write_video
 import checkpoint
 import llm_folder
 import storage
+import toyworld
 from ask import letter_ids
 from llama import Llama
 from model import PRESETS, VideoChat2
@@ -36,6 +38,14 @@ def golden_tensors(name):
         shared = load_file(GOLDEN / f"{WEIGHTS_OF[name]}.safetensors")
         tensors |= {key: t for key, t in shared.items() if key.startswith("w.")}
     return tensors
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A toy world for the micro preset; tests do not write into it."""
+    folder = tmp_path_factory.mktemp("world") / "toy"
+    toyworld.build(str(folder), clips=40, questions=2, texts=200, patch=12, workers=1)
+    return folder
 
 
 # ---- MVBench at tiny size --------------------------------------------------------------------------------------------

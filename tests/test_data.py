@@ -1,5 +1,8 @@
 """pytest tests/test_data.py"""
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -263,3 +266,14 @@ def test_check_lists_every_fault(world, capsys):
     assert "videos.json: 6 entries of video, 2 faulty: 1 empty text, 1 missing" in out
     assert data.main(["check", str(world / "corpus.json"), "--decode"]) == 1
     assert "3.gif: cannot be decoded as a GIF" in capsys.readouterr().out
+
+
+def test_a_loader_that_is_left_open_does_not_keep_the_process(tmp_path):
+    """Its workers leave SIGTERM alone, by which multiprocessing ends them."""
+    program = ("import data, torch\n"
+               "order = torch.utils.data.BatchSampler(range(1000), 4, False)\n"
+               "batches = iter(data.make_loader(range(1000), order, list, 2))\n"
+               "print(next(batches))\n")
+    done = subprocess.run([sys.executable, "-c", program], cwd=Path(data.__file__).parent, capture_output=True,
+                          text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[0, 1, 2, 3]\n", "")

@@ -19,7 +19,6 @@ import parallel
 import resume
 import stages
 import storage
-import toyworld
 import train
 from model import PRESETS, VideoChat2, set_trainable
 from prompt import VIDEO
@@ -163,13 +162,6 @@ def test_a_text_without_video_loses_no_process():
 
 
 # ---- train.py under torchrun
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world") / "toy"
-    toyworld.build(str(folder), clips=40, questions=2, texts=200, patch=12, workers=1)
-    return folder
-
 
 @pytest.fixture(scope="module")
 def begun(world, tmp_path_factory):

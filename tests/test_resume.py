@@ -22,7 +22,6 @@ import recipes
 import resume
 import stages
 import storage
-import toyworld
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,13 +37,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world") / "toy"
-    toyworld.build(str(folder), clips=40, questions=2, texts=200, patch=12, workers=1)
-    return folder
 
 
 def options(world, out, part, *more):

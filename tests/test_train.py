@@ -19,19 +19,11 @@ import probe
 import qagen
 import recipes
 import storage
-import toyworld
 import train
 from model import VideoChat2, micro_config, set_trainable
 from vit_video import VisionTransformer
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world") / "toy"
-    toyworld.build(str(folder), clips=40, questions=2, texts=200, patch=12, workers=1)
-    return folder
 
 
 @pytest.fixture(scope="module")
