@@ -33,11 +33,11 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 import plain_mvbench
 from media import benchmark_video, mvbench_indices
-from model import PRESETS, VideoChat2, set_trainable, targets_of
+from model import PRESETS, VideoChat2, set_trainable
 from parallel import join, spread
-from prompt import IGNORE, VIDEO
+from prompt import IGNORE, VIDEO, with_targets
 from qformer import hard_negatives, similarity, vtc_loss, vtg_loss
-from train import compile_blocks
+from train import compile_blocks, to_device
 
 # --------------------------------------------------------------------------------------------------- the same, twice
 
@@ -54,12 +54,12 @@ def sizes(preset, frames):
                    qformer=replace(cfg.qformer, dropout=0.0, drop_path=0.0))
 
 
-def made_batch(cfg, stage, size, frames, text, device):
-    """Random clips and texts; a third of stage 3's text is learnt, all of a caption."""
+def made_batch(cfg, stage, size, frames, text, device, shortest=0.25):
+    """Random clips; texts of shortest * text to text words, of which stage 3 learns a third, stage 2 all."""
     g = torch.Generator().manual_seed(0)
     batch = {"video": torch.randn(size, frames, 3, cfg.vit.img_size, cfg.vit.img_size, generator=g)}
     n_video, vocab = cfg.n_query + cfg.n_extra, min(cfg.llama.vocab_size, cfg.qformer.vocab_size) - 1
-    length = torch.randint(text * 2 // 3, text + 1, (size,), generator=g)
+    length = torch.randint(int(shortest * text), text + 1, (size,), generator=g)
     length[0] = text
     mask = (torch.arange(text) < length[:, None]).long()                           # (B, S)
     words = torch.randint(5, vocab, (size, text), generator=g)
@@ -69,12 +69,11 @@ def made_batch(cfg, stage, size, frames, text, device):
         learnt = (torch.arange(text) % 3 == 0) | (stage == 2)
         labels = words.masked_fill((mask == 0) | ~learnt, IGNORE)
         slot = torch.full((size, n_video), VIDEO)
-        batch |= {"ids": torch.cat((slot, words), 1), "mask": F.pad(mask, (n_video, 0), value=1),
-                  "labels": F.pad(labels, (n_video, 0), value=IGNORE)}
-        batch["targets"] = targets_of(batch["labels"])
+        batch |= with_targets({"ids": torch.cat((slot, words), 1), "mask": F.pad(mask, (n_video, 0), value=1),
+                               "labels": F.pad(labels, (n_video, 0), value=IGNORE)})
         if stage == 3:
             batch |= {"qf_ids": words[:, :48] % vocab, "qf_mask": torch.ones_like(words[:, :48])}
-    return {name: t.to(device) for name, t in batch.items()}
+    return to_device(batch, device)
 
 
 def ours(cfg, stage, dtype, device):
@@ -237,14 +236,15 @@ def train(args):
     on_gpu = torch.cuda.is_available()
     preset = args.preset or ("vicuna-7b" if on_gpu else "scaled")
     print(f"{preset}, {torch.cuda.get_device_name() if on_gpu else f'{torch.get_num_threads()} threads'}, "
-          f"{'bf16' if on_gpu else 'fp32'}; clips a second (best of {args.rounds}), peak GiB, share of the matrix rate")
+          f"{'bf16' if on_gpu else 'fp32'}; texts of {args.shortest:g} to 1 of the longest; clips a second (best of "
+          f"{args.rounds}), peak GiB, share of the matrix rate")
     print(f"{'stage':6}{'clips, frames, text':>20}{'ours':>20}{'transformers':>20}{'ratio':>7}{'MFU':>7}  losses")
     for stage in (1, 2, 3) if not args.stage else (args.stage,):
         shape = (GPU_SHAPES if on_gpu else SHAPES)[stage]
         found = {"ours": [], "transformers": []} | ({"compiled": []} if args.compile else {})
         for _ in range(args.rounds):
             for side, rows in found.items():
-                rows.append(in_a_process(side, preset, stage, shape, args.steps))
+                rows.append(in_a_process(side, preset, stage, shape, args.steps, args.shortest))
         best = {side: min(rows, key=lambda row: row["seconds"]) for side, rows in found.items()}
         one, other = best["ours"], best["transformers"]
         rate = {side: f"{shape[0] / row['seconds']:.2f}/s {row['peak']:.2f}" for side, row in best.items()}
@@ -255,26 +255,29 @@ def train(args):
               flush=True)
 
 
-def in_a_process(side, preset, stage, shape, steps):
-    call = f"import bench_train; bench_train.one_side({side!r}, {preset!r}, {stage}, {tuple(shape)}, {steps})"
+def in_a_process(side, preset, stage, shape, steps, shortest=0.25):
+    call = (f"import bench_train; "
+            f"bench_train.one_side({side!r}, {preset!r}, {stage}, {tuple(shape)}, {steps}, {shortest})")
     done = subprocess.run([sys.executable, "-c", call], cwd=Path(__file__).parent, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"{side}, stage {stage}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def one_side(side, preset, stage, shape, steps):
+def one_side(side, preset, stage, shape, steps, shortest):
     """Prints the seconds of a step (the median), its losses, peak memory and utilisation."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     size, frames, text = shape
     cfg = sizes(preset, frames)
-    model, batch = ours(cfg, stage, dtype, device), made_batch(cfg, stage, *shape, device)
-    whole = Reference(model) if side == "transformers" else model
-    forward = whole if side == "transformers" else partial(losses_of, model)
+    model, batch = ours(cfg, stage, dtype, device), made_batch(cfg, stage, *shape, device, shortest)
+    if side == "transformers":
+        model = forward = Reference(model)
+    else:
+        forward = partial(losses_of, model)
     if side == "compiled":
         compile_blocks(model)
-    trained = [p for p in whole.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
     # both sides are shown the same negatives: drawing them is not what is compared
     negatives = tuple(torch.arange(size, device=device).roll(n) for n in (1, 2))
@@ -403,8 +406,9 @@ def in_a_crowd(preset, layout, *shape):
     model = ours(cfg, 3, dtype, "cpu" if layout == "shard" else world.device)
     forward = spread(model, lambda batch, done: {"lm": model.loss(batch)}, world, layout == "shard", idle=False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
-    batch = {name: world.own(t) for name, t in made_batch(cfg, 3, clips, frames, text, world.device).items()}
-    batch["targets"] = targets_of(batch["labels"])
+    batch = made_batch(cfg, 3, clips, frames, text, "cpu")
+    batch = to_device(with_targets({name: world.own(t) for name, t in batch.items() if name not in
+                                    ("lengths", "targets")}), world.device)
 
     def step():
         with torch.autocast(device, dtype, enabled=device == "cuda"):

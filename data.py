@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from annotations import Annotations, Fault, load_annotations, load_corpus
 from media import MediaError, SampleError, read_media, train_frames
-from prompt import CAPTION_INSTRUCTIONS, Prompt, caption_prompt, conversation_prompt, pad_batch
+from prompt import CAPTION_INSTRUCTIONS, Prompt, caption_prompt, conversation_prompt, pad_batch, with_targets
 
 # ---- samples ---------------------------------------------------------------------------------------------------------
 
@@ -226,7 +226,7 @@ class CaptionCollate:
             instruction = instructions[int(s["draw"] * len(instructions))]
             prompts.append(caption_prompt(self.tok, s["text"], self.n_video, instruction, s["medium"], self.max_text))
         ids, labels, mask = pad_batch(prompts, self.tok.eos_id)
-        return collate_media(samples) | {"ids": ids, "labels": labels, "mask": mask}
+        return collate_media(samples) | with_targets({"ids": ids, "labels": labels, "mask": mask})
 
 
 @dataclass
@@ -248,8 +248,8 @@ class InstructCollate:
         rows = [self.wordpiece.encode(self.instruction(s["qas"][0]), self.max_instruction, sep=True, truncate="left")
                 for s in samples]
         qf_ids, qf_mask = pad_words(rows, self.wordpiece)
-        texts = {"ids": ids, "labels": labels, "mask": mask, "qf_ids": qf_ids, "qf_mask": qf_mask}
-        return collate_media(samples) | texts
+        texts = with_targets({"ids": ids, "labels": labels, "mask": mask})
+        return collate_media(samples) | texts | {"qf_ids": qf_ids, "qf_mask": qf_mask}
 
     def conversation(self, s):
         """The sample as a Prompt. Raises SampleError where its instruction leaves no room for the video."""

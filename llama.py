@@ -137,7 +137,8 @@ class Attention(nn.Module):
     def heads(self, x):
         return x.unflatten(-1, (-1, self.hs))                                   # (B, S, nh, hs)
 
-    def forward(self, x, n, rope, mask, cache, i):              # x (B, s, D) -> (B, n, D), mask (B, 1, n, S) or None
+    def forward(self, x, n, rope, mask, cache, i):
+        """x (B, s, D) -> (B, n, D). mask: (B, 1, n, S), or None, or the lengths of texts that lie end to end."""
         k = rotate(self.heads(self.k_proj(x)), *rope).transpose(1, 2)           # (B, kv_heads, s, hs)
         v = self.heads(self.v_proj(x)).transpose(1, 2)                          # (B, kv_heads, s, hs)
         if cache is not None:
@@ -147,10 +148,18 @@ class Attention(nn.Module):
         q = rotate(self.heads(self.q_proj(x[:, -n:])), *(t[:, -n:] for t in rope)).transpose(1, 2)  # (B, nh, n, hs)
         groups = q.shape[1] // k.shape[1]
         k, v = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (k, v))    # (B, nh, S, hs)
-        # without a mask: a whole sequence (n = S) is causal, a single new token (n = 1) sees all before it
-        is_causal = mask is None and q.shape[2] > 1
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)    # (B, nh, n, hs)
-        return self.o_proj(y.transpose(1, 2).flatten(2))                        # (B, n, D)
+        if isinstance(mask, list):                                              # each text sees itself alone
+            texts = zip(*(t.split(mask, dim=2) for t in (q, k, v)), strict=True)
+            y = torch.cat([attend(*text, is_causal=True) for text in texts], dim=1)     # (1, N, nh, hs)
+        else:
+            # without a mask: a whole sequence (n = S) is causal, a single new token (n = 1) sees all before it
+            y = attend(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1)      # (B, n, nh, hs)
+        return self.o_proj(y.flatten(2))                                        # (B, n, D)
+
+
+def attend(q, k, v, **how):
+    """q (B, nh, n, hs), k and v (B, nh, S, hs) -> (B, n, nh, hs)."""
+    return F.scaled_dot_product_attention(q, k, v, **how).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -172,9 +181,10 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.width, cfg.eps)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, n, rope, mask, cache, i):
-        """x (B, s, D), all of which is read -> the n last tokens' new state (B, n, D)."""
-        x = x[:, x.shape[1] - n:] + self.self_attn(self.input_layernorm(x), n, rope, mask, cache, i)
+    def forward(self, x, n, rope, mask, cache, i, places=None):
+        """x (B, s, D), all of which is read -> the n last tokens' new state (B, n, D); of them only at these places."""
+        x = x[:, x.shape[1] - n:] + self.self_attn(self.input_layernorm(x), n, rope, mask, cache, i)    # (B, n, D)
+        x = x if places is None else x.index_select(1, places)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -208,7 +218,8 @@ class Llama(nn.Module):
     """
     forward: embeds (B, S, D), mask (B, S) 1 = token, padding left or right -> hidden (B, S, D) after the final norm;
     logits are self.lm_head(hidden), so that callers compute them only where they are needed. With a KVCache, embeds
-    and mask are those of the new tokens only. Raises ValueError beyond max_positions.
+    and mask are those of the new tokens only. Training has no padding: texts lie end to end in one row, (1, N, D), with
+    their lengths. Raises ValueError beyond max_positions.
     """
     def __init__(self, cfg):
         super().__init__()
@@ -239,29 +250,33 @@ class Llama(nn.Module):
     def embed(self, ids):                                                       # (B, S)
         return self.model["embed_tokens"](ids)                                  # (B, S, D)
 
-    def forward(self, embeds, mask=None, cache=None, last=None):
+    def forward(self, embeds, mask=None, cache=None, last=None, lengths=None, places=None):
         """embeds (B, s, D), mask (B, s) -> hidden (B, s, D), or (B, last, D): of so many last tokens alone.
 
         The last layer then computes no others; with 0 it only fills the cache.
+        lengths: of texts end to end, embeds (1, N, D), each of which sees itself alone. places (n,): those of the N
+        whose hidden is wanted -> (1, n, D).
         """
-        B, s = embeds.shape[:2]
-        wanted = [s] * (len(self.model["layers"]) - 1) + [s if last is None else last]
-        if mask is None and cache is None:                                      # causality says it all
-            mask, masks = torch.ones(B, s, dtype=torch.long, device=embeds.device), dict.fromkeys(wanted)
-        else:
-            mask = torch.ones(B, s, dtype=torch.long, device=embeds.device) if mask is None else mask
+        s, depth = embeds.shape[1], self.cfg.depth
+        wanted = [s] * (depth - 1) + [s if last is None else last]
+        if lengths is None:
+            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device) if mask is None else mask
             mask = mask if cache is None else cache.append_mask(mask)           # (B, S), old tokens and new ones
             # n: (B, 1, n, S) or None
             masks = {n: additive(attention_mask(mask, n), embeds.dtype) for n in set(wanted)}
-        if mask.shape[1] > self.cfg.max_positions < mask.sum(1).max():          # padding is not counted
-            raise ValueError(f"{mask.sum(1).max()} tokens, but the LLM takes at most {self.cfg.max_positions}: "
-                             "shorten the text or the video")
-        positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -s:]            # (B, s), padding is not counted
+            positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -s:]        # (B, s), padding is not counted
+            longest = mask.sum(1).max() if mask.shape[1] > self.cfg.max_positions else 0
+        else:
+            masks, longest = dict.fromkeys(wanted, lengths), max(lengths)
+            positions = torch.cat([torch.arange(n, device=embeds.device) for n in lengths])[None]     # (1, N)
+        if longest > self.cfg.max_positions:
+            raise ValueError(f"{longest} tokens, but the LLM takes at most {self.cfg.max_positions}: shorten the text "
+                             "or the video")
         rope = rope_angles(positions, self.cfg.head_size, self.cfg.rope_theta, embeds.dtype)
         recompute = self.cfg.checkpoint_layers and self.training and torch.is_grad_enabled()
         x = embeds
         for i, (layer, n) in enumerate(zip(self.model["layers"], wanted, strict=True)):
-            args = (x, n, rope, masks[n], cache, i)
+            args = (x, n, rope, masks[n], cache, i, places if i == depth - 1 else None)
             x = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
         return self.model["norm"](x)                                            # (B, last, D)
 

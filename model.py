@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from llama import Llama, LlamaConfig
 from lora import add_lora
-from prompt import IGNORE, VIDEO
+from prompt import VIDEO, end_to_end, with_targets
 from qformer import Aligner, QFormer, QFormerConfig
 from vit_video import VisionTransformer, ViTConfig
 
@@ -207,7 +207,8 @@ class VideoChat2(nn.Module):
         if self.training or qf_ids is None or len(qf_ids) > 1:
             query = query.expand(len(vision), -1, -1)                                                   # (B, Q, E)
         # subtle: in training the last layer's text rows have a gradient of zeros, and so weight decay, as officially
-        hidden = self.qformer(query=query, ids=qf_ids, mask=qf_mask, vision=vision, text=torch.is_grad_enabled())
+        texts = None if torch.is_grad_enabled() else 0
+        hidden = self.qformer(query=query, ids=qf_ids, mask=qf_mask, vision=vision, texts=texts)        # (B, Q + S, E)
         return self.llama_proj(hidden[:, :query.shape[1]])                                              # (B, Q, D)
 
     def splice(self, ids, video_tokens=None):
@@ -230,31 +231,28 @@ class VideoChat2(nn.Module):
         return self.splice(batch["ids"], self.queries(vision, batch.get("qf_ids"), batch.get("qf_mask")))
 
     def loss(self, batch):
-        """Stages 2 and 3: mean cross-entropy over the label tokens of video, ids, labels (B, S), padded right."""
+        """Stages 2 and 3: mean cross-entropy over the label tokens of video, ids, mask, labels (B, S), padded right.
+
+        Collates have added lengths and targets (prompt.with_targets); otherwise a GPU is waited for.
+        """
+        batch = batch if "targets" in batch else with_targets(batch)
         embeds = self.read(batch)                                          # (B, S, D)
         if self.stage == 3 and self.cfg.bos_ones:
             embeds = torch.cat((torch.ones_like(embeds[:, :1]), embeds[:, 1:]), 1)
-        # subtle: no mask. The padding is on the right, where no real token looks. To ask a GPU where it begins would
-        # mean to wait for it, and without a mask the flash kernel is taken
-        hidden = self.llama_model(embeds)                                  # (B, S, D)
-        return lm_loss(self.llama_model, hidden, batch["labels"], batch.get("targets"))
+        return lm_loss(self.llama_model, embeds, batch["labels"], batch["lengths"], batch["targets"])
 
 
-def targets_of(labels):
-    """labels (B, S) -> places (number of targets,) in the flattened (B, S - 1) of hidden states that foretell one."""
-    return (labels[:, 1:] != IGNORE).flatten().nonzero()[:, 0]
+def lm_loss(llama, embeds, labels, lengths, targets):
+    """Next-token cross-entropy, mean over labels != IGNORE. embeds (B, S, D), labels (B, S), padded right, with what
+    prompt.with_targets says of them -> scalar.
 
-
-def lm_loss(llama, hidden, labels, targets=None):
-    """Next-token cross-entropy, mean over labels != IGNORE. hidden (B, S, D), labels (B, S) -> scalar.
-
-    Logits are computed only where there is a target: the vocabulary is the widest axis of the whole model. targets:
-    targets_of(labels), if known; a GPU, asked for them, would have to be waited for.
+    Padding is not read at all, and logits are computed only where there is a target: the vocabulary is the widest axis
+    of the whole model.
     """
-    targets = targets_of(labels) if targets is None else targets
-    logits = llama.lm_head(hidden[:, :-1].flatten(0, 1)[targets]).float()  # (number of targets, V)
-    total = F.cross_entropy(logits, labels[:, 1:].flatten()[targets], reduction="sum")
-    return total / max(1, len(targets))                                    # a batch without targets has loss 0
+    hidden = llama(end_to_end(embeds, lengths), lengths=lengths, places=targets)                    # (1, n, D)
+    logits = llama.lm_head(hidden[0]).float()                              # (n, V)
+    words = end_to_end(labels, lengths)[0].index_select(0, targets + 1)    # (n,)
+    return F.cross_entropy(logits, words, reduction="sum") / max(1, len(targets))   # without targets it is 0
 
 
 def set_trainable(model, stage, vit=True):

@@ -105,7 +105,7 @@ def bridge(loaded, data, task, clips, longest=60):
     model, wordpiece, _ = loaded
     vision = model.encode_timed(look(model.cfg, data, clips))                                  # (B, N, C)
     query = model.query_tokens.expand(len(clips), -1, -1)                                      # (B, Q, E)
-    hidden, past = model.qformer(query, vision=vision, return_past=True)                       # (B, Q, E)
+    hidden, past, _ = model.qformer(query, vision=vision, return_keys=True)                       # (B, Q, E)
     ids = torch.full((len(clips), 1), wordpiece.dec_id)                                        # (B, 1)
     for _ in range(longest):
         logits = model.qformer.caption_logits(ids, torch.ones_like(ids), past)                 # (B, S, V)

@@ -211,3 +211,18 @@ def pad_batch(prompts, pad_id, side="right", multiple=8):
         labels[row, here] = torch.tensor(prompt.labels)
         mask[row, here] = 1
     return ids, labels, mask
+
+
+def end_to_end(t, lengths):
+    """Rows t (B, S, ...) of these lengths, without the padding on their right, one after another: (1, N, ...)."""
+    return torch.cat([row[:n] for row, n in zip(t, lengths, strict=True)])[None]
+
+
+def with_targets(batch):
+    """A batch of texts with what the loss must know of them; a GPU, asked for it, would have to be waited for.
+
+    Adds lengths, a list of B, and targets (n,): the places, in the texts end to end, whose next word is learnt.
+    """
+    lengths = batch["mask"].sum(1).tolist()
+    targets = (end_to_end(batch["labels"], lengths)[0, 1:] != IGNORE).nonzero()[:, 0]
+    return batch | {"lengths": lengths, "targets": targets}

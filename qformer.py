@@ -97,18 +97,20 @@ class Attention(nn.Module):
     def heads(self, x):
         return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)               # (B, nh, rows, hs)
 
-    def forward(self, x, source, mask=None, past=None):
+    def keys(self, source, past=None):
         """
-        x (B, rows, E), or (1, rows, E) for all, attends to source: to itself, or to vision (B, N, C). mask (B, 1, 1 or
-        rows, keys) bool. past: keys and values that go before the source's own. Returns x anew and all keys and values.
+        What is attended to: keys and values, each (B, nh, keys, hs), of source: of x itself, or of vision (B, N, C);
+        past: those that go before.
         """
-        q = self.heads(self.self.query(x)).expand(len(source), -1, -1, -1)      # (B, nh, rows, hs)
-        k, v = self.heads(self.self.key(source)), self.heads(self.self.value(source))   # (B, nh, keys, hs)
-        if past is not None:
-            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)       # (B, nh, past + keys, hs)
+        k, v = self.heads(self.self.key(source)), self.heads(self.self.value(source))
+        return (k, v) if past is None else (torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2))
+
+    def forward(self, x, k, v, mask=None):
+        """x (B, rows, E), or (1, rows, E) for all, attends to keys and values. mask (B, 1, 1 or rows, keys) bool."""
+        q = self.heads(self.self.query(x)).expand(len(k), -1, -1, -1)           # (B, nh, rows, hs)
         p = self.p if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)        # (B, nh, rows, hs)
-        return self.output(y.transpose(1, 2).flatten(2), x), (k, v)             # (B, rows, E)
+        return self.output(y.transpose(1, 2).flatten(2), x)                     # (B, rows, E)
 
 
 class Intermediate(nn.Module):
@@ -129,19 +131,23 @@ class Layer(nn.Module):
         self.intermediate, self.output = Intermediate(cfg), Output(cfg, cfg.ffn, path_rate)
         self.intermediate_query, self.output_query = Intermediate(cfg), Output(cfg, cfg.ffn, path_rate)
 
-    def forward(self, hidden, n_query, vision, mask, past=None, text=True):
-        rows = hidden if text else hidden[:, :n_query]                          # whose new state is wanted
-        hidden, kv = self.attention(rows, hidden, mask, past)                   # (B, Q + S, E)
-        query, text = hidden[:, :n_query], hidden[:, n_query:]                  # (B, Q, E), (B, S, E)
+    def forward(self, hidden, n_query, vision, mask, past=None, texts=None):
+        """vision (B, N, C), or the keys and values that this layer has made of it. texts: so many text rows' new state
+        is wanted, instead of all. Returns hidden anew and both attentions' keys and values."""
+        rows = hidden if texts is None else hidden[:, :n_query + texts]
+        kv, seen = self.attention.keys(hidden, past), None
+        hidden = self.attention(rows, *kv, mask)                                # (B, Q + S, E)
+        query, text = hidden.split((n_query, hidden.shape[1] - n_query), dim=1)  # (B, Q, E), (B, S, E)
         # subtle: a kind that is absent is skipped, not computed on no rows: weights without a gradient must keep
         # grad None, or the optimizer would decay them
         if query.shape[1]:
             if self.crossattention is not None:
-                query, _ = self.crossattention(query, vision)                   # (B, Q, E)
+                seen = self.crossattention.keys(vision) if torch.is_tensor(vision) else vision
+                query = self.crossattention(query, *seen)                       # (B, Q, E)
             query = self.output_query(self.intermediate_query(query), query)    # (B, Q, E)
         if text.shape[1]:
             text = self.output(self.intermediate(text), text)                   # (B, S, E)
-        return torch.cat((query, text.expand(len(query), -1, -1)), dim=1), kv   # (B, Q + S, E)
+        return torch.cat((query, text.expand(len(query), -1, -1)), dim=1), kv, seen     # (B, Q + S, E)
 
 
 class Embeddings(nn.Module):
@@ -201,13 +207,14 @@ class QFormer(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
-    def forward(self, query=None, ids=None, mask=None, vision=None, return_past=False, text=True):
+    def forward(self, query=None, ids=None, mask=None, vision=None, return_keys=False, texts=None):
         """
         query (B, Q, E), ids (B, S) with mask (B, S) 1 = token, vision (B, N, C) -> hidden (B, Q + S, E), query rows
         first; every row sees every other. Either of query and ids may be None; queries need vision. Where all videos
         get the same, query and ids may have a single row: it is computed once, until it has seen the videos.
-        text=False: the queries' hidden (B, Q, E) alone, for which the last layer need not compute the text's.
-        return_past adds every layer's self-attention keys and values, for caption_logits.
+        texts: so many text rows alone, (B, Q + texts, E): the last layer need not compute the others.
+        return_keys adds every layer's keys and values: past, of self-attention, for caption_logits; and seen, of the
+        video (None where a layer does not look), for another pass over the same videos, as its vision.
         """
         if query is not None and vision is None:
             raise ValueError("the Q-Former got queries but no vision (B, N, C) for them to read")
@@ -215,8 +222,8 @@ class QFormer(nn.Module):
         visible = None
         if mask is not None:
             visible = F.pad(mask.bool(), (n_query, 0), value=True)[:, None, None, :]    # (B, 1, 1, Q + S)
-        hidden, past = self._layers(self._embed(query, ids), n_query, vision, visible, text=text)   # (B, Q + S, E)
-        return (hidden, past) if return_past else hidden
+        hidden, past, seen = self._layers(self._embed(query, ids), n_query, vision, visible, texts=texts)
+        return (hidden, past, seen) if return_keys else hidden                          # (B, Q + S, E)
 
     def caption_logits(self, ids, mask, past):
         """
@@ -226,7 +233,7 @@ class QFormer(nn.Module):
         S, Q = ids.shape[1], past[0][0].shape[2]
         causal = torch.ones(S, S, dtype=torch.bool, device=ids.device).tril()           # (S, S)
         visible = F.pad(causal & mask.bool()[:, None, :], (Q, 0), value=True)           # (B, S, Q + S)
-        hidden, _ = self._layers(self._embed(None, ids), 0, None, visible[:, None], past)   # (B, S, E)
+        hidden, _, _ = self._layers(self._embed(None, ids), 0, None, visible[:, None], past)    # (B, S, E)
         return self.cls["predictions"](hidden, self.bert["embeddings"].word_embeddings.weight)  # (B, S, V)
 
     def _embed(self, query, ids):
@@ -234,14 +241,16 @@ class QFormer(nn.Module):
             raise ValueError(f"{ids.shape[1]} word pieces, but the Q-Former takes at most {self.cfg.max_positions}")
         return self.bert["embeddings"](query, ids)                              # (B, Q + S, E)
 
-    def _layers(self, hidden, n_query, vision, mask, past=None, text=True):
-        kvs, last = [], self.cfg.depth - 1
+    def _layers(self, hidden, n_query, vision, mask, past=None, texts=None):
+        kvs, seen, last = [], [], self.cfg.depth - 1
         recompute = self.cfg.checkpoint_layers and self.training and torch.is_grad_enabled()
         for i, layer in enumerate(self.bert["encoder"]["layer"]):
-            args = (hidden, n_query, vision, mask, past[i] if past else None, text or i < last)
-            hidden, kv = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
-            kvs.append(kv)
-        return hidden, kvs                                                      # (B, Q + S, E)
+            args = (hidden, n_query, vision[i] if isinstance(vision, list) else vision, mask,
+                    past[i] if past else None, texts if i == last else None)
+            hidden, *keys = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
+            for found, new in zip((kvs, seen), keys, strict=True):
+                found.append(new)
+        return hidden, kvs, seen                                                # (B, Q + S, E)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # stage 1: the losses
@@ -284,7 +293,8 @@ def draw(weights, generator):
     """One place of each row, by chances that need not sum to 1, (B, n) -> (B,). As torch.multinomial, but the random
     numbers are the CPU's, so that one generator serves every device, and a GPU's weights stay there.
     """
-    noise = torch.empty(weights.shape).exponential_(generator=generator)        # (B, n)
+    # pinned: before it reads other memory, a GPU ends what it has begun
+    noise = torch.empty(weights.shape, pin_memory=weights.is_cuda).exponential_(generator=generator)    # (B, n)
     return (weights / noise.to(weights.device, non_blocking=True)).argmax(1)
 
 
@@ -292,6 +302,14 @@ def vtg_loss(logits, ids, mask, label_smoothing):
     """Next word: logits (B, S, V), ids and mask (B, S) -> mean cross-entropy over all words but each row's first."""
     target = ids.masked_fill(mask == 0, -100)[:, 1:]                            # (B, S - 1)
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), target.flatten(), label_smoothing=label_smoothing)
+
+
+def thrice(vision, pool, videos):
+    """vision (B, N, C) of true pairs, of pairs with another video, of pairs with another text -> (3 * B, N, C). Of each
+    layer's keys and values alike, where they are given instead."""
+    if torch.is_tensor(vision):
+        return torch.cat((vision, pool[videos], vision))
+    return [kv and tuple(torch.cat((t, t.index_select(0, videos), t)) for t in kv) for kv in vision]
 
 
 class Alone:
@@ -343,7 +361,8 @@ class Aligner(nn.Module):
     def match_logits(self, qformer, query_tokens, vision, ids, mask):
         """-> (B, 2): 1 says that video and text belong together, 0 that they do not."""
         Q = query_tokens.shape[1]
-        hidden = qformer(query_tokens.expand(len(ids), -1, -1), ids, mask, vision)  # (B, Q + S, E)
+        query = query_tokens.expand(len(ids), -1, -1)                               # (B, Q, E)
+        hidden = qformer(query, ids, mask, vision, texts=1)                         # (B, Q + 1, E)
         pooled = hidden[:, :Q].mean(1)                                              # (B, E)
         if self.cfg.vtm_cat_text_cls:
             pooled = torch.cat((pooled, hidden[:, Q]), dim=-1)                      # (B, 2*E)
@@ -356,10 +375,11 @@ class Aligner(nn.Module):
     def vtm_loss(self, qformer, query_tokens, vision, ids, mask, negatives, pool=None):
         """
         B true pairs, B with another video, B with another text; negatives as hard_negatives gives them: places in
-        pool = (vision, ids, mask) of the joint batch, or in the batch itself.
+        pool = (vision, ids, mask) of the joint batch, or in the batch itself. Without a pool, vision may be what a pass
+        has seen of it.
         """
         (videos, texts), (all_vision, *all_texts) = negatives, pool or (vision, ids, mask)
-        vision = torch.cat((vision, all_vision[videos], vision))                    # (3*B, N, C)
+        vision = thrice(vision, all_vision, videos)                                 # (3*B, N, C)
         ids, mask = (torch.cat((t, t, al[texts])) for t, al in zip((ids, mask), all_texts, strict=True))    # (3*B, S)
         logits = self.match_logits(qformer, query_tokens, vision, ids, mask)        # (3*B, 2)
         match = torch.zeros(len(logits), dtype=torch.long, device=logits.device)    # (3*B,)
@@ -375,13 +395,13 @@ class Aligner(nn.Module):
         or, with global_negatives, from all. Raises ValueError if the batch holds one clip only.
         """
         query = query_tokens.expand(len(ids), -1, -1)                               # (B, Q, E)
-        video, past = qformer(query, vision=vision, return_past=True)               # (B, Q, E)
+        video, past, seen = qformer(query, vision=vision, return_keys=True)         # (B, Q, E)
         dec_ids = torch.cat((torch.full_like(ids[:, :1], dec_id), ids[:, 1:]), dim=1)   # (B, S)
         logits = qformer.caption_logits(dec_ids, mask, past)                            # (B, S, V)
         vtg = vtg_loss(logits, dec_ids, mask, self.cfg.label_smoothing)
         if captions_only:
             return {"vtg": vtg}
-        text = qformer(ids=ids, mask=mask)                                          # (B, S, E)
+        text = qformer(ids=ids, mask=mask, texts=1)                                 # (B, 1, E)
         video_feats = everyone.gather(self.video_features(video).mean(1, keepdim=True))     # (all B, 1, e)
         text_feats, all_idx = everyone.gather(self.text_features(text)), everyone.gather(idx)   # (all B, e), (all B,)
         sim = similarity(video_feats, text_feats) / self.temperature()              # (all B, all B)
@@ -395,6 +415,7 @@ class Aligner(nn.Module):
             negatives = hard_negatives(everyone.own(everyone.own(sim).T).T, idx, generator)
         return {
             "vtc": vtc_loss(sim, all_idx),
-            "vtm": self.vtm_loss(qformer, query_tokens, vision, ids, mask, negatives, pool),
+            # the video's keys and values are the dearest part, and the same in each pass
+            "vtm": self.vtm_loss(qformer, query_tokens, vision if pool else seen, ids, mask, negatives, pool),
             "vtg": vtg,
         }

@@ -124,7 +124,7 @@ def llm_job(cfg, name, world):
 
     def loss(batch, _):
         embeds = soft_embed(model, batch["ids"], batch["soft"])                # (B, S, D)
-        return {"lm": lm_loss(model, model(embeds), batch["labels"], batch["targets"])}
+        return {"lm": lm_loss(model, embeds, batch["labels"], batch["lengths"], batch["targets"])}
 
     def write(folder, tensors):
         write_llm(model, tokenizer_model, folder, tensors)

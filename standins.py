@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from prompt import CAPTION_INSTRUCTIONS, SYSTEM, VIDEO, caption_prompt, conversation_prompt, pad_batch
+from prompt import CAPTION_INSTRUCTIONS, SYSTEM, VIDEO, caption_prompt, conversation_prompt, pad_batch, with_targets
 from qagen import MARKS, STRAIGHT, as_turn
 from storage import whole_folder
 from tokenizer import train_sentencepiece, train_wordpiece
@@ -213,7 +213,7 @@ def collate_text(prompts):
     soft = torch.zeros_like(mask)
     for row, prompt in zip(soft, prompts, strict=True):
         row[prompt.soft.start:prompt.soft.stop] = 1
-    return {"ids": ids, "labels": labels, "mask": mask, "soft": soft, "bad": []}
+    return with_targets({"ids": ids, "labels": labels, "mask": mask}) | {"soft": soft, "bad": []}
 
 
 def soft_embed(llama, ids, soft):

@@ -26,7 +26,6 @@ from tqdm import tqdm
 import data
 import resume
 from llm_folder import DTYPES
-from model import targets_of
 from optim import grad_norm, learning_rate, make_optimizers, optimizer_step
 from parallel import average_whole, blocks_of, collects, give_up_together, join, spread
 from recipes import parse
@@ -58,7 +57,7 @@ def fit(job, cfg, world):
     with StopSignal(alone=world.size == 1) as stop:
         for step in range(first, cfg.steps):
             with log.waiting():
-                parts = [with_targets(next(batches)) for _ in range(cfg.accumulate)]
+                parts = [next(batches) for _ in range(cfg.accumulate)]
             words, stopped = world.total([sum(map(words_in, parts)), float(stop.number > 0)])
             losses = backward(job, forward, parts, words, step / cfg.steps, scaler, cfg, world)
             norm = grad_norm(job.model, optimizers, scaler, cfg.clip)
@@ -97,11 +96,6 @@ def backward(job, forward, parts, words, done, scaler, cfg, world):
         losses = {name: losses.get(name, 0) + loss.detach() for name, loss in shares.items()}
     average_whole(job.model, world)
     return losses
-
-
-def with_targets(batch):
-    """The batch and where its words are that are learnt, as long as it lies on the CPU."""
-    return batch | {"targets": targets_of(batch["labels"])} if "labels" in batch else batch
 
 
 def words_in(batch):

@@ -21,7 +21,7 @@ import stages
 import storage
 import train
 from model import PRESETS, VideoChat2, set_trainable
-from prompt import VIDEO
+from prompt import VIDEO, with_targets
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -77,7 +77,7 @@ def one_step(stage, world, shard=False, accumulate=1, negatives=False):
     size = len(whole["idx"]) // accumulate
     parts = [{k: world.own(v[i * size:(i + 1) * size]) if torch.is_tensor(v) else v for k, v in whole.items()}
              for i in range(accumulate)]
-    parts = [train.with_targets(batch) for batch in parts]
+    parts = [with_targets(batch) if "labels" in batch else batch for batch in parts]
     (words,) = world.total([sum(map(train.words_in, parts))])
     job = stages.Job("", None, model, None, None, loss, None)
     losses = train.backward(job, forward, parts, words, 0, torch.amp.GradScaler("cpu", enabled=False), cfg, world)

@@ -65,7 +65,7 @@ def assert_layers_equal(hidden, tensors):
 
 def test_queries_alone_and_their_cache(golden):
     qformer, tensors, hidden = load_golden(golden, "qformer_query")
-    out, past = qformer(tensors["in.query_embeds"], vision=tensors["in.encoder_hidden_states"], return_past=True)
+    out, past, _ = qformer(tensors["in.query_embeds"], vision=tensors["in.encoder_hidden_states"], return_keys=True)
     assert_layers_equal(hidden, tensors)
     assert_close(out, tensors["out.last_hidden_state"], atol=1e-5, rtol=1e-4)
     for i, (k, v) in enumerate(past):
@@ -177,7 +177,7 @@ def test_stage1_intermediate_values(stage1):
     ids, mask, idx, vision = t["in.input_ids"], t["in.attention_mask"], t["in.idx"], stage1.vision()
     assert_close(vision, t["out.vision_embeds"], atol=1e-5, rtol=1e-4)
     query = stage1.query_tokens.expand(len(ids), -1, -1)
-    video, past = stage1.qformer(query, vision=vision, return_past=True)
+    video, past, _ = stage1.qformer(query, vision=vision, return_keys=True)
     assert_close(video, t["out.vision_query_embeds"], atol=1e-5, rtol=1e-4)
     text = stage1.qformer(ids=ids, mask=mask)
     assert_close(text[:, 0], t["out.pooled_text_embeds"], atol=1e-5, rtol=1e-4)
@@ -260,12 +260,13 @@ def test_what_is_the_same_for_all_videos_may_have_one_row_and_the_text_may_be_le
     ids, mask = torch.randint(0, 50, (1, 6)), torch.tensor([[1, 1, 1, 1, 0, 0]])
     each = qformer(query.expand(3, -1, -1), ids.expand(3, -1), mask.expand(3, -1), vision)     # (3, 5 + 6, E)
     assert_close(qformer(query, ids, mask, vision), each)
-    assert_close(qformer(query, ids, mask, vision, text=False), each[:, :5])
+    assert_close(qformer(query, ids, mask, vision, texts=0), each[:, :5])
+    assert_close(qformer(query, ids, mask, vision, texts=1), each[:, :6])
 
 
 def test_captions_are_causal():
     qformer, query, vision, ids = tiny()
-    _, past = qformer(query, vision=vision, return_past=True)
+    _, past, _ = qformer(query, vision=vision, return_keys=True)
     mask, other = torch.ones_like(ids), ids.clone()
     other[:, 3] = 11
     a, b = qformer.caption_logits(ids, mask, past), qformer.caption_logits(other, mask, past)
@@ -285,7 +286,7 @@ def test_weights_without_use_get_no_gradient():
 
 def test_the_head_and_the_word_embeddings_are_one_matrix():
     qformer, query, vision, ids = tiny()
-    _, past = qformer(query, vision=vision, return_past=True)
+    _, past, _ = qformer(query, vision=vision, return_keys=True)
     with torch.no_grad():
         qformer.bert["embeddings"].word_embeddings.weight[42] += 100.0          # not a word of ids
     ids[ids == 42] = 1

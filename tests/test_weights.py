@@ -228,20 +228,22 @@ def gradients_are_the_recorded_ones(model, stage, g, prefix="grad."):
 def run_llm(model, batch, g, key=""):
     """Loss and gradients of a batch, and what the LLM makes of it on the way, against the recorded ones."""
     S = g[f"out.{key}attention_mask"].shape[1]
-    hidden = []
-    hook = model.llama_model.register_forward_hook(lambda module, args, out: hidden.append((args[0], out)))
+    read = []
+    hook = model.llama_model.register_forward_hook(lambda module, args, out: read.append(args[0]))
     loss = model.loss(batch)
     hook.remove()
-    ((embeds, final),) = hidden
+    (embeds,), lengths = read, batch["mask"].sum(1).tolist()               # (1, N, D): rows end to end
+    with torch.no_grad():
+        final = model.llama_model(embeds, lengths=lengths)                 # (1, N, D)
+        logits = model.llama_model.lm_head(final)                          # (1, N, V)
     mask = g[f"out.{key}attention_mask"].bool()
     assert torch.equal(batch["mask"][:, :S], mask.long()) and not batch["mask"][:, S:].any()
     assert torch.equal(batch["labels"][:, :S], g[f"out.{key}targets"])
-    close(embeds[:, :S][mask], g[f"out.{key}inputs_embeds"][mask])
-    close(final[:, :S][mask], g[f"out.{key}hidden_final"][mask])
-    logits = model.llama_model.lm_head(final[:, :S])                       # (B, S, V)
+    close(embeds[0], g[f"out.{key}inputs_embeds"][mask])
+    close(final[0], g[f"out.{key}hidden_final"][mask])
     columns = json.loads((GOLDEN / "stage3.json").read_text())["config"]["logits_cols"]
-    close(logits[..., columns][mask], g[f"out.{key}logits_cols"][mask])
-    assert torch.equal(logits.argmax(-1)[mask], g[f"out.{key}logits_argmax"][mask])
+    close(logits[0][:, columns], g[f"out.{key}logits_cols"][mask])
+    assert torch.equal(logits[0].argmax(-1), g[f"out.{key}logits_argmax"][mask])
     close(loss, g[f"out.{key}loss"])
     model.zero_grad()
     loss.backward()
