@@ -156,7 +156,8 @@ class Sampler:
             self.dataset.set_epoch(epoch)
 
     def alike_in_length(self, indices, window=16, step=200):
-        """Within each `window` batches, texts of nearly the same length together: less of a batch is padding."""
+        """Within each `window` batches, texts of nearly the same length together: so all processes have as much to do,
+        and less of what the Q-Former reads is padding."""
         if hasattr(self.dataset, "lengths"):
             classes = self.dataset.lengths(indices) // step
             for begin in range(0, len(indices), window * self.size):
