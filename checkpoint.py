@@ -22,7 +22,7 @@ import torch
 
 from llm_folder import DTYPES, differences, llm_config, llm_tokenizer, put_llm
 from model import Config, VideoChat2
-from storage import load_strictly, read_json, read_tensors, save_tensors
+from storage import hash_file, load_strictly, read_json, read_tensors, save_tensors
 from tokenizer import WordPiece
 
 LLM_PREFIX = "llama_model."
@@ -117,9 +117,7 @@ def checkpoint_hash(folder):
     """16 hexadecimal digits of all that a checkpoint's answers depend on, but the LLM, which config.json names."""
     digest = hashlib.sha256(json.dumps(read_json(Path(folder) / "config.json")["config"], sort_keys=True).encode())
     for name in ("vocab.txt", "model.safetensors"):
-        with open(Path(folder) / name, "rb") as f:
-            while block := f.read(2 ** 24):
-                digest.update(block)
+        hash_file(Path(folder) / name, digest)
     return digest.hexdigest()[:16]
 
 

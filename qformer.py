@@ -273,7 +273,7 @@ def vtc_loss(sim, idx):
 def negative_weights(sim, idx):
     """sim (B, B), row = anchor -> chances (B, B): the more alike, the harder and likelier; never of the same idx."""
     same = idx[:, None] == idx[None]                                            # (B, B)
-    if not same.is_cuda and same.all(1).any():                                  # a GPU would have to be waited for
+    if same.device.type == "cpu" and same.all(1).any():                         # a GPU would have to be waited for
         raise ValueError(f"matching (VTM) needs for each clip another one in the batch, but the batch of {len(idx)} "
                          f"holds a single clip, idx {idx[0].item()}: use a larger batch")
     return (sim.float().softmax(1) + 1e-4).masked_fill(same, 0)

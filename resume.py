@@ -22,7 +22,7 @@ import torch
 
 import checkpoint
 from parallel import like, whole
-from storage import load_strictly, read_json, read_tensors, save_tensors, whole_folder
+from storage import hash_file, load_strictly, read_json, read_tensors, save_tensors, whole_folder
 
 FIXED = ("stage", "preset", "batch", "accumulate", "steps", "seed", "corpus", "data", "muon", "cache_features", "dtype")
 TRAINER = "trainer.json"
@@ -35,11 +35,7 @@ def steps_of(folder):
 
 def digest(path):
     """[size, sha256] of a file."""
-    found = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(2 ** 24):
-            found.update(block)
-    return [path.stat().st_size, found.hexdigest()]
+    return [path.stat().st_size, hash_file(path, hashlib.sha256()).hexdigest()]
 
 
 def check(folder, names=None):

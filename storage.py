@@ -168,6 +168,14 @@ def put(module, name, tensor):
     setattr(parent, leaf, nn.Parameter(tensor.clone(), requires_grad=getattr(parent, leaf).requires_grad))
 
 
+def hash_file(path, digest):
+    """The digest (of hashlib), with the file's bytes added."""
+    with open(path, "rb") as f:
+        while block := f.read(2 ** 24):
+            digest.update(block)
+    return digest
+
+
 @contextmanager
 def hold(folder):
     """Within it the folder is this process's; OSError if another process has it."""

@@ -167,7 +167,7 @@ class Log:
         self.job, self.cfg, self.world, self.first = job, cfg, world, first
         self.begun = time.time()
         self.waited, self.last = 0.0, (self.begun, 0.0)                    # seconds spent on data; at the last line
-        self.window, self.before, self.bad = [], None, 0
+        self.window, self.before, self.bad, self.overflows = [], None, 0, 0
         self.bar = tqdm(total=cfg.steps, initial=first, leave=False,
                         disable=not (world.first and sys.stderr.isatty()))
         self.path = Path(cfg.out) / "metrics.jsonl"
@@ -214,19 +214,25 @@ class Log:
         ready()
         for line in (line for batch in parts for line in batch["bad"]):
             self.bar.write(f"unreadable, another sample took its place: {line}")
-        finite = math.isfinite(norm.item())
-        # with fp16, overflows are the scaler's way to find its scale; all processes must see it alike
-        if not finite and self.cfg.dtype == "fp16":
-            (strange,) = self.world.total([sum(not math.isfinite(loss.item()) for loss in losses.values())])
-            finite = strange == 0
-        if finite:
-            self.bad = 0
+        if math.isfinite(norm.item()):
+            self.bad = self.overflows = 0
+            self.window.append(losses)
+        elif self.looks_for_a_scale(losses):
             self.window.append(losses)
         else:
             self.left_out(step, losses, norm, parts)
         self.bar.update()
         if (step + 1) % self.cfg.log_every == 0 or step + 1 == self.cfg.steps:
             self.line(step, norm, times)
+
+    def looks_for_a_scale(self, losses):
+        """Whether a gradient overflowed, with fp16, only because GradScaler's scale was too large. It halves it each
+        time, from 2 ** 16, so more than a few in a row are not of its making. All processes find the same."""
+        if self.cfg.dtype != "fp16":
+            return False
+        (strange,) = self.world.total([sum(not math.isfinite(loss.item()) for loss in losses.values())])
+        self.overflows += strange == 0
+        return strange == 0 and self.overflows <= 24
 
     def left_out(self, step, losses, norm, parts):
         """ValueError, in all processes, when it is one too many in a row."""

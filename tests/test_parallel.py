@@ -15,6 +15,7 @@ from stop_at import without_dropout
 
 import data
 import lora
+import optim
 import parallel
 import resume
 import stages
@@ -86,6 +87,22 @@ def one_step(stage, world, shard=False, accumulate=1, negatives=False):
     norm = parallel.whole(nn.utils.clip_grad_norm_(model.parameters(), 1e9))
     grads = {name: parallel.whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     return losses | {"norm": norm.item()}, grads
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_step_never_waits_for_what_a_device_has_computed(stage, monkeypatch):
+    """On PyTorch's meta device, whose tensors have no values: whoever asked for one would get an error."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)      # does not know meta
+    model, batch = model_of(stage).to("meta"), batch_of(stage)
+    batch = train.to_device(with_targets(batch) if stage > 1 else batch, "meta")
+    losses = model.align(batch, 63, torch.Generator()) if stage == 1 else {"lm": model.loss(batch)}
+    sum(losses.values()).backward()
+    optimizers = optim.make_optimizers(model, train.parse(["--stage", str(stage)])[0])
+    norm = optim.grad_norm(model, optimizers, torch.amp.GradScaler("cpu", enabled=False), 1.0)
+    assert norm.is_meta and all(p.grad is None or p.grad.is_meta for p in model.parameters())
+    if stage > 1:
+        with pytest.raises(RuntimeError):                                     # without what its collate knew, it asks
+            model.loss({name: t for name, t in batch.items() if name not in ("lengths", "targets")})
 
 
 if __name__ == "__main__":                                                # under torchrun: all cases, in one go

@@ -312,6 +312,23 @@ def test_too_many_such_steps_stop_the_run(world, runs, tmp_path, monkeypatch):
     assert last and all(t.isfinite().all() for t in weights(last).values())
 
 
+def test_fp16_looks_for_its_scale_but_not_forever(world, tmp_path):
+    """Gradients overflow with finite losses: GradScaler's doing, for so many steps."""
+    job = stages.Job("x", tmp_path / "x", torch.nn.Linear(1, 1), [], None, lambda batch, done: {"lm": torch.ones(())},
+                     None)
+    cfg = recipes.TrainConfig(stage=1, dtype="fp16", max_bad_steps=2, out=str(tmp_path), steps=100, log_every=100)
+    log = train.Log(job, cfg, parallel.World(), 0)
+
+    def tell(norm, steps):
+        for step in range(steps):
+            log.step(step, {"lm": torch.ones(())}, torch.tensor(norm), [{"bad": []}])
+
+    tell(float("inf"), 20)
+    tell(1.0, 1)
+    with pytest.raises(ValueError, match="2 steps in a row without a finite gradient"):
+        tell(float("inf"), 24 + 2 + 1)
+
+
 def test_a_left_out_step_changes_nothing():
     """By hand: AdamW's moments, its count of steps and the weights."""
     import optim
