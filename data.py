@@ -11,11 +11,11 @@ conversation becomes ids (prompt.py). Source: the official pt_dataset.py and it_
     python data.py check corpus.json --decode
 """
 import argparse
-import atexit
-import multiprocessing
+import os
 import random
 import signal
 import sys
+import threading
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -283,19 +283,20 @@ def make_loader(dataset, sampler, collate, workers=0):
 
 
 def leave_signals(worker):
-    """Ctrl-C and SIGTERM reach the workers as well, but the process that they work for decides when they end, whatever
-    they are handing over."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Ctrl-C and SIGTERM reach the workers as well, but they heed the process alone that they work for, whatever they
+    are handing over."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):                         # not on a Mac
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=heed_the_parent, daemon=True).start()
     sys.excepthook = lambda *error: None           # of the thread that hands tensors over; others' errors are passed on
 
 
-@atexit.register
-def end_workers():
-    """Before multiprocessing would end them by a SIGTERM, which they leave alone, and wait for them forever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)              # or torch would report that they were killed
-    for worker in multiprocessing.active_children():
-        worker.kill()
+def heed_the_parent():
+    """Ends this process when a SIGTERM comes from the one that started it, as multiprocessing sends it."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 # ---- python data.py check --------------------------------------------------------------------------------------------

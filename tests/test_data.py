@@ -269,7 +269,7 @@ def test_check_lists_every_fault(world, capsys):
 
 
 def test_a_loader_that_is_left_open_does_not_keep_the_process(tmp_path):
-    """Its workers leave SIGTERM alone, by which multiprocessing ends them."""
+    """Its workers heed a SIGTERM from it, by which multiprocessing ends them, and from nobody else."""
     program = ("import data, torch\n"
                "order = torch.utils.data.BatchSampler(range(1000), 4, False)\n"
                "batches = iter(data.make_loader(range(1000), order, list, 2))\n"
