@@ -127,9 +127,17 @@ NAMES = {"predictions.jsonl"} | {f"predictions.{name}.jsonl"
 
 
 @pytest.fixture(scope="module")
-def whole(ckpt, tree, tmp_path_factory):
-    """An undisturbed run in all ways, 32 clips at a time: its files."""
-    return run(ckpt, tree, tmp_path_factory.mktemp("whole"), *ALL)
+def whole_run(ckpt, tree, tmp_path_factory):
+    """An undisturbed run in all ways, 32 clips at a time: its folder."""
+    out = tmp_path_factory.mktemp("whole")
+    run(ckpt, tree, out, *ALL)
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole(whole_run):
+    """Its predictions."""
+    return files(whole_run)
 
 
 def test_every_way_of_asking_has_its_file_in_the_benchmark_s_order(whole, tree):
@@ -178,13 +186,21 @@ def test_two_processes(whole, ckpt, tree, tmp_path):
     assert not list(tmp_path.glob("*rank*"))
 
 
-@pytest.mark.parametrize("how, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
-def test_killed_at_any_question_and_started_again(ckpt, tree, tmp_path, how, code):
-    """The same final files, bit for bit, as of a run that nothing has disturbed."""
-    small = ("--controls", "reverse", "--batch", "2", "--limit", "1")
-    process = start(ckpt, tree, tmp_path / "undisturbed", *small)
+SMALL = ("--controls", "reverse", "--batch", "2", "--limit", "1")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ckpt, tree, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed")
+    process = start(ckpt, tree, out, *SMALL)
     assert process.communicate(timeout=120) and process.returncode == 0
-    process = start(ckpt, tree, tmp_path / "killed", *small)
+    return files(out)
+
+
+@pytest.mark.parametrize("how, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_killed_at_any_question_and_started_again(undisturbed, ckpt, tree, tmp_path, how, code):
+    """The same final files, bit for bit, as of a run that nothing has disturbed."""
+    process = start(ckpt, tree, tmp_path / "killed", *SMALL)
     part = tmp_path / "killed" / "predictions.part.rank0.jsonl"
     begun = time.time()
     while not part.exists() or not part.stat().st_size:
@@ -193,21 +209,21 @@ def test_killed_at_any_question_and_started_again(ckpt, tree, tmp_path, how, cod
     process.send_signal(how)
     out, err = process.communicate(timeout=60)
     assert process.returncode == code and (how == signal.SIGKILL or "the same command goes on" in err.decode())
-    process = start(ckpt, tree, tmp_path / "killed", *small)
+    process = start(ckpt, tree, tmp_path / "killed", *SMALL)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err.decode()
-    assert files(tmp_path / "killed") == files(tmp_path / "undisturbed")
+    assert files(tmp_path / "killed") == undisturbed
 
 
-def test_cut_off_anywhere_even_within_a_line(whole, ckpt, tree, tmp_path):
+def test_cut_off_anywhere_even_within_a_line(whole_run, whole, ckpt, tree, tmp_path):
     """Of each file a random part is left, as by a process that was killed while writing."""
     generator = torch.Generator().manual_seed(0)
-    first = run(ckpt, tree, tmp_path, *ALL)
-    for name, data in first.items():
-        (tmp_path / name).unlink()
+    out = shutil.copytree(whole_run, tmp_path / "out")
+    for name, data in whole.items():
+        (out / name).unlink()
         left = data[:int(torch.randint(len(data), (), generator=generator))]
-        (tmp_path / name.replace(".jsonl", ".rank1.jsonl")).write_bytes(left)
-    assert run(ckpt, tree, tmp_path, *ALL) == first == whole
+        (out / name.replace(".jsonl", ".rank1.jsonl")).write_bytes(left)
+    assert run(ckpt, tree, out, *ALL) == whole
 
 
 def test_started_again_when_all_is_answered_asks_nothing(ckpt, tree, tmp_path, capsys, monkeypatch):
