@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn as nn
 from stop_at import without_dropout
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import lora
@@ -103,6 +104,31 @@ def test_a_step_never_waits_for_what_a_device_has_computed(stage, monkeypatch):
     if stage > 1:
         with pytest.raises(RuntimeError):                                     # without what its collate knew, it asks
             model.loss({name: t for name, t in batch.items() if name not in ("lengths", "targets")})
+
+
+class Attentions(TorchDispatchMode):
+    """Notes the attention kernels that are called, and whether with a mask."""
+    def __init__(self):
+        super().__init__()
+        self.kernels, self.masked = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "scaled_dot_product" in str(func) and "backward" not in str(func):
+            self.kernels.append(str(func))
+            self.masked += (kwargs or {}).get("attn_mask") is not None
+        assert "bmm" not in str(func)                                         # attention without a kernel
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_attention_takes_the_flash_kernel(stage):
+    """Without a mask, which a GPU's flash kernel does not take, and although the texts differ in length."""
+    model, batch = model_of(stage), batch_of(stage)
+    with Attentions() as seen:
+        model.loss(batch).backward()
+    vit, qformer, llama = model.cfg.vit.depth, model.cfg.qformer, model.cfg.llama.depth
+    assert len(seen.kernels) == vit + qformer.depth + qformer.depth // qformer.cross_every + llama * len(batch["ids"])
+    assert all("flash" in name for name in seen.kernels) and seen.masked == 0
 
 
 if __name__ == "__main__":                                                # under torchrun: all cases, in one go
