@@ -145,6 +145,35 @@ def test_each_parameter_has_its_optimizer_and_its_rate():
     assert sum(len(group["params"]) for group in plain.param_groups) == len(matrices + lora + others + layers)
 
 
+def test_muon_moves_matrices_as_torch_s_does():
+    """Which computes in bfloat16, so it differs by a hundredth of what has moved at most."""
+    shapes, generator = [(32, 48), (48, 32), (32, 32), (32, 32)], torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in shapes]
+    ours, theirs = ([torch.nn.Parameter(t.clone()) for t in start] for _ in range(2))
+    muon = optim.Muon(ours, lr=1e-2, weight_decay=0.1)
+    reference = torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(5):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        muon.step()
+        reference.step()
+    for p, q, before in zip(ours, theirs, start, strict=True):
+        moved = (p - before).abs().mean()
+        assert moved > 5e-3 and (p - q).abs().mean() < 0.01 * moved
+        assert torch.equal(muon.state[p]["momentum_buffer"], reference.state[q]["momentum_buffer"])
+
+
+def test_orthogonalize_brings_singular_values_near_one():
+    """Of tall and of wide matrices, of several in one batch as of each alone."""
+    for shape in ((3, 8, 20), (3, 20, 8)):
+        g = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        singular = torch.linalg.svdvals(optim.orthogonalize(g))            # (3, 8)
+        assert 0.6 < singular.min() and singular.max() < 1.3
+        alone = torch.cat([optim.orthogonalize(one[None]) for one in g])
+        assert torch.allclose(optim.orthogonalize(g), alone, atol=1e-5)
+
+
 def run(script, *arguments):
     result = subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], capture_output=True, text=True)
     return result.returncode, result.stderr.strip().splitlines()
