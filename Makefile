@@ -8,7 +8,7 @@ PIP = $(PY) -m pip install --quiet --disable-pip-version-check
 .PHONY: demo test clean
 
 demo: .venv/runtime
-	@$(PY) demo.py
+	@$(PY) -m toy.demo
 
 test: .venv/dev
 	@$(PY) -m ruff check .

@@ -12,9 +12,9 @@ from functools import partial
 
 import torch
 
-from checkpoint import add_model_options, open_model
-from media import benchmark_video
 from prompt import answer_text, chat_prompt, is_complete, pad_batch
+from video import benchmark_video
+from weights.checkpoint import add_model_options, open_model
 
 INSTRUCTION = "Watch the video and answer the question.\n"
 

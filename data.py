@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from annotations import Annotations, Fault, load_annotations, load_corpus
-from media import MediaError, SampleError, read_media, train_frames
 from prompt import CAPTION_INSTRUCTIONS, Prompt, caption_prompt, conversation_prompt, pad_batch, with_targets
+from training.annotations import Annotations, Fault, load_annotations, load_corpus
+from video import MediaError, SampleError, read_media, train_frames
 
 # ---- samples ---------------------------------------------------------------------------------------------------------
 

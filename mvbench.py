@@ -27,18 +27,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import report
-from ask import CONTROLS, DECODES, Answerer, Protocol, seed_of
-from checkpoint import add_model_options, checkpoint_hash, device_of, dtype_of, open_model, read_config
 from data import leave_signals
+from evaluation import report
+from evaluation.engine import CONTROLS, DECODES, Answerer, Protocol, seed_of
+from evaluation.predictions import Predictions, key_of
+from evaluation.scorers import is_right
+from evaluation.tasks import TASKS, TVBENCH, describe, letter_of, load_questions, missing_media
+from infra.distributed import give_up_together, join
+from infra.files import hold
 from lora import merge_lora
-from media import NORMS, MediaError, benchmark_video
-from parallel import give_up_together, join
-from predictions import Predictions, key_of
 from prompt import ANSWER_PREFIX, ONLY_BEST, SYSTEM
-from scorers import is_right
-from storage import hold
-from tasks import TASKS, TVBENCH, describe, letter_of, load_questions, missing_media
+from video import NORMS, MediaError, benchmark_video
+from weights.checkpoint import add_model_options, checkpoint_hash, device_of, dtype_of, open_model, read_config
 
 CHUNK = 8       # clips that a worker hands over at a time
 

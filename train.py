@@ -24,13 +24,13 @@ import torch
 from tqdm import tqdm
 
 import data
-import resume
-from llm_folder import DTYPES
-from optim import grad_norm, learning_rate, make_optimizers, optimizer_step
-from parallel import average_whole, blocks_of, collects, give_up_together, join, spread
-from recipes import parse
-from stages import finished, jobs
-from storage import hold
+from infra.distributed import average_whole, blocks_of, collects, give_up_together, join, spread
+from infra.files import hold
+from training import resume
+from training.optim import grad_norm, learning_rate, make_optimizers, optimizer_step
+from training.recipes import parse
+from training.stages import finished, jobs
+from weights.hf_llama import DTYPES
 
 # ------------------------------------------------------------------------------------------------------------- the loop
 

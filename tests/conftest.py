@@ -9,15 +9,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from videos import painted, write_video
 
-import checkpoint
-import llm_folder
-import storage
-import toyworld
-from ask import letter_ids
+from evaluation.engine import letter_ids
+from evaluation.tasks import TASKS
+from infra import files
 from llama import Llama
 from model import PRESETS, VideoChat2
-from tasks import TASKS
 from tokenizer import SentencePiece
+from toy import world as toyworld
+from weights import checkpoint, hf_llama
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 BERT_VOCAB = GOLDEN.parent.parent / "assets" / "bert_vocab.txt"
@@ -89,11 +88,11 @@ def ckpt(tmp_path_factory, golden):
     llama = Llama(cfg.llama)
     with torch.no_grad():                                                  # letters that differ in more than rounding
         llama.lm_head.weight[letter_ids(SentencePiece(golden / "tokenizer.model"))] *= 30
-    with storage.whole_folder(out / "llm") as folder:
-        llm_folder.write_llm(llama, golden / "tokenizer.model", folder)
-    _, mark = llm_folder.survey(out / "llm")
+    with files.whole_folder(out / "llm") as folder:
+        hf_llama.write_llm(llama, golden / "tokenizer.model", folder)
+    _, mark = hf_llama.survey(out / "llm")
     model = VideoChat2(cfg, 3, llm_later=True)
-    with storage.whole_folder(out / "stage3") as folder:
+    with files.whole_folder(out / "stage3") as folder:
         checkpoint.write_checkpoint(model.state_dict(), 3, cfg, folder, BERT_VOCAB,
                                     {"path": "../llm", "fingerprint": mark})
     return out / "stage3"

@@ -21,7 +21,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import storage  # noqa: E402
+from infra import files  # noqa: E402
 
 
 def command(args, out, stage):
@@ -88,7 +88,7 @@ def main():
         disturbed(args, torn, random.Random(args.seed), kills)
         beside.join()
         for stage in (1, 2, 3):
-            one, other = (storage.read_tensors(out / f"stage{stage}/model.safetensors") for out in (quiet, torn))
+            one, other = (files.read_tensors(out / f"stage{stage}/model.safetensors") for out in (quiet, torn))
             unlike = [name for name in one if not torch.equal(one[name], other[name])]
             print(f"stage {stage}: {len(one)} tensors, {len(unlike)} differ")
             if unlike or one.keys() != other.keys():

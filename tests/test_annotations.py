@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-import annotations
-from annotations import Annotations, Source, each_entry, load_annotations, load_corpus
+from training import annotations
+from training.annotations import Annotations, Source, each_entry, load_annotations, load_corpus
 
 
 def write(path, value):
@@ -223,8 +223,8 @@ def test_a_file_that_changes_under_a_running_training_is_noticed(tmp_path):
 
 MEASURE = """
 import sys
-from annotations import Annotations, Source
-from bench import memory_of
+from training.annotations import Annotations, Source
+from bench.speed import memory_of
 before = memory_of()
 entries = Annotations(Source(sys.argv[1], media="video", media_key="video"))
 print(len(entries), memory_of() - before)
@@ -238,6 +238,6 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         f.write("[" + ",".join([entry] * 200_000) + "]")
     assert path.stat().st_size > 45e6
     result = subprocess.run([sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, check=True,
-                            cwd=Path(annotations.__file__).parent)
+                            cwd=Path(annotations.__file__).parent.parent)
     n, grown = result.stdout.split()
     assert int(n) == 200_000 and float(grown) < 40                         # MiB: a chunk, rows before they are written

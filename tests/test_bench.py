@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench
-import bench_train
+from bench import speed, train_step
 from model import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,18 +16,19 @@ REAL = """
 import ctypes, sys
 from dataclasses import replace
 import torch
-import bench, test_bench
+import test_bench
+from bench import speed
 from model import VideoChat2, set_trainable
-from optim import make_optimizers
-from recipes import TrainConfig
+from training.optim import make_optimizers
+from training.recipes import TrainConfig
 
 def two_steps(cfg, step):
     model = VideoChat2(cfg, step.stage).train()
     set_trainable(model, step.stage)
     optimizers = make_optimizers(model, TrainConfig(stage=step.stage))
-    batch = bench.empty_batch(cfg, step)
+    batch = speed.empty_batch(cfg, step)
     for _ in range(2):
-        bench.loss_of(model, step, batch).backward()
+        speed.loss_of(model, step, batch).backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -38,9 +38,9 @@ cfg, step = test_bench.sizes(int(sys.argv[1]))
 small = replace(cfg, vit=replace(cfg.vit, depth=1), llama=replace(cfg.llama, depth=1, vocab_size=100))
 two_steps(small, replace(step, batch=1, text=20, targets=10))              # what PyTorch loads when it is first needed
 ctypes.CDLL(None).malloc_trim(0)                                           # give back what that has freed
-before = bench.memory_of("VmRSS")
+before = speed.memory_of("VmRSS")
 two_steps(cfg, step)
-print((bench.memory_of("VmHWM") - before) * 2**20)
+print((speed.memory_of("VmHWM") - before) * 2**20)
 """
 
 
@@ -52,13 +52,13 @@ def sizes(stage):
         qformer=replace(cfg.qformer, vocab_size=500, width=128, depth=4, heads=4, ffn=512, vision_width=256,
                         embed_dim=128),
         llama=replace(cfg.llama, vocab_size=4000, width=384, depth=8, heads=6, kv_heads=6, ffn=1024))
-    return cfg, bench.Step(stage, batch=6, frames=4, text=200, targets=100, dtype=torch.float32)
+    return cfg, speed.Step(stage, batch=6, frames=4, text=200, targets=100, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_counted_memory_is_what_a_real_step_takes(stage):
     """In float32 on the CPU, whose attention kernel keeps what a GPU's keeps: within a tenth."""
-    counted = bench.counted_step(*sizes(stage))
+    counted = speed.counted_step(*sizes(stage))
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
     result = subprocess.run([sys.executable, "-c", REAL, str(stage)], capture_output=True, text=True, env=env,
                             check=True)
@@ -69,18 +69,18 @@ def test_counted_memory_is_what_a_real_step_takes(stage):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_reference_of_transformers_computes_the_same_losses(stage):
     """VideoMAE's ViT, InstructBlipVideo's Q-Former, LlamaForCausalLM and peft's LoRA, filled with our weights."""
-    cfg = bench_train.sizes("scaled", 2)
+    cfg = train_step.sizes("scaled", 2)
     cfg = replace(cfg, vit=replace(cfg.vit, depth=2), qformer=replace(cfg.qformer, depth=2),
                   llama=replace(cfg.llama, depth=2))
-    model = bench_train.ours(cfg, stage, torch.float32, "cpu")
-    batch = bench_train.made_batch(cfg, stage, 3, 2, 24, "cpu")
+    model = train_step.ours(cfg, stage, torch.float32, "cpu")
+    batch = train_step.made_batch(cfg, stage, 3, 2, 24, "cpu")
     negatives = torch.tensor([1, 2, 0]), torch.tensor([2, 0, 1])
-    one = bench_train.losses_of(model, batch, negatives)
-    other = bench_train.Reference(model)(batch, negatives)
+    one = train_step.losses_of(model, batch, negatives)
+    other = train_step.Reference(model)(batch, negatives)
     assert {n: loss.item() for n, loss in one.items()} == pytest.approx({n: x.item() for n, x in other.items()}, 1e-5)
 
 
 def test_data_and_growth_print_what_they_measure(capsys):
-    bench.main(["data", "--clips", "1", "--rounds", "1", "--workers", "0"])
+    speed.main(["data", "--clips", "1", "--rounds", "1", "--workers", "0"])
     said = capsys.readouterr().out
     assert said.count("clips/s") == 4 and "times as fast as the official way" in said

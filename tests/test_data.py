@@ -11,11 +11,11 @@ from conftest import BERT_VOCAB
 from PIL import Image
 
 import data
-from annotations import load_corpus
 from data import Sampler, VideoTextData
-from media import MediaError, SampleError, Transform
 from prompt import IGNORE, VIDEO
 from tokenizer import SentencePiece, WordPiece
+from training.annotations import load_corpus
+from video import MediaError, SampleError, Transform
 
 
 def paint(path, value, frames=16, size=48):

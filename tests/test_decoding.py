@@ -9,10 +9,10 @@ import pytest
 import torch
 from videos import number, write_video
 
-import media
-from annotations import load_corpus
+import video as video_file
 from data import VideoTextData
-from media import MediaError, Transform, read_media
+from training.annotations import load_corpus
+from video import MediaError, Transform, read_media
 
 TIMES = [sum(random.Random(k).randrange(10, 120) for k in range(i)) for i in range(60)]   # milliseconds, uneven
 KINDS = {
@@ -46,13 +46,13 @@ def test_every_frame_is_the_one_that_was_asked_for(video):
 
 
 def test_the_benchmark_s_frames_are_the_rule_s(video):
-    frames = media.read_benchmark_clip(video, 16)
-    assert [number(frame.permute(1, 2, 0).numpy()) for frame in frames] == media.mvbench_indices(16, 59, 25.0)
+    frames = video_file.read_benchmark_clip(video, 16)
+    assert [number(frame.permute(1, 2, 0).numpy()) for frame in frames] == video_file.mvbench_indices(16, 59, 25.0)
 
 
 def test_seconds_are_where_frames_are_taken(tmp_path):
     path = write_video(tmp_path / "a.mp4", rate=25)
-    frames, seconds = read_media(path, media.train_frames(4, "middle", None, 0.4, 1.2))
+    frames, seconds = read_media(path, video_file.train_frames(4, "middle", None, 0.4, 1.2))
     taken = [number(frame.permute(1, 2, 0).numpy()) for frame in frames]
     assert taken == [12, 17, 22, 27] and seconds == pytest.approx([i / 25 for i in taken])
 
@@ -99,10 +99,10 @@ def test_a_decoder_that_hangs_is_left_behind(tmp_path, monkeypatch):
     """Its clip is replaced like every unreadable one: the worker goes on."""
     for i in range(3):
         write_video(tmp_path / f"{i}.mp4", frames=10)
-    real = media.read_video
-    monkeypatch.setattr(media, "read_video", lambda path, choose: time.sleep(600) if path.name == "1.mp4" else
+    real = video_file.read_video
+    monkeypatch.setattr(video_file, "read_video", lambda path, choose: time.sleep(600) if path.name == "1.mp4" else
                         real(path, choose))
-    monkeypatch.setattr(media.read_media, "__defaults__", (False, 0.5))
+    monkeypatch.setattr(video_file.read_media, "__defaults__", (False, 0.5))
     (tmp_path / "a.json").write_text(json.dumps([{"video": f"{i}.mp4", "caption": f"clip {i}"} for i in range(3)]))
     dataset = VideoTextData(load_corpus([[str(tmp_path / "a.json"), str(tmp_path), "video"]]), 2, Transform(32))
     loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=1)

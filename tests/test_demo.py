@@ -1,5 +1,5 @@
 """How the demo runs its commands. Run: pytest tests/test_demo.py"""
-import demo
+from toy import demo
 
 
 def command(tmp_path, name, body):

@@ -3,9 +3,9 @@ import pytest
 import torch
 from torch import nn
 
-from int8 import Int8Linear, use_int8
 from llama import Llama, LlamaConfig
 from lora import LoRALinear, add_lora
+from weights.int8 import Int8Linear, use_int8
 
 
 def test_rows_are_scaled_apart_and_rounded_to_half_a_step():

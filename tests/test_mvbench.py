@@ -19,14 +19,14 @@ import torch
 from PIL import Image
 
 import mvbench
-import plain_mvbench
-import toyworld
-from ask import Answerer
-from checkpoint import load_model
-from predictions import key_of
-from stats import wilson
-from storage import hold
-from tasks import TASKS, TVBENCH, describe, letter_of, load_questions
+from bench import reference
+from evaluation.engine import Answerer
+from evaluation.predictions import key_of
+from evaluation.stats import wilson
+from evaluation.tasks import TASKS, TVBENCH, describe, letter_of, load_questions
+from infra.files import hold
+from toy import world
+from weights.checkpoint import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -366,7 +366,7 @@ def test_a_medium_that_cannot_be_read_is_nobody_s_answer(ckpt, tree, tmp_path):
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world") / "toy"
-    toyworld.build(str(folder), clips=40, questions=24, texts=200, patch=12, workers=1)
+    world.build(str(folder), clips=40, questions=24, texts=200, patch=12, workers=1)
     return folder / "mvbench"
 
 
@@ -375,9 +375,9 @@ def test_the_plain_way_gives_the_same_answers(ckpt, toy, tmp_path):
     (lines,) = run(ckpt, toy, tmp_path, "--limit", "2").values()
     found = [json.loads(line)["prediction"] for line in lines.splitlines()]
     loaded = load_model(ckpt)
-    for generate in (plain_mvbench.own_llm(loaded[0], loaded[2]),
-                     plain_mvbench.transformers_llm(loaded[0], loaded[2], ckpt)):
-        plain, _ = plain_mvbench.answers(*loaded, load_questions(toy, limit=2), generate)
+    for generate in (reference.own_llm(loaded[0], loaded[2]),
+                     reference.transformers_llm(loaded[0], loaded[2], ckpt)):
+        plain, _ = reference.answers(*loaded, load_questions(toy, limit=2), generate)
         assert plain == found
 
 

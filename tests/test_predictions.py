@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from predictions import Predictions, key_of
+from evaluation.predictions import Predictions, key_of
 
 
 def rows(*indices, task="AC", **more):

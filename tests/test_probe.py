@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-import probe
+from toy import probe
 
 
 @pytest.mark.parametrize(("task", "frames"), [

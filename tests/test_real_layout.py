@@ -9,11 +9,11 @@ import pytest
 import torch
 from videos import number, write_video
 
-import checkpoint
 import mvbench
-from ask import Answerer, Protocol
-from media import read_benchmark_clip
+from evaluation.engine import Answerer, Protocol
 from prompt import SYSTEM
+from video import read_benchmark_clip
+from weights import checkpoint
 
 
 def run(ckpt, data, out, *more, name=""):

@@ -9,10 +9,9 @@ import pytest
 from PIL import Image
 
 import mvbench
-import page
-import report
-from predictions import Predictions
-from tasks import load_questions
+from evaluation import report, report_page
+from evaluation.predictions import Predictions
+from evaluation.tasks import load_questions
 
 
 def row(task, index, correct, media=None, **more):
@@ -117,7 +116,7 @@ def test_the_page_is_whole_and_needs_nothing_from_outside(ckpt, tree, tmp_path):
     tags = parsed(html)
     assert len(tags.images) == 40                                          # all questions are examples here
     image = Image.open(io.BytesIO(base64.b64decode(tags.images[0].split(",")[1])))
-    assert image.size == (4 * page.WIDTH, 2 * page.WIDTH * 3 // 4)
+    assert image.size == (4 * report_page.WIDTH, 2 * report_page.WIDTH * 3 // 4)
     digits = json.loads((tmp_path / "settings.json").read_text())["settings"]
     for part in (digits["checkpoint"], digits["questions"], digits["LLM"], "needs time", "the middle frame alone",
                  "When the options change places", "prefers-color-scheme: dark", "40 questions: none of MVBench"):
@@ -126,7 +125,7 @@ def test_the_page_is_whole_and_needs_nothing_from_outside(ckpt, tree, tmp_path):
 
 
 def test_what_stands_in_questions_and_commands_stays_text(tmp_path, plain):
-    html = page.page(summary_of(tmp_path, plain), plain[""])
+    html = report_page.page(summary_of(tmp_path, plain), plain[""])
     parsed(html)
     assert "&lt;i&gt;&amp;" in html and "&lt;b&gt;" in html and "<i>&" not in html
     assert "(no frames)" in html                                           # their media are nowhere
@@ -134,7 +133,7 @@ def test_what_stands_in_questions_and_commands_stays_text(tmp_path, plain):
 
 def test_unanswered_questions_are_on_the_page(tmp_path, plain):
     rows = [*plain[""], row("Action Count", 10, False, unread="<a>.mp4: no such file", prediction="")]
-    html = page.page(summary_of(tmp_path, {"": rows}), rows)
+    html = report_page.page(summary_of(tmp_path, {"": rows}), rows)
     assert "1 questions speak of a medium that cannot be read" in html and "&lt;a&gt;.mp4: no such file" in html
 
 

@@ -17,12 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import parallel
-import recipes
-import resume
-import stages
-import storage
 import train
+from infra import distributed, files
+from training import recipes, resume, stages
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 8
@@ -54,7 +51,7 @@ def runs(world, tmp_path_factory):
 
 
 def weights(folder):
-    return storage.read_tensors(Path(folder) / "model.safetensors")
+    return files.read_tensors(Path(folder) / "model.safetensors")
 
 
 def assert_same(one, other):
@@ -219,7 +216,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(world, runs, s
 
 
 def test_an_unfinished_checkpoint_can_be_looked_at(world, stopped):
-    import checkpoint
+    from weights import checkpoint
     model, _, tok = checkpoint.load_model(stopped / "stage2.unfinished" / "000006")
     assert tok and model.stage == 2
 
@@ -241,7 +238,7 @@ def test_another_run_s_checkpoint_is_refused(world, runs, stopped):
 
 def test_a_second_run_in_the_same_folder_is_refused(world, runs, tmp_path):
     out = begun(runs, tmp_path, 1)
-    with storage.hold(out / "stage1.unfinished"):
+    with files.hold(out / "stage1.unfinished"):
         code, said = run(*options(world, out, 1))
     assert code == 2 and "another process is writing" in said and "Traceback" not in said
 
@@ -317,7 +314,7 @@ def test_fp16_looks_for_its_scale_but_not_forever(world, tmp_path):
     job = stages.Job("x", tmp_path / "x", torch.nn.Linear(1, 1), [], None, lambda batch, done: {"lm": torch.ones(())},
                      None)
     cfg = recipes.TrainConfig(stage=1, dtype="fp16", max_bad_steps=2, out=str(tmp_path), steps=100, log_every=100)
-    log = train.Log(job, cfg, parallel.World(), 0)
+    log = train.Log(job, cfg, distributed.World(), 0)
 
     def tell(norm, steps):
         for step in range(steps):
@@ -331,7 +328,7 @@ def test_fp16_looks_for_its_scale_but_not_forever(world, tmp_path):
 
 def test_a_left_out_step_changes_nothing():
     """By hand: AdamW's moments, its count of steps and the weights."""
-    import optim
+    from training import optim
     model = torch.nn.Linear(3, 2)
     optimizers = optim.make_optimizers(model, recipes.TrainConfig(lr=0.1))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -347,12 +344,12 @@ def test_a_left_out_step_changes_nothing():
 
 def test_saving_costs_little(world, runs, tmp_path, monkeypatch):
     """The loop goes on while a slow disk still writes."""
-    real = storage.save_tensors
+    real = files.save_tensors
     monkeypatch.setattr(resume, "save_tensors", lambda *args: (time.sleep(2), real(*args)))
     cfg = recipes.TrainConfig(stage=1, keep=2)
     model = torch.nn.Linear(4, 4)
     job = stages.Job("x", tmp_path / "x", model, None, None, None, lambda folder, tensors: None)
-    saver = resume.Saver(job, cfg, parallel.World())
+    saver = resume.Saver(job, cfg, distributed.World())
     begun_at = time.perf_counter()
     saver.save(1, [], torch.amp.GradScaler("cpu", enabled=False))
     assert time.perf_counter() - begun_at < 1

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from scorers import SCORERS, compare_scorers, is_counted, is_right, lmms_eval, official, strict, vlmevalkit
+from evaluation.scorers import SCORERS, compare_scorers, is_counted, is_right, lmms_eval, official, strict, vlmevalkit
 
 OPTIONS = ["He sat.", "He took a red box.", "He ran.", "Not sure."]
 TRUTH = [  # what is said; the letters that official, lmms-eval, vlmevalkit and strict would count as right

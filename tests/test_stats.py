@@ -4,7 +4,7 @@ import random
 import pytest
 from scipy import stats as scipy_stats
 
-import stats
+from evaluation import stats
 
 
 @pytest.mark.parametrize("right, n, low, high", [                          # Newcombe 1998, table I; Wilson's own limits

@@ -12,16 +12,15 @@ import pytest
 import torch
 
 import chat
-import checkpoint
 import mvbench
-import optim
-import probe
-import qagen
-import recipes
-import storage
 import train
+from infra import files
 from model import VideoChat2, micro_config, set_trainable
+from qagen import generate
+from toy import probe
+from training import optim, recipes
 from vit_video import VisionTransformer
+from weights import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,7 +39,7 @@ def options(world, out, stage, *more):
 
 
 def weights(folder):
-    return storage.read_tensors(Path(folder) / "model.safetensors")
+    return files.read_tensors(Path(folder) / "model.safetensors")
 
 
 def test_every_stage_leaves_a_checkpoint_and_its_losses(runs):
@@ -54,7 +53,7 @@ def test_every_stage_leaves_a_checkpoint_and_its_losses(runs):
 
 def test_the_probe_asks_every_part_of_a_run(runs, world, tmp_path, capsys):
     table = probe.probe(runs, world, count=2)
-    assert set(table) == set(probe.COLUMNS) and all(list(column) == list(qagen.TASKS) for column in table.values())
+    assert set(table) == set(probe.COLUMNS) and all(list(column) == list(generate.TASKS) for column in table.values())
     assert all(0 <= share <= 1 for column in table.values() for share in column.values())
     shutil.copytree(runs / "stage0", tmp_path / "half" / "stage0")
     assert probe.main(["--run", str(tmp_path / "half"), "--data", str(world), "--clips", "1"]) == 0

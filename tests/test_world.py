@@ -1,0 +1,126 @@
+"""python -m pytest tests/test_world.py"""
+
+import hashlib
+import json
+import random
+import re
+
+import decord
+import numpy as np
+import pytest
+from PIL import Image
+
+from qagen import generate
+from toy import draw
+from toy import world as toyworld
+from training import annotations
+
+SMALL = dict(clips=40, questions=4, texts=60)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    out = tmp_path_factory.mktemp("world") / "toy"
+    assert toyworld.build(out, **SMALL, workers=2)
+    return out
+
+
+def clips(task, count=30, split="train"):
+    return [toyworld.simulate(task, random.Random(f"{task} {i}"), split) for i in range(count)]
+
+
+def digest(folder):
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".index"}
+
+
+def test_the_layout_is_complete(world):
+    lines = (world / "annotations.jsonl").read_text().splitlines()
+    captions, told = ([entry for source in annotations.load_corpus(world / f"corpus_{name}.json")
+                       for entry in annotations.load_annotations(source)] for name in ("clips", "caption"))
+    assert told == captions[:28]  # 25 of the tasks and a quarter of the playground's
+    instructions = json.loads((world / "instructions.json").read_text())
+    assert [json.loads(line)["id"] for line in lines] == [entry["video"] for entry in captions] and len(lines) == 40
+    # of the playground's clips every second of those that are told is talked about
+    assert {e["video"] for e in instructions} == {c["video"] for i, c in enumerate(told) if i < 25 or i % 2 == 0}
+    assert all(set(turn) == {"i", "q", "a"} for entry in instructions for turn in entry["QA"])
+    assert all((world / "videos" / entry["video"]).is_file() for entry in captions + instructions)
+    assert len((world / "text.jsonl").read_text().splitlines()) == 60
+    assert np.load(world / "targets.npy", mmap_mode="r").shape == (40, 16, 16, 3)  # 48 / 12 = 4 patches a side
+    assert json.loads((world / "meta.json").read_text())["activities"] == list(draw.ACTIVITIES)
+
+
+def test_the_benchmark_has_the_official_layout(world):
+    for task, row in generate.TASKS.items():
+        entries = json.loads((world / "mvbench" / "json" / f"{task}.json").read_text())
+        assert len(entries) == 4
+        for entry in entries:
+            assert entry["answer"] in entry["candidates"] and ("start" in entry) == ("end" in entry) == row.bound
+            media = world / "mvbench" / "video" / row.folder / entry["video"]
+            if task == "episodic_reasoning":
+                assert [p.name for p in sorted(media.iterdir())] == [f"{i:05d}.jpg" for i in range(1, 25)]
+            else:
+                assert len(decord.VideoReader(str(media))) == 16
+
+
+def test_same_seed_same_bytes_whatever_the_workers(world, tmp_path):
+    toyworld.build(tmp_path / "again", **SMALL, workers=1)
+    assert digest(tmp_path / "again") == digest(world)
+    toyworld.build(tmp_path / "other", **SMALL, seed=1, workers=2)
+    assert digest(tmp_path / "other") != digest(world)
+
+
+def test_training_never_shows_a_held_out_pair():
+    assert [len(set(part)) for part in zip(*toyworld.HELD_OUT, strict=True)] == [6, 6]
+    novel = {"train": 0, "test": 0}
+    for task in generate.ROWS:
+        for split in novel:
+            for clip in clips(task, split=split):
+                held = [(one["shape"], one["colour"]) in toyworld.HELD_OUT for one in clip["objects"]]
+                novel[split] += any(held)
+    assert novel["train"] == 0 and novel["test"] > 100  # of 390: half of the 13 tasks with a coloured hero
+
+
+@pytest.mark.parametrize("task", generate.TASKS)
+def test_things_stay_in_view_and_annotations_are_plain(task):
+    for clip in clips(task):
+        assert json.loads(json.dumps(clip)) == clip
+        for one in clip["objects"]:
+            assert one["shape"] in draw.SHAPES and one["colour"] in draw.COLOURS
+            assert set(one["activity"]) <= set(draw.ACTIVITIES)
+            assert all(len(one[key]) == 16 for key in ("x", "y", "size", "angle", "look", "activity"))
+            assert all(1 <= c <= 47 for key in "xy" for c, look in zip(one[key], one["look"], strict=True)
+                       if look != "hidden")
+
+
+def test_a_finished_world_is_kept_and_another_is_refused(world, capsys):
+    assert toyworld.build(world, **SMALL) is False
+    assert toyworld.main(["--out", str(world), "--clips", "40", "--questions", "4", "--texts", "60"]) == 0
+    assert capsys.readouterr().out == f"{world}: already there\n"
+    arguments = ["--out", str(world), "--clips", "41", "--questions", "4", "--texts", "60"]
+    assert toyworld.main(arguments) == 2
+    message = capsys.readouterr().err
+    assert "Choose another --out or delete it" in message and message.count("\n") == 1
+
+
+@pytest.mark.parametrize("settings, message", [
+    (["--patch", "7"], "--patch 7: expected a divisor of 48"), (["--clips", "0"], "--clips 0: expected 1 or more")])
+def test_settings_that_cannot_be(settings, message, tmp_path, capsys):
+    assert toyworld.main(["--out", str(tmp_path / "toy"), *settings]) == 2
+    assert message in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
+def test_a_stopped_run_leaves_nothing(tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(toyworld, "write_world", stop)
+    assert toyworld.main(["--out", str(tmp_path / "toy")]) == 130
+    assert not any(tmp_path.iterdir())
+
+
+def test_where_nobody_watches_there_are_no_bars_but_the_time(tmp_path, capsys):
+    settings = ["--clips", "4", "--questions", "1", "--texts", "2", "--workers", "1"]
+    assert toyworld.main(["--out", str(tmp_path / "toy"), *settings, "--sheet", str(tmp_path / "sheet.png")]) == 0
+    out, err = capsys.readouterr()
+    assert re.fullmatch(r".*/toy: written in \d+ s\n", out) and err == ""
+    assert Image.open(tmp_path / "sheet.png").width > 1000

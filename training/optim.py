@@ -1,0 +1,135 @@
+"""How weights move: the learning rate over the steps, AdamW, and Muon for layers' matrices where it is asked for.
+
+Options and their defaults are recipes.TrainConfig's. Not here: what trains at all (model.FROZEN), the loop (train.py).
+Source: AdamW (arXiv 1711.05101), PyTorch's; Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon; its learning
+rate: arXiv 2502.16982, section 2.2); no decay on biases, norms, queries and temperature: official utils/optimizer.py.
+
+    pytest tests/test_train.py
+"""
+import math
+import re
+from collections import defaultdict
+
+import torch
+
+from infra.distributed import like, whole
+
+
+def learning_rate(step, cfg):
+    """Linear rise over the first warmup * steps, lr until hold * steps, then a cosine down to lr * lr_end."""
+    rise = max(1, round(cfg.warmup * cfg.steps))
+    if step < rise:
+        return cfg.lr * (step + 1) / rise
+    fall = max(rise, round(cfg.hold * cfg.steps))
+    done = max(0, step - fall) / max(1, cfg.steps - fall)
+    return cfg.lr * (cfg.lr_end + (1 - cfg.lr_end) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+# ----------------------------------------------------------------------------------------------------------------- Muon
+
+
+def orthogonalize(updates, steps=5):
+    """Matrices (n, rows, cols) -> the same with all singular values between about 0.7 and 1.2.
+
+    Newton-Schulz: each step replaces every singular value s by the polynomial a s + b s^3 + c s^5, which five times
+    over drives all of (0, 1] towards 1, without a decomposition. bfloat16 is precise enough, but only GPUs multiply in
+    it natively: most laptops emulate each product, 18 times as slowly as in float32.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = updates.bfloat16() if updates.is_cuda else updates.float()
+    if tall := x.shape[1] > x.shape[2]:
+        x = x.mT                                                           # (n, short, long)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)               # no singular value is above 1
+    for _ in range(steps):
+        gram = x @ x.mT                                                    # (n, short, short)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)      # b gram + c gram^2
+        x = torch.baddbmm(x, polynomial, x, beta=a)                        # a x + polynomial x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrix is made orthogonal: every direction of a layer moves by the same amount, the rare ones too.
+
+    The update is scaled to AdamW's usual size (a root mean square of 0.2), so that both share a learning rate.
+    For matrices only.
+    """
+
+    def __init__(self, params, lr, weight_decay=0.0, momentum=0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            # Nesterov's momentum: the gradient mixed with its running mean
+            by_shape = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p.grad)
+                mean = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                by_shape[p.shape].append((p, p.grad.lerp(mean, group["momentum"])))
+
+            # one batched product for all matrices of a shape; with FSDP each process computes all of them
+            for (rows, cols), pairs in by_shape.items():
+                updates = orthogonalize(torch.stack([whole(update) for _, update in pairs]))
+                size = 0.2 * math.sqrt(max(rows, cols))
+                for (p, _), update in zip(pairs, updates, strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(like(update.to(p.dtype), p), alpha=-group["lr"] * size)
+
+
+# ------------------------------------------------------------------------------------------------------- all parameters
+
+LAYER = re.compile(r"\.(blocks|layers?)\.\d+\.")                          # of ViT, Q-Former, LLM
+
+
+def make_optimizers(model, cfg):
+    """[AdamW] with weight decay on matrices only; with cfg.muon [AdamW, Muon], and Muon has the layers' matrices.
+
+    LoRA's matrices stay with AdamW. "scale" of a group: its rate in multiples of cfg.lr.
+    """
+    matrices, lora, layers, others = [], [], [], []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if p.ndim < 2 or "query_tokens" in name or name.endswith("temp"):
+            others.append(p)
+        elif "lora_" in name:
+            lora.append(p)
+        else:
+            (layers if cfg.muon and p.ndim == 2 and LAYER.search(name) else matrices).append(p)
+    groups = [{"params": matrices, "scale": 1.0}, {"params": lora, "scale": cfg.lora_lr},
+              {"params": others, "scale": 1.0, "weight_decay": 0.0}]
+    settings = dict(lr=cfg.lr, weight_decay=cfg.weight_decay)
+    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, cfg.beta2), fused=True, **settings)]
+    if layers:
+        muon = [{"params": layers, "scale": cfg.muon}]
+        optimizers.append(Muon(muon, **settings))
+    return optimizers
+
+
+def grad_norm(model, optimizers, scaler, clip):
+    """The gradient's norm, a tensor that nobody has read yet; gradients are cut to `clip`."""
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
+
+
+def optimizer_step(optimizers, lr, scaler, norm):
+    """One step, unless the norm is not finite: then nothing changes.
+
+    subtle: fused AdamW looks at found_inf on the device, as it does for a GradScaler, so nobody waits to ask; Muon
+    cannot, and is asked about.
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        fused = optimizer.defaults.get("fused")
+        if fused and not scaler.is_enabled():
+            optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
+        if fused or norm.isfinite():
+            scaler.step(optimizer)                                         # skipped where float16 overflowed
+        optimizer.zero_grad(set_to_none=True)
+    scaler.update()
