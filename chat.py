@@ -12,9 +12,9 @@ from functools import partial
 
 import torch
 
-from prompt import answer_text, chat_prompt, is_complete, pad_batch
-from video import benchmark_video
-from weights.checkpoint import add_model_options, open_model
+from prompt import chat_prompt, decode_answer, is_finished, pad_batch
+from video import load_eval_clip
+from weights.checkpoint import add_model_options, load_from_args
 
 INSTRUCTION = "Watch the video and answer the question.\n"
 
@@ -26,22 +26,22 @@ class Chat:
         self.model, self.tok, self.autocast = model, tok, autocast or nullcontext()
         self.sampling, self.max_new_tokens, self.history = {"temperature": temperature}, max_new_tokens, []
         device = model.device
-        video = benchmark_video(media, self.model.cfg)                                         # (T, 3, H, W)
-        qf_ids = torch.tensor([wordpiece.encode(INSTRUCTION, sep=True)], device=device)        # (1, S)
+        video = load_eval_clip(media, self.model.cfg)                                         # (T, 3, H, W)
+        instruction_ids = torch.tensor([wordpiece.encode(INSTRUCTION, sep=True)], device=device)        # (1, S)
         with torch.no_grad(), self.autocast:
-            vision = self.model.encode(video[None].to(device))                                 # (1, N, C)
-            self.tokens = self.model.queries(vision, qf_ids, torch.ones_like(qf_ids))          # (1, Q, D)
+            vision = self.model.encode_video(video[None].to(device))                                 # (1, N, C)
+            self.tokens = self.model.video_tokens(vision, instruction_ids, torch.ones_like(instruction_ids))          # (1, Q, D)
 
     @torch.no_grad()
     def ask(self, question):
         """A question -> the answer; both are remembered for the next one."""
         n_video = self.tokens.shape[1]
-        prompt = chat_prompt(self.tok, self.history, question, n_video, INSTRUCTION, style=self.model.cfg.style)
+        prompt = chat_prompt(self.tok, self.history, question, n_video, INSTRUCTION, prompt_style=self.model.cfg.prompt_style)
         ids, _, mask = (t.to(self.model.device) for t in pad_batch([prompt], self.tok.eos_id, side="left"))
         with self.autocast:
-            rows = self.model.llama_model.generate(self.model.splice(ids, self.tokens), mask, self.max_new_tokens,
-                                                   partial(is_complete, self.tok), **self.sampling)
-        answer = answer_text(self.tok, rows[0])
+            rows = self.model.llama_model.generate(self.model.insert_video_tokens(ids, self.tokens), mask, self.max_new_tokens,
+                                                   partial(is_finished, self.tok), **self.sampling)
+        answer = decode_answer(self.tok, rows[0])
         self.history.append((question, answer))
         return answer
 
@@ -55,7 +55,7 @@ def main(argv=None):
     p.add_argument("--temperature", type=float, default=0.0, help="0: always the most probable word (default)")
     p.add_argument("--max-new-tokens", type=int, default=100, help="longest answer (default %(default)s)")
     args = p.parse_args(argv)
-    *model, autocast = open_model(args)
+    *model, autocast = load_from_args(args)
     chat = Chat(*model, args.video, args.temperature, args.max_new_tokens, autocast)
     if args.ask:
         print(chat.ask(args.ask))

@@ -1,11 +1,11 @@
 """From annotations to batches: draw samples, order them, tokenise, pad.
 
     Annotations -> entry {"video", "caption" or "QA"} -> sample (video, text) -> batch of tensors
-                   drawn by Sampler                      VideoTextData           *Collate
+                   drawn by Sampler                      VideoTextDataset           *Collate
 
 It knows no model, and it forgives nothing silently: a medium that cannot be read has its whole sample replaced and is
 reported, so that no video ever meets another one's text. What a sample is depends on (seed, epoch, index) alone, not
-on workers or resumes. Not here: annotation files (annotations.py), how a file becomes frames (media.py), how a
+on workers or resumes. Not here: annotation files (annotations.py), how a file becomes frames (video.py), how a
 conversation becomes ids (prompt.py). Source: the official pt_dataset.py and it_dataset.py.
 
     python data.py check corpus.json --decode
@@ -24,13 +24,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from prompt import CAPTION_INSTRUCTIONS, Prompt, caption_prompt, conversation_prompt, pad_batch, with_targets
-from training.annotations import Annotations, Fault, load_annotations, load_corpus
+from prompt import CAPTION_INSTRUCTIONS, Prompt, add_packing, caption_prompt, conversation_prompt, pad_batch
+from training.annotations import AnnotationFile, EntryError, load_annotations, load_corpus
 from video import MediaError, SampleError, read_media, train_frames
 
 # ---- samples ---------------------------------------------------------------------------------------------------------
 
-class VideoTextData(torch.utils.data.Dataset):
+class VideoTextDataset(torch.utils.data.Dataset):
     """Samples of load_corpus's sources, one after another: captions or instructions, as their entries are.
 
     A sample: video (T, 3, size, size) float or, where `features` (features.Features) are set, features (T, L, C); text
@@ -155,7 +155,7 @@ class Sampler:
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
 
-    def alike_in_length(self, indices, window=16, step=200):
+    def bucket_by_length(self, indices, window=16, step=200):
         """Within each `window` batches, texts of nearly the same length together: so all processes have as much to do,
         and less of what the Q-Former reads is padding."""
         if hasattr(self.dataset, "lengths"):
@@ -174,7 +174,7 @@ class Sampler:
                      for span, take in spans if take]
             indices = rng.permutation(np.concatenate(drawn))
             full = len(indices) // self.size
-            indices = self.alike_in_length(indices[:full * self.size])
+            indices = self.bucket_by_length(indices[:full * self.size])
             batches += list(indices.reshape(full, self.size))
         for b in rng.permutation(len(batches))[self.position:]:
             for part in np.split(batches[b], self.parts):
@@ -194,14 +194,14 @@ def collate_media(samples):
     return batch
 
 
-def pad_words(rows, wordpiece):
+def pad_ids(rows, wordpiece):
     """Lists of ids -> ids (B, S), mask (B, S)."""
     ids, _, mask = pad_batch([Prompt(row, row) for row in rows], wordpiece.pad_id)
     return ids, mask
 
 
 @dataclass
-class AlignCollate:
+class Stage1Collate:
     """Stage 1: the caption for the Q-Former. Adds ids (B, S), mask (B, S)."""
     wordpiece: object
     max_length: int = 32
@@ -209,12 +209,12 @@ class AlignCollate:
 
     def __call__(self, samples):
         rows = [self.wordpiece.encode(s["text"], self.max_length, sep=self.sep) for s in samples]
-        ids, mask = pad_words(rows, self.wordpiece)
+        ids, mask = pad_ids(rows, self.wordpiece)
         return collate_media(samples) | {"ids": ids, "mask": mask}
 
 
 @dataclass
-class CaptionCollate:
+class Stage2Collate:
     """Stage 2: the caption as the LLM's answer. Adds ids, labels, mask (B, S), with n_video VIDEO ids in each row."""
     tok: object
     n_video: int
@@ -227,19 +227,19 @@ class CaptionCollate:
             instruction = instructions[int(s["draw"] * len(instructions))]
             prompts.append(caption_prompt(self.tok, s["text"], self.n_video, instruction, s["medium"], self.max_text))
         ids, labels, mask = pad_batch(prompts, self.tok.eos_id)
-        return collate_media(samples) | with_targets({"ids": ids, "labels": labels, "mask": mask})
+        return collate_media(samples) | add_packing({"ids": ids, "labels": labels, "mask": mask})
 
 
 @dataclass
-class InstructCollate:
-    """Stage 3: conversations for the LLM (ids, labels, mask), the instruction for the Q-Former (qf_ids, qf_mask)."""
+class Stage3Collate:
+    """Stage 3: conversations for the LLM (ids, labels, mask), the instruction for the Q-Former (instruction_ids, instruction_mask)."""
     tok: object
     wordpiece: object
     n_video: int
     max_text: int = 512
-    style: str = "vicuna"
+    prompt_style: str = "vicuna"
     question_in_qformer: bool = False  # QUIRK of model.Config
-    tell_seconds: bool = True          # say at which seconds a video's frames were taken
+    add_timestamps: bool = True          # say at which seconds a video's frames were taken
     train_separators: bool = False     # QUIRK of prompt.vicuna_turns
     max_instruction: int = 512         # ids of the Q-Former's text; the end of a longer one is kept
 
@@ -248,15 +248,15 @@ class InstructCollate:
         ids, labels, mask = pad_batch(prompts, self.tok.eos_id)
         rows = [self.wordpiece.encode(self.instruction(s["qas"][0]), self.max_instruction, sep=True, truncate="left")
                 for s in samples]
-        qf_ids, qf_mask = pad_words(rows, self.wordpiece)
-        texts = with_targets({"ids": ids, "labels": labels, "mask": mask})
-        return collate_media(samples) | texts | {"qf_ids": qf_ids, "qf_mask": qf_mask}
+        instruction_ids, instruction_mask = pad_ids(rows, self.wordpiece)
+        texts = add_packing({"ids": ids, "labels": labels, "mask": mask})
+        return collate_media(samples) | texts | {"instruction_ids": instruction_ids, "instruction_mask": instruction_mask}
 
     def conversation(self, s):
         """The sample as a Prompt. Raises SampleError where its instruction leaves no room for the video."""
-        message = seconds_message(s["seconds"]) if self.tell_seconds and s["medium"] == "video" else ""
+        message = seconds_message(s["seconds"]) if self.add_timestamps and s["medium"] == "video" else ""
         try:
-            return conversation_prompt(self.tok, s["qas"], self.n_video, message, s["medium"], self.style,
+            return conversation_prompt(self.tok, s["qas"], self.n_video, message, s["medium"], self.prompt_style,
                                        self.max_text, self.train_separators)
         except ValueError as error:
             raise SampleError(f"{s['path']}: {error}") from None
@@ -279,10 +279,10 @@ def make_loader(dataset, sampler, collate, workers=0):
     # of their own, or going on would draw one number more from the one that dropout uses
     return torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers,
                                        pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None,
-                                       generator=torch.Generator().manual_seed(0), worker_init_fn=leave_signals)
+                                       generator=torch.Generator().manual_seed(0), worker_init_fn=ignore_signals)
 
 
-def leave_signals(worker):
+def ignore_signals(worker):
     """Ctrl-C and SIGTERM reach the workers as well, but they heed the process alone that they work for, whatever they
     are handing over."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -314,13 +314,13 @@ class Media(torch.utils.data.Dataset):
         source = self.entries.source
         path = source.path(self.entries[i])
         if not Path(path).exists():
-            return i, Fault("missing", f"{path}: no such file")
+            return i, EntryError("missing", f"{path}: no such file")
         try:
             if self.decode:                                # first, last and some between: a torn file lacks its end
                 read_media(path, lambda first, last, fps: np.linspace(first, last, 8).round().astype(int).tolist(),
                            still=source.media == "image")
         except MediaError as error:
-            return i, Fault("undecodable", str(error))
+            return i, EntryError("undecodable", str(error))
         return i, None
 
 
@@ -338,7 +338,7 @@ def check(corpus, decode=False, workers=0, show=10):
     """Print what each source holds and the first faults in it, of each kind how many; -> how many faults."""
     total = 0
     for source in load_corpus(corpus):
-        entries = Annotations(source)
+        entries = AnnotationFile(source)
         kinds, lines = Counter(entries.header["kinds"]), entries.header["first"][:show]
         for number, fault in media_faults(entries, decode, workers) if source.media != "text" and len(entries) else ():
             kinds[fault.kind] += 1

@@ -6,7 +6,7 @@ not ids, because a video's tokens have no ids.
 
     embeds -> [ x + attention(norm(x)); x + swiglu(norm(x)) ] x depth -> norm -> lm_head -> logits
 
-Not here: tokenisation (tokenizer.py), LoRA (lora.py), reading Hugging Face folders (llm_folder.py), sliding windows.
+Not here: tokenisation (tokenizer.py), LoRA (lora.py), reading Hugging Face folders (weights/hf_llama.py), sliding windows.
 
 Source: LLaMA (arXiv 2302.13971), GQA (arXiv 2305.13245), RoPE (arXiv 2104.09864). Attribute names and the half-split
 rotation are Hugging Face's, so weights load without renaming or permuting.
@@ -181,10 +181,10 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.width, cfg.eps)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, n, rope, mask, cache, i, places=None):
+    def forward(self, x, n, rope, mask, cache, i, target_positions=None):
         """x (B, s, D), all of which is read -> the n last tokens' new state (B, n, D); of them only at these places."""
         x = x[:, x.shape[1] - n:] + self.self_attn(self.input_layernorm(x), n, rope, mask, cache, i)    # (B, n, D)
-        x = x if places is None else x.index_select(1, places)
+        x = x if target_positions is None else x.index_select(1, target_positions)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ class Llama(nn.Module):
     def embed(self, ids):                                                       # (B, S)
         return self.model["embed_tokens"](ids)                                  # (B, S, D)
 
-    def forward(self, embeds, mask=None, cache=None, last=None, lengths=None, places=None):
+    def forward(self, embeds, mask=None, cache=None, last=None, lengths=None, target_positions=None):
         """embeds (B, s, D), mask (B, s) -> hidden (B, s, D), or (B, last, D): of so many last tokens alone.
 
         The last layer then computes no others; with 0 it only fills the cache.
@@ -276,7 +276,7 @@ class Llama(nn.Module):
         recompute = self.cfg.checkpoint_layers and self.training and torch.is_grad_enabled()
         x = embeds
         for i, (layer, n) in enumerate(zip(self.model["layers"], wanted, strict=True)):
-            args = (x, n, rope, masks[n], cache, i, places if i == depth - 1 else None)
+            args = (x, n, rope, masks[n], cache, i, target_positions if i == depth - 1 else None)
             x = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
         return self.model["norm"](x)                                            # (B, last, D)
 

@@ -34,7 +34,7 @@ class LoRALinear(nn.Module):
         if r < 1:
             raise ValueError(f"LoRA's rank is {r}, expected at least 1")
         self.base = base.requires_grad_(False)
-        # a base on the meta device gets its weight later (llm_folder.py); the update begins to exist now
+        # a base on the meta device gets its weight later (weights/hf_llama.py); the update begins to exist now
         device = None if base.weight.is_meta else base.weight.device
         self.lora_A = nn.Linear(base.in_features, r, bias=False, device=device)
         self.lora_B = nn.Linear(r, base.out_features, bias=False, device=device)

@@ -23,11 +23,14 @@ import torch.nn.functional as F
 
 from llama import Llama, LlamaConfig
 from lora import add_lora
-from prompt import VIDEO, end_to_end, with_targets
-from qformer import Aligner, QFormer, QFormerConfig
+from prompt import VIDEO, add_packing, pack_rows
+from qformer import QFormer, QFormerConfig, Stage1Heads
 from vit_video import VisionTransformer, ViTConfig
 
 # ---------------------------------------------------------------------------------------------------------------- sizes
+
+
+OLD_FIELDS = {"style": "prompt_style", "tell_seconds": "add_timestamps", "train_choice": "frame_sampling"}
 
 
 @dataclass
@@ -49,9 +52,9 @@ class Config:
     lora_r: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.1
-    style: str = "vicuna"           # how a conversation is written: prompt.py
-    train_choice: str = "rand"      # which frames of a clip training takes: media.train_indices
-    tell_seconds: bool = True       # stage 3 says at which seconds the frames were taken
+    prompt_style: str = "vicuna"           # how a conversation is written: prompt.py
+    frame_sampling: str = "rand"      # which frames of a clip training takes: video.train_frame_indices
+    add_timestamps: bool = True       # stage 3 says at which seconds the frames were taken
     crop: bool = True               # random resized crop in training, centre crop in evaluation
     flip: bool = False              # half of the training clips mirrored, as officially; "left" then means right
     # what the official code does oddly and the released weights have grown used to; the toy does none of it
@@ -65,8 +68,8 @@ class Config:
 
     @classmethod
     def from_dict(cls, d):
-        """Inverse of asdict. Raises ValueError for a key that no field has."""
-        d = dict(d)
+        """Inverse of asdict; reads the names that older checkpoints use. Raises ValueError for a key that no field has."""
+        d = {OLD_FIELDS.get(name, name): value for name, value in d.items()}
         for name, part in (("vit", ViTConfig), ("qformer", QFormerConfig), ("llama", LlamaConfig)):
             d[name] = checked(part, d.get(name, {}))
         config = checked(cls, d)
@@ -93,7 +96,7 @@ def toy_config():
         llama=LlamaConfig(vocab_size=0, width=128, depth=4, heads=4, kv_heads=4, ffn=384, init_std=0.0),
         n_query=16, n_extra=16, extra_std=0.02, align_frames=8, train_frames=8, eval_frames=8, align_text=64,
         lora_names=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        lora_dropout=0.0, crop=False, tell_seconds=False, train_choice="mvbench",
+        lora_dropout=0.0, crop=False, add_timestamps=False, frame_sampling="mvbench",
         eval_norm="imagenet", bos_ones=False, train_separators=False, question_in_qformer=False)
 
 
@@ -113,7 +116,7 @@ def mistral_config():
     """The stronger later variant: Mistral-7B-Instruct-v0.2, LoRA on every linear layer. Source: it_dataset_mistral.py,
     which tells the Q-Former no question and nobody the seconds."""
     return Config(
-        preset="mistral-7b", style="mistral", question_in_qformer=False, tell_seconds=False,
+        preset="mistral-7b", prompt_style="mistral", question_in_qformer=False, add_timestamps=False,
         llama=LlamaConfig(kv_heads=8, ffn=14336, eps=1e-5, rope_theta=1e6, max_positions=32768),
         lora_names=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"))
 
@@ -142,8 +145,8 @@ class VideoChat2(nn.Module):
     stage 3 has LoRA in the LLM.
     """
 
-    def __init__(self, cfg, stage, llm_later=False):
-        """llm_later: the LLM's own weights get no memory; checkpoint.attach_llm brings them."""
+    def __init__(self, cfg, stage, defer_llm=False):
+        """defer_llm: the LLM's own weights get no memory; checkpoint.attach_llm brings them."""
         super().__init__()
         parts = PARTS[stage]
         C, E, D = cfg.vit.width, cfg.qformer.width, cfg.llama.width
@@ -154,14 +157,14 @@ class VideoChat2(nn.Module):
         self.qformer = QFormer(cfg.qformer)
         if "align" in parts:
             self.vision_temp_embed = nn.Parameter(torch.zeros(1, cfg.align_frames, 1, C))
-            self.aligner = Aligner(cfg.qformer)
+            self.aligner = Stage1Heads(cfg.qformer)
         else:
             self.qformer.cls = None                            # it writes captions in stage 1 and nowhere else
         if "connect" in parts:
             self.extra_query_tokens = nn.Parameter(torch.zeros(1, cfg.n_extra, E).normal_(std=cfg.extra_std))
             self.llama_proj = nn.Linear(E, D)
         if "llm" in parts:
-            with torch.device("meta") if llm_later else nullcontext():
+            with torch.device("meta") if defer_llm else nullcontext():
                 self.llama_model = Llama(cfg.llama)
         if "lora" in parts:
             add_lora(self.llama_model, cfg.lora_names, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout)
@@ -172,7 +175,7 @@ class VideoChat2(nn.Module):
 
     # ---- stage 1
 
-    def encode_timed(self, video, features=None):
+    def encode_video_stage1(self, video, features=None):
         """video (B, T, 3, H, W), or the ViT's features of it (B, T, L, C) -> (B, N, C) with vision_temp_embed."""
         x = self.vision_encoder(video) if features is None else features   # (B, T, L, C)
         time = self.vision_temp_embed                                      # (1, align_frames, 1, C)
@@ -180,38 +183,38 @@ class VideoChat2(nn.Module):
             time = time[:, :1]                                             # else broadcasting repeats the image
         return self.vision_layernorm((x + time).flatten(1, 2))             # (B, N, C)
 
-    def align(self, batch, dec_id, generator=None, captions_only=False, **options):
+    def stage1_losses(self, batch, dec_id, generator=None, captions_only=False, **options):
         """Stage 1: {"vtc", "vtm", "vtg"} of video (B, T, 3, H, W) and caption ids, mask (B, S), idx (B,).
 
         dec_id: id of [DEC], which opens a caption to be generated. generator: draws the hard negatives.
-        captions_only: "vtg" alone. options: of Aligner.losses, for several processes.
+        captions_only: "vtg" alone. options: of Stage1Heads.losses, for several processes.
         """
         if not captions_only and not options.get("global_negatives") and batch.get("clips", 2) < 2:
             raise ValueError("matching (VTM) needs for each clip another one in the batch, but a batch of "
                              f"{len(batch['idx'])} holds a single clip: choose a larger --batch for each process")
-        vision = self.encode_timed(batch["video"], batch.get("features"))  # (B, N, C)
+        vision = self.encode_video_stage1(batch["video"], batch.get("features"))  # (B, N, C)
         return self.aligner.losses(self.qformer, self.query_tokens, vision, batch["ids"], batch["mask"], batch["idx"],
                                    dec_id, generator=generator, captions_only=captions_only, **options)
 
     # ---- stages 2 and 3
 
-    def encode(self, video, features=None):
-        """As encode_timed, but without stage 1's vision_temp_embed."""
+    def encode_video(self, video, features=None):
+        """As encode_video_stage1, but without stage 1's vision_temp_embed."""
         x = self.vision_encoder(video) if features is None else features   # (B, T, L, C)
         return self.vision_layernorm(x.flatten(1, 2))                      # (B, N, C)
 
-    def queries(self, vision, qf_ids=None, qf_mask=None):
-        """vision (B, N, C), instruction qf_ids, qf_mask (B, S) or (1, S) or None -> what the LLM reads (B, Q, D)."""
+    def video_tokens(self, vision, instruction_ids=None, instruction_mask=None):
+        """vision (B, N, C), instruction instruction_ids, instruction_mask (B, S) or (1, S) or None -> what the LLM reads (B, Q, D)."""
         query = torch.cat([self.query_tokens, self.extra_query_tokens], 1)                              # (1, Q, E)
         # subtle: in training each video has dropout of its own, from the first row on
-        if self.training or qf_ids is None or len(qf_ids) > 1:
+        if self.training or instruction_ids is None or len(instruction_ids) > 1:
             query = query.expand(len(vision), -1, -1)                                                   # (B, Q, E)
         # subtle: in training the last layer's text rows have a gradient of zeros, and so weight decay, as officially
         texts = None if torch.is_grad_enabled() else 0
-        hidden = self.qformer(query=query, ids=qf_ids, mask=qf_mask, vision=vision, texts=texts)        # (B, Q + S, E)
+        hidden = self.qformer(query=query, ids=instruction_ids, mask=instruction_mask, vision=vision, texts=texts)        # (B, Q + S, E)
         return self.llama_proj(hidden[:, :query.shape[1]])                                              # (B, Q, D)
 
-    def splice(self, ids, video_tokens=None):
+    def insert_video_tokens(self, ids, video_tokens=None):
         """Embeds ids (B, S) -> (B, S, D) and puts video_tokens (B, Q, D) where ids is VIDEO."""
         slot = ids == VIDEO
         embeds = self.llama_model.embed(ids.masked_fill(slot, 0))          # (B, S, D)
@@ -222,36 +225,36 @@ class VideoChat2(nn.Module):
         tokens = video_tokens.to(embeds.dtype).gather(1, place[..., None].expand(-1, -1, embeds.shape[-1]))
         return torch.where(slot[..., None], tokens, embeds)                # (B, S, D)
 
-    def read(self, batch):
+    def input_embeds(self, batch):
         """Everything before the LLM's first layer: -> embeds (B, S, D)."""
         video, features = batch.get("video"), batch.get("features")
         if video is None and features is None:                             # text only
-            return self.splice(batch["ids"])
-        vision = self.encode(video, features)                              # (B, N, C)
-        return self.splice(batch["ids"], self.queries(vision, batch.get("qf_ids"), batch.get("qf_mask")))
+            return self.insert_video_tokens(batch["ids"])
+        vision = self.encode_video(video, features)                              # (B, N, C)
+        return self.insert_video_tokens(batch["ids"], self.video_tokens(vision, batch.get("instruction_ids"), batch.get("instruction_mask")))
 
-    def loss(self, batch):
+    def lm_loss(self, batch):
         """Stages 2 and 3: mean cross-entropy over the label tokens of video, ids, mask, labels (B, S), padded right.
 
-        Collates have added lengths and targets (prompt.with_targets); otherwise a GPU is waited for.
+        Collates have added lengths and targets (prompt.add_packing); otherwise a GPU is waited for.
         """
-        batch = batch if "targets" in batch else with_targets(batch)
-        embeds = self.read(batch)                                          # (B, S, D)
+        batch = batch if "targets" in batch else add_packing(batch)
+        embeds = self.input_embeds(batch)                                          # (B, S, D)
         if self.stage == 3 and self.cfg.bos_ones:
             embeds = torch.cat((torch.ones_like(embeds[:, :1]), embeds[:, 1:]), 1)
-        return lm_loss(self.llama_model, embeds, batch["labels"], batch["lengths"], batch["targets"])
+        return next_token_loss(self.llama_model, embeds, batch["labels"], batch["lengths"], batch["targets"])
 
 
-def lm_loss(llama, embeds, labels, lengths, targets):
+def next_token_loss(llama, embeds, labels, lengths, targets):
     """Next-token cross-entropy, mean over labels != IGNORE. embeds (B, S, D), labels (B, S), padded right, with what
-    prompt.with_targets says of them -> scalar.
+    prompt.add_packing says of them -> scalar.
 
     Padding is not read at all, and logits are computed only where there is a target: the vocabulary is the widest axis
     of the whole model.
     """
-    hidden = llama(end_to_end(embeds, lengths), lengths=lengths, places=targets)                    # (1, n, D)
+    hidden = llama(pack_rows(embeds, lengths), lengths=lengths, target_positions=targets)                    # (1, n, D)
     logits = llama.lm_head(hidden[0]).float()                              # (n, V)
-    words = end_to_end(labels, lengths)[0].index_select(0, targets + 1)    # (n,)
+    words = pack_rows(labels, lengths)[0].index_select(0, targets + 1)    # (n,)
     return F.cross_entropy(logits, words, reduction="sum") / max(1, len(targets))   # without targets it is 0
 
 

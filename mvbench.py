@@ -27,18 +27,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import leave_signals
+from data import ignore_signals
 from evaluation import report
-from evaluation.engine import CONTROLS, DECODES, Answerer, Protocol, seed_of
+from evaluation.engine import CONTROLS, DECODES, Engine, Protocol, clip_seed
 from evaluation.predictions import Predictions, key_of
 from evaluation.scorers import is_right
 from evaluation.tasks import TASKS, TVBENCH, describe, letter_of, load_questions, missing_media
-from infra.distributed import give_up_together, join
-from infra.files import hold
+from infra.distributed import init_distributed, raise_together
+from infra.files import lock_folder
 from lora import merge_lora
-from prompt import ANSWER_PREFIX, ONLY_BEST, SYSTEM
-from video import NORMS, MediaError, benchmark_video
-from weights.checkpoint import add_model_options, checkpoint_hash, device_of, dtype_of, open_model, read_config
+from prompt import ANSWER_PROMPT, QUESTION_PROMPT, SYSTEM
+from video import NORMS, MediaError, load_eval_clip
+from weights.checkpoint import add_model_options, checkpoint_hash, device_of, dtype_of, load_from_args, read_config
 
 CHUNK = 8       # clips that a worker hands over at a time
 
@@ -99,7 +99,7 @@ class Clips(torch.utils.data.Dataset):
         clips, reasons = [], []
         for media, bound in self.groups[index]:
             try:
-                clip = benchmark_video(media, self.cfg, bound)
+                clip = load_eval_clip(media, self.cfg, bound)
                 clips.append(clip.expand(self.cfg.eval_frames, -1, -1, -1))                # a picture is a still video
                 reasons.append("")
             except MediaError as error:
@@ -131,7 +131,7 @@ def evaluate(answerer, questions, jobs, batch=32, workers=1, rank=0, world=1, pr
     groups = [[(some[0]["media"], some[0]["bound"]) for some in window[i:i + CHUNK]]
               for window in mine for i in range(0, len(window), CHUNK)]
     loader = iter(torch.utils.data.DataLoader(Clips(groups, answerer.model.cfg), None, num_workers=workers,
-                                              worker_init_fn=leave_signals))
+                                              worker_init_fn=ignore_signals))
     total = sum(len(job.open(some)) for job in jobs for window in mine for some in window)
     bar = tqdm(total=total, unit="answer", disable=not (progress and sys.stderr.isatty()), leave=False)
     for window in mine:
@@ -157,7 +157,7 @@ def asked(answerer, video, questions, prompts, jobs, batch):
 
     prompts: of the questions in their own order, by key_of.
     """
-    seeds = [seed_of(some[0]["video"], some[0]["bound"]) for some in questions]
+    seeds = [clip_seed(some[0]["video"], some[0]["bound"]) for some in questions]
     seen, found = {}, []
     for job in jobs:
         if not any(job.open(some) for some in questions):
@@ -249,8 +249,8 @@ def settings_of(args, cfg, record, digits):
     return {
         "checkpoint": checkpoint_hash(args.ckpt), "LLM": (record["llm"] or {}).get("fingerprint"), "questions": digits,
         "frames": args.frames or cfg.eval_frames, "norm": args.norm or cfg.eval_norm,
-        "system prompt": "" if args.no_system else SYSTEM, "asked for": ONLY_BEST,
-        "answer prompt": "" if args.no_answer_prompt else ANSWER_PREFIX,
+        "system prompt": "" if args.no_system else SYSTEM, "asked for": QUESTION_PROMPT,
+        "answer prompt": "" if args.no_answer_prompt else ANSWER_PROMPT,
         "question in the Q-Former": args.question_in_qformer, "decode": args.decode, "dtype": dtype_of(args),
         "8 bits": args.llm_int8}
 
@@ -302,11 +302,11 @@ def main(argv=None):
     if argv[:1] == ["compare"]:
         return report.compare(argv[1:])
     args = parse(argv)
-    world = join(device_of(args), only_talk=True)
+    world = init_distributed(device_of(args), gloo_only=True)
     args.device = world.device
-    with hold(args.out) if world.first else nullcontext():
+    with lock_folder(args.out) if world.is_main else nullcontext():
         run(args, world)
-    world.leave()
+    world.close()
     return 0
 
 
@@ -318,7 +318,7 @@ def run(args, world):
         wanted, jobs = begin(args, cfg, record, world.rank)
     except (ValueError, OSError) as error:
         problem = error
-    give_up_together(problem, world)
+    raise_together(problem, world)
     for job in jobs:
         job.rows = job.predictions.read()
     world.barrier()                                            # nobody writes while others read
@@ -327,7 +327,7 @@ def run(args, world):
     left = sum(len(job.open(questions)) for job in jobs if job.chosen)
     times = {}
     if left:
-        if world.first:
+        if world.is_main:
             print(f"{'TVBench' if args.tvbench else 'MVBench'}: {len(questions)} questions, "
                   f"{args.frames or cfg.eval_frames} frames, {sum(job.chosen for job in jobs)} way(s) of asking; "
                   f"{left} answers to come", flush=True)
@@ -337,24 +337,24 @@ def run(args, world):
     if left and world.size > 1:
         times["waiting for other processes"] = time.perf_counter() - begun
         times["in all"] += times["waiting for other processes"]
-    if world.first:
+    if world.is_main:
         finish(args, wanted, questions, jobs, times, left)
 
 
 def ask_all(args, questions, jobs, world):
     """Asks what is open, this process's part of it -> {part: seconds}."""
     begun = time.perf_counter()
-    model, wordpiece, tok, autocast = open_model(args)
+    model, wordpiece, tok, autocast = load_from_args(args)
     if dtype_of(args) == "fp32" and not args.llm_int8:         # in fewer bits, the update would be rounded away
         merge_lora(model.llama_model)
     model.cfg = replace(model.cfg, eval_frames=args.frames or model.cfg.eval_frames,
                         eval_norm=args.norm or model.cfg.eval_norm)
-    protocol = Protocol("" if args.no_system else SYSTEM, "" if args.no_answer_prompt else ANSWER_PREFIX,
+    protocol = Protocol("" if args.no_system else SYSTEM, "" if args.no_answer_prompt else ANSWER_PROMPT,
                         args.question_in_qformer, args.decode)
-    answerer, loaded = Answerer(model, wordpiece, tok, protocol), time.perf_counter() - begun
+    answerer, loaded = Engine(model, wordpiece, tok, protocol), time.perf_counter() - begun
     with autocast:
         for job, rows in evaluate(answerer, questions, jobs, args.batch, args.workers, world.rank, world.size,
-                                  world.first):
+                                  world.is_main):
             if args.strict_data and any("unread" in row for row in rows):
                 raise ValueError(next(row["unread"] for row in rows if "unread" in row) + " (--strict-data)")
             job.predictions.write(rows)

@@ -37,8 +37,8 @@ SYSTEM = (
     "Carefully watch the video and pay attention to the cause and sequence of events, the detail and movement of "
     "objects, and the action and pose of persons. Based on your observations, select the best option that accurately "
     "addresses the question.\n")
-ONLY_BEST = "Only give the best option."
-ANSWER_PREFIX = "Best option:("  # what the answer begins with, so that the option's letter comes next
+QUESTION_PROMPT = "Only give the best option."
+ANSWER_PROMPT = "Best option:("  # what the answer begins with, so that the option's letter comes next
 
 
 @dataclass
@@ -88,7 +88,7 @@ def caption_prompt(tok, caption, n_video, instruction, medium="video", max_text=
 
 # ---- stage 3: conversations ------------------------------------------------------------------------------------------
 
-def conversation_prompt(tok, qas, n_video, message="", medium="video", style="vicuna", max_text=512,
+def conversation_prompt(tok, qas, n_video, message="", medium="video", prompt_style="vicuna", max_text=512,
                         train_separators=False):
     """Instruction, video, and questions with answers; what is learnt: each answer and the mark that ends it.
 
@@ -99,10 +99,10 @@ def conversation_prompt(tok, qas, n_video, message="", medium="video", style="vi
     "text" there is no slot. At most max_text ids remain beside the video's; ValueError if that would cut the slot.
     Source: it_dataset.py, videochat2_it_vicuna.py and videochat2_it_mistral.py.
     """
-    if style not in ("vicuna", "mistral"):
-        raise ValueError(f"style {style!r}: expected vicuna or mistral")
-    human, closing = ("###Human:", "") if style == "vicuna" else ("[INST]", " [/INST]")
-    turns = vicuna_turns(qas, train_separators) if style == "vicuna" else mistral_turns(qas)
+    if prompt_style not in ("vicuna", "mistral"):
+        raise ValueError(f"prompt_style {prompt_style!r}: expected vicuna or mistral")
+    human, closing = ("###Human:", "") if prompt_style == "vicuna" else ("[INST]", " [/INST]")
+    turns = vicuna_turns(qas, train_separators) if prompt_style == "vicuna" else mistral_turns(qas)
     instruction, message, tag = (qas[0].get("i") or "").rstrip(" "), message.strip(), medium.capitalize()
     if medium == "text":
         before, lead, n_video = "", f"{instruction} {message}".strip(), 0
@@ -148,48 +148,48 @@ def cut(prompt, length):
 # ---- asking: MVBench and chat ----------------------------------------------------------------------------------------
 
 def mvbench_question(question, candidates):
-    """`Question: {question}\\nOptions:\\n(A) ..\\n(B) ..\\n`; ONLY_BEST comes next. Source: mvbench.ipynb."""
+    """`Question: {question}\\nOptions:\\n(A) ..\\n(B) ..\\n`; QUESTION_PROMPT comes next. Source: mvbench.ipynb."""
     options = "\n".join(f"({chr(ord('A') + i)}) {candidate}" for i, candidate in enumerate(candidates))
     return f"Question: {question}\nOptions:\n{options}".rstrip() + "\n"
 
 
-def mvbench_prompt(tok, question, candidates, n_video, system=SYSTEM, answer_prefix=ANSWER_PREFIX, style="vicuna"):
+def mvbench_prompt(tok, question, candidates, n_video, system=SYSTEM, answer_prompt=ANSWER_PROMPT, prompt_style="vicuna"):
     """The benchmark's prompt, up to the bracket that the answer's letter follows. `system` stands in it twice.
 
     An empty system or answer_prefix is the paper's table 8 or 9 without it.
     """
-    asked = system + mvbench_question(question, candidates) + ONLY_BEST
-    return chat_prompt(tok, [], asked, n_video, instruction=system, style=style, answer_prefix=answer_prefix)
+    asked = system + mvbench_question(question, candidates) + QUESTION_PROMPT
+    return chat_prompt(tok, [], asked, n_video, instruction=system, prompt_style=prompt_style, answer_prompt=answer_prompt)
 
 
-def chat_prompt(tok, history, question, n_video, instruction="", medium="video", style="vicuna", answer_prefix=""):
+def chat_prompt(tok, history, question, n_video, instruction="", medium="video", prompt_style="vicuna", answer_prompt=""):
     """A question about a video after `history`, a list of (question, answer); the answer is to follow.
 
     Turns end in a newline and ###, unlike in training: so did the official chat and benchmark (mvbench.ipynb).
     """
     tag = medium.capitalize()
-    if style == "vicuna":
+    if prompt_style == "vicuna":
         before, after = f"{instruction}###Human: <{tag}>", f"</{tag}>\n"
         for q, a in history:
             after += f"###Human: {q}\n###Assistant: {a}\n"
-        after += f"###Human: {question}\n###Assistant: {answer_prefix}".rstrip(" ")
+        after += f"###Human: {question}\n###Assistant: {answer_prompt}".rstrip(" ")
     else:
         before, after = f"{instruction}[INST] <{tag}>", f"</{tag}> [/INST] "
         for q, a in history:
             after += f"[INST] {q} [/INST] {a}</s>"
-        after += f"[INST] {question} [/INST] {answer_prefix}".rstrip(" ")
+        after += f"[INST] {question} [/INST] {answer_prompt}".rstrip(" ")
     ids = tok.encode(after)
     return with_video(tok, before, n_video, Prompt(ids, [IGNORE] * len(ids)))
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
 
-def is_complete(tok, ids):
+def is_finished(tok, ids):
     """Whether new ids end an answer: by </s> or ###."""
     return ids[-1] == tok.eos_id or "###" in tok.decode(ids[-4:])
 
 
-def answer_text(tok, ids):
+def decode_answer(tok, ids):
     """New ids -> the answer without what ended it."""
     return tok.decode([i for i in ids if i != tok.eos_id]).split("###")[0].strip()
 
@@ -213,16 +213,16 @@ def pad_batch(prompts, pad_id, side="right", multiple=8):
     return ids, labels, mask
 
 
-def end_to_end(t, lengths):
+def pack_rows(t, lengths):
     """Rows t (B, S, ...) of these lengths, without the padding on their right, one after another: (1, N, ...)."""
     return torch.cat([row[:n] for row, n in zip(t, lengths, strict=True)])[None]
 
 
-def with_targets(batch):
+def add_packing(batch):
     """A batch of texts with what the loss must know of them; a GPU, asked for it, would have to be waited for.
 
     Adds lengths, a list of B, and targets (n,): the places, in the texts end to end, whose next word is learnt.
     """
     lengths = batch["mask"].sum(1).tolist()
-    targets = (end_to_end(batch["labels"], lengths)[0, 1:] != IGNORE).nonzero()[:, 0]
+    targets = (pack_rows(batch["labels"], lengths)[0, 1:] != IGNORE).nonzero()[:, 0]
     return batch | {"lengths": lengths, "targets": targets}

@@ -18,7 +18,7 @@ second layer and have a feed-forward network of their own. Text rows are word pi
     VTM matching   queries and text in one pass:   do they belong together?
     VTG generation text after the queries, causal: which word comes next?
 
-Not here: tokenisation (tokenizer.py), the LayerNorm ahead of the queries' input (model.py), processes (parallel.py).
+Not here: tokenisation (tokenizer.py), the LayerNorm ahead of the queries' input (model.py), processes (infra/distributed.py).
 
 Source: BLIP-2 (arXiv 2301.12597, section 3.1); video_chat2/models/blip2/Qformer.py and videochat2_qformer.py.
 Run:    python -m pytest tests/test_qformer.py
@@ -207,13 +207,13 @@ class QFormer(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
-    def forward(self, query=None, ids=None, mask=None, vision=None, return_keys=False, texts=None):
+    def forward(self, query=None, ids=None, mask=None, vision=None, return_kv=False, texts=None):
         """
         query (B, Q, E), ids (B, S) with mask (B, S) 1 = token, vision (B, N, C) -> hidden (B, Q + S, E), query rows
         first; every row sees every other. Either of query and ids may be None; queries need vision. Where all videos
         get the same, query and ids may have a single row: it is computed once, until it has seen the videos.
         texts: so many text rows alone, (B, Q + texts, E): the last layer need not compute the others.
-        return_keys adds every layer's keys and values: past, of self-attention, for caption_logits; and seen, of the
+        return_kv adds every layer's keys and values: past, of self-attention, for caption_logits; and seen, of the
         video (None where a layer does not look), for another pass over the same videos, as its vision.
         """
         if query is not None and vision is None:
@@ -223,7 +223,7 @@ class QFormer(nn.Module):
         if mask is not None:
             visible = F.pad(mask.bool(), (n_query, 0), value=True)[:, None, None, :]    # (B, 1, 1, Q + S)
         hidden, past, seen = self._layers(self._embed(query, ids), n_query, vision, visible, texts=texts)
-        return (hidden, past, seen) if return_keys else hidden                          # (B, Q + S, E)
+        return (hidden, past, seen) if return_kv else hidden                          # (B, Q + S, E)
 
     def caption_logits(self, ids, mask, past):
         """
@@ -315,12 +315,12 @@ def thrice(vision, pool, videos):
 class Alone:
     """Who else has a part of the batch: nobody. Among several processes a parallel.World takes its place."""
     @staticmethod
-    def gather(x):
+    def all_gather(x):
         """Rows of this process -> rows of the joint batch, with gradients."""
         return x
 
     @staticmethod
-    def own(x):
+    def local_rows(x):
         """Rows of the joint batch -> those of this process."""
         return x
 
@@ -330,7 +330,7 @@ class Alone:
         return n
 
 
-class Aligner(nn.Module):
+class Stage1Heads(nn.Module):
     """
     The heads of stage 1, dropped afterwards. Its methods borrow the Q-Former that they train, and take query_tokens
     (1, Q, E), vision (B, N, C), ids and mask (B, S).
@@ -395,24 +395,24 @@ class Aligner(nn.Module):
         or, with global_negatives, from all. Raises ValueError if the batch holds one clip only.
         """
         query = query_tokens.expand(len(ids), -1, -1)                               # (B, Q, E)
-        video, past, seen = qformer(query, vision=vision, return_keys=True)         # (B, Q, E)
+        video, past, seen = qformer(query, vision=vision, return_kv=True)         # (B, Q, E)
         dec_ids = torch.cat((torch.full_like(ids[:, :1], dec_id), ids[:, 1:]), dim=1)   # (B, S)
         logits = qformer.caption_logits(dec_ids, mask, past)                            # (B, S, V)
         vtg = vtg_loss(logits, dec_ids, mask, self.cfg.label_smoothing)
         if captions_only:
             return {"vtg": vtg}
         text = qformer(ids=ids, mask=mask, texts=1)                                 # (B, 1, E)
-        video_feats = everyone.gather(self.video_features(video).mean(1, keepdim=True))     # (all B, 1, e)
-        text_feats, all_idx = everyone.gather(self.text_features(text)), everyone.gather(idx)   # (all B, e), (all B,)
+        video_feats = everyone.all_gather(self.video_features(video).mean(1, keepdim=True))     # (all B, 1, e)
+        text_feats, all_idx = everyone.all_gather(self.text_features(text)), everyone.all_gather(idx)   # (all B, e), (all B,)
         sim = similarity(video_feats, text_feats) / self.temperature()              # (all B, all B)
         pool = None
         if global_negatives:
-            longer = everyone.most(ids.shape[1]) - ids.shape[1]
+            longer = everyone.all_reduce_max(ids.shape[1]) - ids.shape[1]
             ids, mask = F.pad(ids, (0, longer)), F.pad(mask, (0, longer))           # [PAD] is 0
-            pool = tuple(everyone.gather(t) for t in (vision, ids, mask))
-            negatives = tuple(everyone.own(t) for t in hard_negatives(sim, all_idx, generator))
+            pool = tuple(everyone.all_gather(t) for t in (vision, ids, mask))
+            negatives = tuple(everyone.local_rows(t) for t in hard_negatives(sim, all_idx, generator))
         elif negatives is None:
-            negatives = hard_negatives(everyone.own(everyone.own(sim).T).T, idx, generator)
+            negatives = hard_negatives(everyone.local_rows(everyone.local_rows(sim).T).T, idx, generator)
         return {
             "vtc": vtc_loss(sim, all_idx),
             # the video's keys and values are the dearest part, and the same in each pass

@@ -76,8 +76,8 @@ class WordPiece:
         ids, start = [], 0
         while start < len(word):
             mark = "##" if start else ""
-            fits = (end for end in range(len(word), start, -1) if mark + word[start:end] in self.id_of)
-            end = next(fits, None)
+            check_state_dict = (end for end in range(len(word), start, -1) if mark + word[start:end] in self.id_of)
+            end = next(check_state_dict, None)
             if end is None:
                 return [self.unk_id]
             ids.append(self.id_of[mark + word[start:end]])

@@ -24,8 +24,15 @@ import torch
 from tqdm import tqdm
 
 import data
-from infra.distributed import average_whole, blocks_of, collects, give_up_together, join, spread
-from infra.files import hold
+from infra.distributed import (
+    blocks_of,
+    init_distributed,
+    raise_together,
+    set_gradient_sync,
+    sync_unsharded_grads,
+    wrap_model,
+)
+from infra.files import lock_folder
 from training import resume
 from training.optim import grad_norm, learning_rate, make_optimizers, optimizer_step
 from training.recipes import parse
@@ -39,11 +46,11 @@ def fit(job, cfg, world):
     """Trains a job to the end; an interrupted one goes on where its last whole checkpoint stands."""
     sampler = data.Sampler(job.dataset, cfg.batch, cfg.seed, world.rank, world.size, cfg.accumulate)
     cfg.steps = cfg.steps or cfg.epochs * len(sampler)
-    last = None if cfg.restart else world.tell(resume.newest(job.unfinished) if world.first else None)
+    last = None if cfg.restart else world.broadcast(resume.newest(job.unfinished) if world.is_main else None)
     first = resume.load_model(job, cfg, last) if last else 0
     if cfg.compile:
         compile_blocks(job.model)
-    forward = spread(job.model.train(), job.loss, world, cfg.shard, job.idle)
+    forward = wrap_model(job.model.train(), job.loss, world, cfg.shard, job.idle)
     optimizers = make_optimizers(job.model, cfg)
     torch.manual_seed(cfg.seed + world.rank)
     # without fp16 it does nothing
@@ -58,7 +65,7 @@ def fit(job, cfg, world):
         for step in range(first, cfg.steps):
             with log.waiting():
                 parts = [next(batches) for _ in range(cfg.accumulate)]
-            words, stopped = world.total([sum(map(words_in, parts)), float(stop.number > 0)])
+            words, stopped = world.all_reduce_sum([sum(map(words_in, parts)), float(stop.number > 0)])
             losses = backward(job, forward, parts, words, step / cfg.steps, scaler, cfg, world)
             norm = grad_norm(job.model, optimizers, scaler, cfg.clip)
             optimizer_step(optimizers, learning_rate(step, cfg), scaler, norm)
@@ -88,13 +95,13 @@ def backward(job, forward, parts, words, done, scaler, cfg, world):
     """
     kind, losses = torch.device(world.device).type, {}
     for i, batch in enumerate(parts):
-        collects(forward, job.model, last=i + 1 == len(parts))
+        set_gradient_sync(forward, job.model, last=i + 1 == len(parts))
         with torch.autocast(kind, DTYPES[cfg.dtype], enabled=cfg.dtype != "fp32"):
             found = forward(to_device(batch, world.device), done)
         shares = {name: share(name, batch, words, cfg, world) * loss for name, loss in found.items()}
         scaler.scale(sum(shares.values())).backward()
         losses = {name: losses.get(name, 0) + loss.detach() for name, loss in shares.items()}
-    average_whole(job.model, world)
+    sync_unsharded_grads(job.model, world)
     return losses
 
 
@@ -169,12 +176,12 @@ class Log:
         self.waited, self.last = 0.0, (self.begun, 0.0)                    # seconds spent on data; at the last line
         self.window, self.before, self.bad, self.overflows = [], None, 0, 0
         self.bar = tqdm(total=cfg.steps, initial=first, leave=False,
-                        disable=not (world.first and sys.stderr.isatty()))
+                        disable=not (world.is_main and sys.stderr.isatty()))
         self.path = Path(cfg.out) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def say(self, line):
-        if self.world.first:
+        if self.world.is_main:
             self.bar.write(line, file=sys.stdout)
             sys.stdout.flush()
 
@@ -230,7 +237,7 @@ class Log:
         time, from 2 ** 16, so more than a few in a row are not of its making. All processes find the same."""
         if self.cfg.dtype != "fp16":
             return False
-        (strange,) = self.world.total([sum(not math.isfinite(loss.item()) for loss in losses.values())])
+        (strange,) = self.world.all_reduce_sum([sum(not math.isfinite(loss.item()) for loss in losses.values())])
         self.overflows += strange == 0
         return strange == 0 and self.overflows <= 24
 
@@ -242,7 +249,7 @@ class Log:
         told = (f"step {step + 1} left out: gradient {norm.item()}, loss "
                 + ", ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
                 + f"; the first that is not finite: {where}; its files: {', '.join(files) or 'none'}")
-        for line in self.world.everyones(told):
+        for line in self.world.all_gather_object(told):
             self.say(line)
         if self.bad >= self.cfg.max_bad_steps:
             raise ValueError(f"{self.bad} steps in a row without a finite gradient (--max-bad-steps); the last "
@@ -255,13 +262,13 @@ class Log:
         names = list(dict.fromkeys(name for losses in self.window for name in losses))
         means = [sum(losses.get(name, torch.zeros(())).item() for losses in self.window)
                  / max(1, sum(name in losses for losses in self.window)) for name in names]
-        means = dict(zip(names, (total / self.world.size for total in self.world.total(means)), strict=True))
+        means = dict(zip(names, (total / self.world.size for total in self.world.all_reduce_sum(means)), strict=True))
         self.window = []
         row = {"stage": self.job.name, "step": step + 1, "loss": sum(means.values()) if means else None, **means,
                "lr": learning_rate(step, self.cfg), "grad": norm.item() if norm.isfinite() else None,
                "ms": round(1000 * seconds, 1),
                "clips_per_s": round(self.cfg.batch / seconds, 1), "waiting": round(waited, 3)}
-        if not self.world.first:
+        if not self.world.is_main:
             return
         try:
             with open(self.path, "a") as f:
@@ -317,30 +324,30 @@ def first_not_finite(job, parts, done, world):
 
 def main(argv=None):
     cfg, given = parse(argv)
-    world = join(cfg.device)
+    world = init_distributed(cfg.device)
     for make, name, settings in jobs(cfg, given):
         torch.manual_seed(cfg.seed)                                        # of the initial weights
-        job = world.first_then_others(lambda make=make, name=name, settings=settings: make(settings, name, world))
+        job = world.main_process_first(lambda make=make, name=name, settings=settings: make(settings, name, world))
         # subtle: one that was begun again, and stopped, goes on although the old one lies there
         if finished(job.folder) and job.folder.is_dir() and not (cfg.restart or resume.steps_of(job.unfinished)):
-            if world.first:
+            if world.is_main:
                 print(f"{job.name}: already trained, in {job.folder} (--restart trains it again)")
             continue
         train(job, settings, world)
-    world.leave()
+    world.close()
 
 
 def train(job, cfg, world):
     """fit, with the run's folder held against other runs."""
     problem = None
     with ExitStack() as held:
-        if world.first:
+        if world.is_main:
             try:
-                held.enter_context(hold(job.unfinished))
+                held.enter_context(lock_folder(job.unfinished))
                 resume.clean(job, cfg)
             except OSError as error:
                 problem = error
-        give_up_together(problem, world)
+        raise_together(problem, world)
         fit(job, cfg, world)
 
 

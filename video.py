@@ -2,7 +2,7 @@
 
     path -> read_media(path, choose) -> frames (T, 3, H, W) uint8 and their seconds -> Transform -> (T, 3, size, size)
 
-Which frames: train_indices for training, mvbench_indices for the benchmark; each is the official rule, and what is odd
+Which frames: train_frame_indices for training, eval_frame_indices for the benchmark; each is the official rule, and what is odd
 in it stays behind an option. A file that cannot be read is a MediaError that names it, never an empty frame.
 Not here: annotations, samples and batches (data.py); what becomes of the frames (vit_video.py). It imports nothing of
 ours. Source: the official dataset/video_utils.py and, for the benchmark, mvbench.ipynb.
@@ -32,14 +32,14 @@ NORMS = {       # name: (mean, std) of red, green, blue in 0..1
 
 # ---- which frames ----------------------------------------------------------------------------------------------------
 
-def train_indices(num_frames, n_total, how="rand", rng=None, official=False):
+def train_frame_indices(num_frames, n_total, how="rand", rng=None, official=False):
     """num_frames of n_total frames, one from each of equal intervals: "rand" any of it, "middle" the middle one.
 
     A shorter video gives all its frames and repeats the last. Source: video_utils.py, get_frame_indices.
     "mvbench" takes the frames that the benchmark will take.
     """
     if how == "mvbench":
-        return mvbench_indices(num_frames, n_total - 1, fps=1)
+        return eval_frame_indices(num_frames, n_total - 1, fps=1)
     edges = np.linspace(0, n_total, min(num_frames, n_total) + 1).astype(int).tolist()
     spans = [range(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
     if how == "middle":
@@ -57,7 +57,7 @@ def train_indices(num_frames, n_total, how="rand", rng=None, official=False):
     return indices + [indices[-1]] * (num_frames - len(indices))
 
 
-def mvbench_indices(num_frames, max_frame, fps, bound=None, first_idx=0):
+def eval_frame_indices(num_frames, max_frame, fps, bound=None, first_idx=0):
     """The benchmark's frames: the middles of equal parts of (start, end) in seconds, or of the whole video.
 
     May lie beyond the video, where the bound does. Source: mvbench.ipynb, MVBench_dataset.get_index.
@@ -69,12 +69,12 @@ def mvbench_indices(num_frames, max_frame, fps, bound=None, first_idx=0):
 
 
 def train_frames(num_frames, how="rand", rng=None, start=None, end=None):
-    """A `choose` for read_media: train_indices within start and end, in seconds."""
+    """A `choose` for read_media: train_frame_indices within start and end, in seconds."""
     def choose(first, last, fps):
         if start is None:
-            return [first + i for i in train_indices(num_frames, last - first + 1, how, rng)]
+            return [first + i for i in train_frame_indices(num_frames, last - first + 1, how, rng)]
         n_total = max(int((end - start) * fps), 1)
-        return [first + int(start * fps) + i for i in train_indices(num_frames, n_total, how, rng)]
+        return [first + int(start * fps) + i for i in train_frame_indices(num_frames, n_total, how, rng)]
     return choose
 
 
@@ -138,9 +138,9 @@ def within(limit, read, path, *args):
     return found
 
 
-def read_benchmark_clip(path, num_frames, bound=None):
+def read_eval_frames(path, num_frames, bound=None):
     """(T, 3, H, W) uint8: the frames of a medium that MVBench's protocol takes, within bound = (start, end) seconds."""
-    frames, _ = read_media(path, lambda first, last, fps: mvbench_indices(num_frames, last, fps, bound, first))
+    frames, _ = read_media(path, lambda first, last, fps: eval_frame_indices(num_frames, last, fps, bound, first))
     return frames
 
 
@@ -268,10 +268,10 @@ class Transform:
         return (height - h) // 2, (width - w) // 2, h, w
 
 
-def benchmark_video(path, cfg, bound=None):
+def load_eval_clip(path, cfg, bound=None):
     """A medium as a model (cfg: its model.Config) sees it in MVBench and chat: (T, 3, size, size)."""
     transform = Transform(cfg.vit.img_size, crop=cfg.crop, norm=cfg.eval_norm)
-    return transform(read_benchmark_clip(path, cfg.eval_frames, bound))
+    return transform(read_eval_frames(path, cfg.eval_frames, bound))
 
 
 def resize(x, height, width):

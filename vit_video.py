@@ -6,7 +6,7 @@ An image is a video of one frame.
 
     frames -> patches -> + position -> [ x + attention(norm(x)); x + mlp(norm(x)) ] x depth -> the raw residual stream
 
-Not here: the LayerNorm behind it and stage 1's temporal embedding (model.py), pixels' normalisation (media.py),
+Not here: the LayerNorm behind it and stage 1's temporal embedding (model.py), pixels' normalisation (video.py),
 drop path and a classification head (VideoChat2 uses neither).
 
 Source: UMT (arXiv 2303.16058); video_chat2/models/blip2/vit.py. Attribute names are those of l16_25m.pth.

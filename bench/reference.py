@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import pad_words
+from data import pad_ids
 from llama import KVCache
-from prompt import SYSTEM, answer_text, is_complete, mvbench_prompt
-from video import FOLDER_FPS, NORMS, mvbench_indices
+from prompt import SYSTEM, decode_answer, is_finished, mvbench_prompt
+from video import FOLDER_FPS, NORMS, eval_frame_indices
 from weights.checkpoint import find_llm, read_config
 
 
@@ -30,12 +30,12 @@ def read_clip(path, bound, cfg):
     if os.path.isdir(path):
         count = len(os.listdir(path))
         frames = (Image.open(Path(path) / f"{i:05d}.jpg").convert("RGB")
-                  for i in mvbench_indices(cfg.eval_frames, count, FOLDER_FPS, bound, 1))
+                  for i in eval_frame_indices(cfg.eval_frames, count, FOLDER_FPS, bound, 1))
     else:
         reader = decord.VideoReader(str(path), num_threads=1)
         last = len(reader) - 1
         frames = (Image.fromarray(reader[min(i, last)].asnumpy())
-                  for i in mvbench_indices(cfg.eval_frames, last, reader.get_avg_fps(), bound))
+                  for i in eval_frame_indices(cfg.eval_frames, last, reader.get_avg_fps(), bound))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in NORMS[cfg.eval_norm])
     shown = [(torch.from_numpy(np.array(sized(frame, cfg))).permute(2, 0, 1).float() / 255 - mean) / std
              for frame in frames]
@@ -59,7 +59,7 @@ def own_llm(model, tok):
 
     def generate(embeds):
         cache, new = KVCache(llm.cfg.depth), []
-        while len(new) < 100 and not (new and is_complete(tok, new)):
+        while len(new) < 100 and not (new and is_finished(tok, new)):
             new.append(llm.lm_head(llm(embeds, cache=cache)[:, -1]).argmax(-1).item())
             embeds = llm.embed(torch.tensor([new[-1:]], device=embeds.device))
         return new
@@ -73,7 +73,7 @@ def transformers_llm(model, tok, ckpt):
 
     class Complete(StoppingCriteria):
         def __call__(self, ids, scores, **more):
-            return is_complete(tok, ids[0].tolist())
+            return is_finished(tok, ids[0].tolist())
 
     cfg, record = read_config(ckpt)
     llm = LlamaForCausalLM.from_pretrained(find_llm(ckpt, record["llm"]["path"]), dtype=torch.float32)
@@ -101,14 +101,14 @@ def answers(model, wordpiece, tok, questions, generate):
         marks = [time.perf_counter()]
         video = read_clip(q["media"], q["bound"], cfg).to(model.device)                        # (1, T, 3, H, W)
         marks.append(time.perf_counter())
-        vision = model.encode(video)                                                           # (1, N, C)
+        vision = model.encode_video(video)                                                           # (1, N, C)
         marks.append(time.perf_counter())
         words = wordpiece.encode(SYSTEM, min(cfg.max_text, cfg.qformer.max_positions), sep=True, truncate="left")
-        tokens = model.queries(vision, *(t.to(model.device) for t in pad_words([words], wordpiece)))   # (1, Q, D)
+        tokens = model.video_tokens(vision, *(t.to(model.device) for t in pad_ids([words], wordpiece)))   # (1, Q, D)
         marks.append(time.perf_counter())
-        prompt = mvbench_prompt(tok, q["question"], q["candidates"], n_video, style=cfg.style)
-        new = generate(model.splice(torch.tensor([prompt.ids], device=model.device), tokens))
-        found.append("(" + answer_text(tok, new).split("\n")[0].rstrip())
+        prompt = mvbench_prompt(tok, q["question"], q["candidates"], n_video, prompt_style=cfg.prompt_style)
+        new = generate(model.insert_video_tokens(torch.tensor([prompt.ids], device=model.device), tokens))
+        found.append("(" + decode_answer(tok, new).split("\n")[0].rstrip())
         marks.append(time.perf_counter())
         for part, begun, ended in zip(("data", "ViT", "Q-Former", "LLM"), marks[:-1], marks[1:], strict=True):
             seconds[part] += ended - begun

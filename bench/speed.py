@@ -38,22 +38,22 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from bench import reference, train_step
-from data import Sampler, VideoTextData
+from data import Sampler, VideoTextDataset
 from evaluation.engine import letter_ids
 from evaluation.tasks import TASKS, load_questions
-from infra.files import read_json, whole_folder
+from infra.files import atomic_folder, read_json
 from llama import Llama, LlamaConfig
 from model import PRESETS, Config, VideoChat2, set_trainable
-from prompt import ANSWER_PREFIX, ONLY_BEST, SYSTEM, VIDEO
+from prompt import ANSWER_PROMPT, QUESTION_PROMPT, SYSTEM, VIDEO
 from qformer import QFormerConfig
 from tokenizer import SentencePiece, train_sentencepiece
-from training.annotations import Annotations, Source, load_corpus
+from training.annotations import AnnotationFile, Source, load_corpus
 from training.optim import make_optimizers
 from training.recipes import TrainConfig
 from vit_video import VisionTransformer, ViTConfig
-from weights.checkpoint import is_frozen_llm, load_model, write_checkpoint
-from weights.hf_llama import DTYPES, survey, write_llm
-from weights.int8 import use_int8
+from weights.checkpoint import is_frozen_llm, load_checkpoint, save_checkpoint
+from weights.hf_llama import DTYPES, inspect_llm, write_llm
+from weights.int8 import quantize_int8
 
 GIB = 2 ** 30
 
@@ -72,7 +72,7 @@ def mvbench(args):
         if not ckpt:
             ckpt, data, limit = scaled_down(Path(folder), limit or 3)
         questions = load_questions(data, limit=limit)
-        loaded = load_model(ckpt, device="cuda" if torch.cuda.is_available() else "cpu")
+        loaded = load_checkpoint(ckpt, device="cuda" if torch.cuda.is_available() else "cpu")
         print(f"{loaded[0].cfg.preset}: {len(questions)} questions, {loaded[0].cfg.eval_frames} frames", flush=True)
         plain = {"plain loop": reference.own_llm(loaded[0], loaded[2])}
         try:
@@ -124,8 +124,8 @@ def scaled_down(folder, limit):
 
     The weights are bent until an answer is a letter and "Took the box.": as long as those of trained ones are.
     """
-    texts = [f"{SYSTEM} ###Human: <Video></Video> Question: {q} Options: (A) {' '.join(OPTIONS)} {ONLY_BEST} "
-             f"###Assistant: {ANSWER_PREFIX}" for q in QUESTIONS]
+    texts = [f"{SYSTEM} ###Human: <Video></Video> Question: {q} Options: (A) {' '.join(OPTIONS)} {QUESTION_PROMPT} "
+             f"###Assistant: {ANSWER_PROMPT}" for q in QUESTIONS]
     train_sentencepiece(texts * 50, folder / "tokenizer.model", 400)
     tok = SentencePiece(folder / "tokenizer.model")
     cfg = replace(SCALED, llama=replace(SCALED.llama, vocab_size=tok.vocab_size))
@@ -133,12 +133,12 @@ def scaled_down(folder, limit):
     llm = Llama(cfg.llama)
     with torch.no_grad():
         bend(llm, tok)
-    with whole_folder(folder / "llm") as made:
+    with atomic_folder(folder / "llm") as made:
         write_llm(llm, folder / "tokenizer.model", made)
-    model = VideoChat2(cfg, 3, llm_later=True)
-    with whole_folder(folder / "stage3") as made:
-        write_checkpoint(model.state_dict(), 3, cfg, made, Path(__file__).parent.parent / "assets" / "bert_vocab.txt",
-                         {"path": "../llm", "fingerprint": survey(folder / "llm")[1]})
+    model = VideoChat2(cfg, 3, defer_llm=True)
+    with atomic_folder(folder / "stage3") as made:
+        save_checkpoint(model.state_dict(), 3, cfg, made, Path(__file__).parent.parent / "assets" / "bert_vocab.txt",
+                         {"path": "../llm", "fingerprint": inspect_llm(folder / "llm")[1]})
     write_benchmark(folder / "MVBench", limit)
     return folder / "stage3", folder / "MVBench", 0
 
@@ -149,7 +149,7 @@ def bend(llm, tok):
     words *= 50                                                            # the stream is then mostly the last word
     letters, text = letter_ids(tok), tok.encode("(A) Took the box.")
     text = text[text.index(letters[0]) + 1:]
-    for before, after in pairwise([tok.encode(ANSWER_PREFIX)[-1:], letters, *([i] for i in text), [tok.eos_id]]):
+    for before, after in pairwise([tok.encode(ANSWER_PROMPT)[-1:], letters, *([i] for i in text), [tok.eos_id]]):
         heads[after] = 0.1 * heads[after] + 0.02 * words[before].sum(0)
 
 
@@ -268,7 +268,7 @@ def counted_step(cfg, step):
     with torch.device("meta"):
         model = VideoChat2(cfg, step.stage)
         if step.int8 and step.stage > 1:
-            use_int8(model.llama_model)
+            quantize_int8(model.llama_model)
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         for patch in as_on_a_gpu(step.dtype):
@@ -322,15 +322,15 @@ def empty_batch(cfg, step):
     batch |= {"lengths": [ids.shape[1]] * step.batch, "targets": torch.arange(step.batch * step.targets)}
     if step.stage == 3:
         instruction = torch.zeros(step.batch, 64, dtype=torch.long)
-        batch |= {"qf_ids": instruction, "qf_mask": torch.ones_like(instruction)}
+        batch |= {"instruction_ids": instruction, "instruction_mask": torch.ones_like(instruction)}
     return batch
 
 
 def loss_of(model, step, batch):
     if step.stage > 1:
-        return model.loss(batch)
+        return model.lm_loss(batch)
     others = torch.arange(step.batch).roll(1)
-    vision = model.encode_timed(batch["video"])
+    vision = model.encode_video_stage1(batch["video"])
     texts = batch["ids"], batch["mask"], batch["idx"]
     return sum(model.aligner.losses(model.qformer, model.query_tokens, vision, *texts, dec_id=0,
                                     negatives=(others, others)).values())
@@ -397,7 +397,7 @@ def in_a_process(measure, *args):
 def open_annotations(path):
     """-> (seconds, MiB that the process grew by at its largest)."""
     before, begun = memory_of(), time.time()
-    entries = Annotations(Source(str(path), media="video", media_key="video"))
+    entries = AnnotationFile(Source(str(path), media="video", media_key="video"))
     assert entries[len(entries) - 1]["caption"]
     return time.time() - begun, memory_of() - before
 
@@ -411,14 +411,14 @@ def first_batches(path):
     """Seconds until the sampler has drawn an epoch's order, and MiB that it takes."""
     corpus = [{"anno": str(path), "media": "video"}]
     before, begun = memory_of(), time.time()
-    dataset = VideoTextData(load_corpus(corpus), 4, None)
+    dataset = VideoTextDataset(load_corpus(corpus), 4, None)
     next(iter(Sampler(dataset, 2048)))
     return time.time() - begun, memory_of() - before
 
 
 def read_in_workers(path, workers):
     """-> (MiB that each worker adds, entries per second of all)."""
-    entries = Annotations(Source(str(path), media="video", media_key="video"))
+    entries = AnnotationFile(Source(str(path), media="video", media_key="video"))
     context = torch.multiprocessing.get_context("fork")
     results, begun = context.SimpleQueue(), time.time()
     processes = [context.Process(target=read_some, args=(entries, seed, results)) for seed in range(workers)]

@@ -32,12 +32,12 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from bench import reference
-from infra.distributed import join, spread
+from infra.distributed import init_distributed, wrap_model
 from model import PRESETS, VideoChat2, set_trainable
-from prompt import IGNORE, VIDEO, with_targets
+from prompt import IGNORE, VIDEO, add_packing
 from qformer import hard_negatives, similarity, vtc_loss, vtg_loss
 from train import compile_blocks, to_device
-from video import benchmark_video, mvbench_indices
+from video import eval_frame_indices, load_eval_clip
 
 # --------------------------------------------------------------------------------------------------- the same, twice
 
@@ -69,10 +69,10 @@ def made_batch(cfg, stage, size, frames, text, device, shortest=0.25):
         learnt = (torch.arange(text) % 3 == 0) | (stage == 2)
         labels = words.masked_fill((mask == 0) | ~learnt, IGNORE)
         slot = torch.full((size, n_video), VIDEO)
-        batch |= with_targets({"ids": torch.cat((slot, words), 1), "mask": F.pad(mask, (n_video, 0), value=1),
+        batch |= add_packing({"ids": torch.cat((slot, words), 1), "mask": F.pad(mask, (n_video, 0), value=1),
                                "labels": F.pad(labels, (n_video, 0), value=IGNORE)})
         if stage == 3:
-            batch |= {"qf_ids": words[:, :48] % vocab, "qf_mask": torch.ones_like(words[:, :48])}
+            batch |= {"instruction_ids": words[:, :48] % vocab, "instruction_mask": torch.ones_like(words[:, :48])}
     return to_device(batch, device)
 
 
@@ -92,8 +92,8 @@ def ours(cfg, stage, dtype, device):
 
 def losses_of(model, batch, negatives=None):
     if model.stage > 1:
-        return {"lm": model.loss(batch)}
-    vision = model.encode_timed(batch["video"])
+        return {"lm": model.lm_loss(batch)}
+    vision = model.encode_video_stage1(batch["video"])
     return model.aligner.losses(model.qformer, model.query_tokens, vision, batch["ids"], batch["mask"], batch["idx"], 3,
                                 negatives=negatives)
 
@@ -157,7 +157,7 @@ class Reference(nn.Module):
         vision = self.see(batch)
         if self.stage > 1:
             Q = self.query.shape[1]
-            tokens = self.proj(self.read(vision, batch.get("qf_ids"), batch.get("qf_mask"))[:, :Q])
+            tokens = self.proj(self.read(vision, batch.get("instruction_ids"), batch.get("instruction_mask"))[:, :Q])
             embeds = self.llm.get_input_embeddings()(batch["ids"][:, Q:])
             return {"lm": self.llm(inputs_embeds=torch.cat((tokens.to(embeds.dtype), embeds), 1),
                                    attention_mask=batch["mask"], labels=batch["labels"]).loss}
@@ -341,12 +341,12 @@ class Decoded(Dataset):
 
 def decode_alone(path):
     reader = decord.VideoReader(str(path), num_threads=1)
-    return torch.from_numpy(reader.get_batch(mvbench_indices(16, len(reader) - 1, reader.get_avg_fps())).asnumpy())
+    return torch.from_numpy(reader.get_batch(eval_frame_indices(16, len(reader) - 1, reader.get_avg_fps())).asnumpy())
 
 
 WAYS = {
     "decoding alone (one get_batch, 854 x 480)": decode_alone,
-    "ours, to (16, 3, 224, 224)": lambda path: benchmark_video(path, PRESETS["vicuna-7b"]()),
+    "ours, to (16, 3, 224, 224)": lambda path: load_eval_clip(path, PRESETS["vicuna-7b"]()),
     "the official way, frame by frame with Pillow": lambda path: reference.read_clip(
         path, None, PRESETS["vicuna-7b"]())[0],
 }
@@ -402,12 +402,12 @@ def in_a_crowd(preset, layout, *shape):
     clips, frames, text = map(int, shape)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    world, cfg = join(device), sizes(preset, frames)
+    world, cfg = init_distributed(device), sizes(preset, frames)
     model = ours(cfg, 3, dtype, "cpu" if layout == "shard" else world.device)
-    forward = spread(model, lambda batch, done: {"lm": model.loss(batch)}, world, layout == "shard", idle=False)
+    forward = wrap_model(model, lambda batch, done: {"lm": model.lm_loss(batch)}, world, layout == "shard", idle=False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
     batch = made_batch(cfg, 3, clips, frames, text, "cpu")
-    batch = to_device(with_targets({name: world.own(t) for name, t in batch.items() if name not in
+    batch = to_device(add_packing({name: world.local_rows(t) for name, t in batch.items() if name not in
                                     ("lengths", "targets")}), world.device)
 
     def step():
@@ -419,9 +419,9 @@ def in_a_crowd(preset, layout, *shape):
 
     step()
     seconds = sorted(timed(step, device) for _ in range(5))[2]
-    if world.first:
+    if world.is_main:
         print(seconds)
-    world.leave()
+    world.close()
 
 
 if __name__ == "__main__":                                     # under torchrun, by growth

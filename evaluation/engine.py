@@ -25,16 +25,16 @@ from dataclasses import dataclass
 
 import torch
 
-from data import pad_words
+from data import pad_ids
 from evaluation.tasks import LETTERS
 from llama import KVCache
 from prompt import (
-    ANSWER_PREFIX,
+    ANSWER_PROMPT,
     SYSTEM,
     Prompt,
-    answer_text,
     chat_prompt,
-    is_complete,
+    decode_answer,
+    is_finished,
     mvbench_prompt,
     mvbench_question,
     pad_batch,
@@ -59,7 +59,7 @@ DECODES = {
 class Protocol:
     """How the questions are asked. The defaults are the paper's; what else it has tried is a field away."""
     system: str = SYSTEM                # table 8: without it 49.9
-    answer_prefix: str = ANSWER_PREFIX  # table 9: without it 50.1
+    answer_prompt: str = ANSWER_PROMPT  # table 9: without it 50.1
     question_in_qformer: bool = False   # table 11: with it 50.8
     decode: str = "generate"
     max_new_tokens: int = 100
@@ -90,7 +90,7 @@ class Clock:
 # ------------------------------------------------------------------------------------------------------- the controls
 
 
-def seed_of(media, bound):
+def clip_seed(media, bound):
     """The same for a clip on every machine, in every order and process."""
     return zlib.crc32(f"{media} {bound}".encode())
 
@@ -119,7 +119,7 @@ def letter_ids(tok):
     return [tok.encode(f"({letter}")[-1] for letter in LETTERS]
 
 
-class Answerer:
+class Engine:
     """A model with its tokenizers, asked under one protocol."""
 
     def __init__(self, model, wordpiece, tok, protocol=None):
@@ -158,7 +158,7 @@ class Answerer:
     def look(self, video):
         """video (B, T, 3, H, W) -> what the Q-Former sees of it (B, N, C)."""
         with self.clock("ViT"):
-            return self.model.encode(video.to(self.model.device))
+            return self.model.encode_video(video.to(self.model.device))
 
     @torch.inference_mode()
     def read(self, vision, questions):
@@ -172,20 +172,20 @@ class Answerer:
                 texts = [self.protocol.system + mvbench_question(q["question"], q["candidates"]) for q in questions]
             length = min(self.model.cfg.max_text, self.model.cfg.qformer.max_positions)
             rows = [self.wordpiece.encode(text, length, sep=True, truncate="left") for text in texts]
-            qf_ids, qf_mask = (t.to(vision.device) for t in pad_words(rows, self.wordpiece))   # (B, S)
-            return self.model.queries(vision, qf_ids, qf_mask)
+            instruction_ids, instruction_mask = (t.to(vision.device) for t in pad_ids(rows, self.wordpiece))   # (B, S)
+            return self.model.video_tokens(vision, instruction_ids, instruction_mask)
 
     # ---- prompts
 
     def prompt(self, q):
         return mvbench_prompt(self.tok, q["question"], q["candidates"], self.n_video, self.protocol.system,
-                              self.protocol.answer_prefix, self.model.cfg.style)
+                              self.protocol.answer_prompt, self.model.cfg.prompt_style)
 
     def option_prompts(self, q):
         """A prompt for each option, its text being the answer and its ids the labels; no prompt shows the options."""
         def told(text):
             return chat_prompt(self.tok, [], f"{self.protocol.system}Question: {q['question']}", self.n_video,
-                               self.protocol.system, style=self.model.cfg.style, answer_prefix=text)
+                               self.protocol.system, prompt_style=self.model.cfg.prompt_style, answer_prompt=text)
         asked, prompts = told(""), [told(text) for text in q["candidates"]]
         for prompt in prompts:
             begin = common_length([asked, prompt])
@@ -219,7 +219,7 @@ class Answerer:
     @property
     def opened(self):
         """Whether the prompt ends in the bracket that a letter follows."""
-        return self.protocol.answer_prefix.endswith("(")
+        return self.protocol.answer_prompt.endswith("(")
 
     def prefill(self, prompts, tokens, clips, last=None):
         """-> (hidden states (B, last, D) of the prompts' last ids, which end together; a KVCache of all that was read).
@@ -286,7 +286,7 @@ class Answerer:
 
     def option_ids(self, q):
         """Of each option, the ids of the answer that names it, up to its end, as in training."""
-        end = "</s>" if self.model.cfg.style == "mistral" else " ###"
+        end = "</s>" if self.model.cfg.prompt_style == "mistral" else " ###"
         return [self.tok.encode(f"({letter}) {text}{end}")
                 for letter, text in zip(LETTERS, q["candidates"], strict=False)]
 
@@ -306,11 +306,11 @@ class Answerer:
 
     def complete(self, ids):
         """An answer ends at ### or </s>, and only its first line counts."""
-        return is_complete(self.tok, ids) or "\n" in self.tok.decode(ids[-4:]).lstrip()
+        return is_finished(self.tok, ids) or "\n" in self.tok.decode(ids[-4:]).lstrip()
 
     def first_line(self, ids):
         """New ids -> the prediction: the answer's first line, behind the bracket that the prompt has opened."""
-        return ("(" if self.opened else "") + answer_text(self.tok, ids).split("\n")[0].rstrip()
+        return ("(" if self.opened else "") + decode_answer(self.tok, ids).split("\n")[0].rstrip()
 
 
 def noise_like(tokens, seeds):

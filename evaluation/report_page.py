@@ -17,7 +17,7 @@ from PIL import Image
 
 from evaluation.engine import CONTROLS
 from evaluation.tasks import LETTERS
-from video import MediaError, read_benchmark_clip
+from video import MediaError, read_eval_frames
 
 FRAMES, COLUMNS, WIDTH = 8, 4, 112      # of an example: shown frames, in rows of four, pixels of each at most
 
@@ -278,7 +278,7 @@ def probabilities(row):
 def frames_of(row):
     """Eight of the clip's frames side by side, as JPEG in base64, or "" where the medium is gone."""
     try:
-        frames = read_benchmark_clip(row["media"], FRAMES, row["bound"])               # (T, 3, H, W)
+        frames = read_eval_frames(row["media"], FRAMES, row["bound"])               # (T, 3, H, W)
     except MediaError:
         return ""
     height, width = frames.shape[-2:]

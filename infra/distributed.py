@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 @dataclass
-class World:
+class Distributed:
     """The processes of this run. One process alone needs no torchrun, and exchanges nothing."""
     rank: int = 0
     size: int = 1
@@ -37,14 +37,14 @@ class World:
     control: object = None      # gloo group: what processes tell each other on the CPU waits for no GPU
 
     @property
-    def first(self):
+    def is_main(self):
         return self.rank == 0
 
     def barrier(self):
         if self.size > 1:
             dist.barrier(self.control)
 
-    def total(self, numbers):
+    def all_reduce_sum(self, numbers):
         """Sums of these numbers over all processes; they wait for each other, but for no GPU."""
         if self.size == 1:
             return list(numbers)
@@ -52,7 +52,7 @@ class World:
         dist.all_reduce(t, group=self.control)
         return t.tolist()
 
-    def tell(self, thing):
+    def broadcast(self, thing):
         """What the first process says, to all."""
         if self.size == 1:
             return thing
@@ -60,7 +60,7 @@ class World:
         dist.broadcast_object_list(box, 0, group=self.control)
         return box[0]
 
-    def everyones(self, thing):
+    def all_gather_object(self, thing):
         """What each process says, in a list."""
         if self.size == 1:
             return [thing]
@@ -68,33 +68,33 @@ class World:
         dist.all_gather_object(boxes, thing, group=self.control)
         return boxes
 
-    def first_then_others(self, make):
+    def main_process_first(self, make):
         """make() in the first process, and then, when what it leaves on the disk is there, in the others."""
-        if not self.first:
+        if not self.is_main:
             self.barrier()
         made = make()
-        if self.first:
+        if self.is_main:
             self.barrier()
         return made
 
-    def gather(self, x):
+    def all_gather(self, x):
         """x (b, ...) of each process -> (b * size, ...) of all, with gradients."""
         return GatherRows.apply(x) if self.size > 1 else x
 
-    def own(self, x):
+    def local_rows(self, x):
         """Of rows of the joint batch (b * size, ...), those of this process (b, ...)."""
         return x[self.rank::self.size]
 
-    def most(self, n):
+    def all_reduce_max(self, n):
         """The largest of all processes' numbers."""
-        return max(self.everyones(n))
+        return max(self.all_gather_object(n))
 
-    def leave(self):
+    def close(self):
         if self.size > 1:
             dist.destroy_process_group()
 
 
-def join(device, only_talk=False):
+def init_distributed(device, gloo_only=False):
     """The World that torchrun has made, or one of a single process. Each process takes a GPU of its own.
 
     only_talk: they exchange no tensors that lie on a GPU.
@@ -105,7 +105,7 @@ def join(device, only_talk=False):
     if size == 1:
         if torch.device(device).index is not None and device.startswith("cuda"):
             torch.cuda.set_device(device)
-        return World(device=device)
+        return Distributed(device=device)
     on_gpu, local = device.startswith("cuda"), int(os.environ["LOCAL_RANK"])
     if on_gpu:
         if local >= torch.cuda.device_count():
@@ -115,14 +115,14 @@ def join(device, only_talk=False):
         torch.cuda.set_device(device)
     # subtle: some wait for hours, while the first indexes annotations or looks at all clips
     patience = datetime.timedelta(days=2)
-    dist.init_process_group("nccl" if on_gpu and not only_talk else "gloo", timeout=patience)
-    return World(dist.get_rank(), size, device, dist.new_group(backend="gloo", timeout=patience))
+    dist.init_process_group("nccl" if on_gpu and not gloo_only else "gloo", timeout=patience)
+    return Distributed(dist.get_rank(), size, device, dist.new_group(backend="gloo", timeout=patience))
 
 
-def give_up_together(problem, world):
+def raise_together(problem, world):
     """A problem of the first process is told once, and ends them all."""
-    stop = world.tell(problem is not None)
-    if problem and (world.first or not stop):
+    stop = world.broadcast(problem is not None)
+    if problem and (world.is_main or not stop):
         raise problem
     if stop:
         sys.exit(2)
@@ -146,39 +146,39 @@ def blocks_of(model):
             and name.rpartition(".")[2] in ("blocks", "layer", "layers") for block in module]
 
 
-def spread(model, loss, world, shard=False, idle=True):
+def wrap_model(model, loss, world, shard=False, idle=True):
     """Puts the model onto the world's devices -> the function that computes a step's losses.
 
     idle: steps may leave parts of the model unused (text without video, captions alone at first). These keep no
     gradient, as in one process, but DDP must look for them.
     """
     if shard:
-        return cut_up(model, loss, world)
+        return wrap_fsdp(model, loss, world)
     model.to(world.device)
     if world.size == 1:
         return loss
     return DistributedDataParallel(Step(model, loss), find_unused_parameters=idle)
 
 
-def cut_up(model, loss, world):
+def wrap_fsdp(model, loss, world):
     """FSDP2: each block is a unit, frozen ones, too; what stands between them belongs to the whole."""
     # it warns of Q-Former layers, which return views of their keys and values; nobody here writes into them
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
     mesh = init_device_mesh(torch.device(world.device).type, (world.size,))
-    # subtle: a number cannot be cut; each process keeps the temperature whole, and average_whole keeps them the same
-    whole = {p for p in model.parameters() if p.ndim == 0}
-    for p in whole:
+    # subtle: a number cannot be cut; each process keeps the temperature whole, and sync_unsharded_grads keeps them the same
+    full_tensor = {p for p in model.parameters() if p.ndim == 0}
+    for p in full_tensor:
         p.data = p.data.to(world.device)
     cut = partial(fully_shard, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     for block in blocks_of(model):
         cut(block)
-    cut(model, ignored_params=whole)
-    for method in ("align", "loss"):
+    cut(model, ignored_params=full_tensor)
+    for method in ("stage1_losses", "lm_loss"):
         register_fsdp_forward_method(model, method)
     return loss
 
 
-def collects(step, model, last):
+def set_gradient_sync(step, model, last):
     """Whether the next backward pass ends in an exchange of gradients: only the last one of a step does."""
     if isinstance(step, DistributedDataParallel):
         step.require_backward_grad_sync = last
@@ -186,7 +186,7 @@ def collects(step, model, last):
         model.set_requires_gradient_sync(last)
 
 
-def average_whole(model, world):
+def sync_unsharded_grads(model, world):
     """Averages the gradients of what FSDP leaves whole."""
     if hasattr(model, "set_requires_gradient_sync"):
         for p in model.parameters():
@@ -195,12 +195,12 @@ def average_whole(model, world):
                 p.grad /= world.size
 
 
-def whole(t):
+def full_tensor(t):
     """A tensor, put together where it is cut up. All processes must ask for it."""
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
-def like(t, other):
+def shard_like(t, other):
     """A whole tensor, cut up as the other one is."""
     return distribute_tensor(t, other.device_mesh, other.placements) if isinstance(other, DTensor) else t
 

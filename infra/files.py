@@ -1,8 +1,8 @@
 """Files written whole or not at all, and read strictly: what every checkpoint of this project stands on.
 
-    whole_folder     a folder that appears complete or not at all, whatever stops the program in between
+    atomic_folder     a folder that appears complete or not at all, whatever stops the program in between
     read_tensors     a safetensors file, or a foreign PyTorch file without running what may hide in its pickle
-    load_strictly    tensors into a module: every name and shape must fit, or an error lists what does not
+    load_strict    tensors into a module: every name and shape must fit, or an error lists what does not
 
 It knows no model: an LLM's folder is llm_folder.py, a checkpoint of VideoChat2 checkpoint.py, the official files
 weights.py.
@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 
 @contextmanager
-def whole_folder(folder, replace=True):
+def atomic_folder(folder, replace=True):
     """Gives a temporary folder to fill; it takes the place of `folder` only when the block ends without an error.
 
     Without `replace`, a folder that another process has finished meanwhile stays.
@@ -39,7 +39,7 @@ def whole_folder(folder, replace=True):
     try:
         yield temporary
         for path in temporary.rglob("*"):
-            to_disk(path)
+            fsync(path)
         old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
         if folder.exists() and replace:
             folder.rename(old)
@@ -50,7 +50,7 @@ def whole_folder(folder, replace=True):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def to_disk(path):
+def fsync(path):
     """Waits until a file's bytes are on the disk; a folder has none of its own."""
     if path.is_file():
         with open(path, "rb+") as f:
@@ -68,7 +68,7 @@ def read_json(path):
         raise ValueError(f"{path} is not JSON: {error}") from None
 
 
-def each_tensor(path):
+def iter_tensors(path):
     """Yields (name, tensor) of a .safetensors file one by one, or of a PyTorch file (.bin, .pth, .pt), read as a whole.
 
     A PyTorch file is read with weights_only=True: of a pickle, tensors alone are taken. A torn or foreign file is a
@@ -77,7 +77,7 @@ def each_tensor(path):
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    yield from each_safetensor(path) if path.suffix == ".safetensors" else read_foreign(path).items()
+    yield from each_safetensor(path) if path.suffix == ".safetensors" else read_torch_file(path).items()
 
 
 def each_safetensor(path):
@@ -88,7 +88,7 @@ def each_safetensor(path):
         raise ValueError(f"{path} is damaged or not a safetensors file ({error}); copy or make it again") from None
 
 
-def read_foreign(path):
+def read_torch_file(path):
     """A PyTorch file of others -> {name: tensor}; one that lies under "model", "module" or "state_dict" is unpacked."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -119,8 +119,8 @@ def read_old_format(path, error):
 
 
 def read_tensors(path):
-    """A file of each_tensor's kinds -> {name: tensor}."""
-    return dict(each_tensor(path))
+    """A file of iter_tensors's kinds -> {name: tensor}."""
+    return dict(iter_tensors(path))
 
 
 def save_tensors(tensors, path):
@@ -131,7 +131,7 @@ def save_tensors(tensors, path):
         raise OSError(f"{path} cannot be written: {error}") from None
 
 
-def fits(own, tensors, where, fresh=(), dropped=()):
+def check_state_dict(own, tensors, where, fresh=(), dropped=()):
     """Compares own {name: tensor} with tensors by names and shapes; ValueError lists what does not fit.
 
     Names that start with one of `fresh` may be missing in tensors, those with one of `dropped` may be left over.
@@ -146,22 +146,22 @@ def fits(own, tensors, where, fresh=(), dropped=()):
         raise ValueError(f"{where} does not fit this model: " + "; ".join(problems))
 
 
-def load_strictly(module, tensors, where, fresh=(), dropped=()):
+def load_strict(module, tensors, where, fresh=(), dropped=()):
     """Fills module from {name: tensor}. Names starting with `fresh` keep their initialisation, `dropped` are not used.
 
     Every other name must match on both sides with the same shape, or ValueError lists what does not.
     """
     own = module.state_dict()
-    fits(own, tensors, where, fresh, dropped)
+    check_state_dict(own, tensors, where, fresh, dropped)
     with torch.no_grad():
         for name, t in own.items():
             if name in tensors and t.is_meta:
-                put(module, name, tensors[name].to(t.dtype))
+                set_parameter(module, name, tensors[name].to(t.dtype))
             elif name in tensors:
                 t.copy_(tensors[name])
 
 
-def put(module, name, tensor):
+def set_parameter(module, name, tensor):
     """Makes tensor the parameter of this name: one on the meta device gets its memory only so."""
     parent, _, leaf = name.rpartition(".")
     parent = module.get_submodule(parent)
@@ -177,7 +177,7 @@ def hash_file(path, digest):
 
 
 @contextmanager
-def hold(folder):
+def lock_folder(folder):
     """Within it the folder is this process's; OSError if another process has it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -191,13 +191,13 @@ def hold(folder):
 
 
 @contextmanager
-def whole_file(path):
+def atomic_file(path):
     """Gives a temporary path to write; it takes the place of `path` only when the block ends without an error."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield temporary
-        to_disk(temporary)
+        fsync(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -205,16 +205,16 @@ def whole_file(path):
 
 def save_text(text, path):
     """A text file: whole or not at all."""
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def save_foreign(tensors, path):
+def save_torch_file(tensors, path):
     """{name: tensor} -> a PyTorch file, for the code of others: whole or not at all, as every file here."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with whole_file(path) as temporary:
+        with atomic_file(path) as temporary:
             torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
     except RuntimeError as error:                              # PyTorch's word for a full disk
         raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}; is there room on the disk?") from None

@@ -14,7 +14,7 @@ An annotation: {"scenario": a key of TASKS, "duration": seconds, "background": [
 from collections import Counter
 from dataclasses import dataclass, field
 
-from prompt import ONLY_BEST, SYSTEM, mvbench_question
+from prompt import QUESTION_PROMPT, SYSTEM, mvbench_question
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
@@ -452,7 +452,7 @@ def as_turn(choice, worked=False, system=""):
     letter = "ABCDE"[options.index(answer)]
     if worked:
         options = [f"{option} {MARKS[option == answer]}" for option in options]
-    return {"i": system, "q": mvbench_question(choice["question"], options) + ONLY_BEST,
+    return {"i": system, "q": mvbench_question(choice["question"], options) + QUESTION_PROMPT,
             "a": f"Best option:({letter}) {answer}"}
 
 

@@ -88,11 +88,11 @@ def ckpt(tmp_path_factory, golden):
     llama = Llama(cfg.llama)
     with torch.no_grad():                                                  # letters that differ in more than rounding
         llama.lm_head.weight[letter_ids(SentencePiece(golden / "tokenizer.model"))] *= 30
-    with files.whole_folder(out / "llm") as folder:
+    with files.atomic_folder(out / "llm") as folder:
         hf_llama.write_llm(llama, golden / "tokenizer.model", folder)
-    _, mark = hf_llama.survey(out / "llm")
-    model = VideoChat2(cfg, 3, llm_later=True)
-    with files.whole_folder(out / "stage3") as folder:
-        checkpoint.write_checkpoint(model.state_dict(), 3, cfg, folder, BERT_VOCAB,
+    _, mark = hf_llama.inspect_llm(out / "llm")
+    model = VideoChat2(cfg, 3, defer_llm=True)
+    with files.atomic_folder(out / "stage3") as folder:
+        checkpoint.save_checkpoint(model.state_dict(), 3, cfg, folder, BERT_VOCAB,
                                     {"path": "../llm", "fingerprint": mark})
     return out / "stage3"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from training import annotations
-from training.annotations import Annotations, Source, each_entry, load_annotations, load_corpus
+from training.annotations import AnnotationFile, Source, each_entry, load_annotations, load_corpus
 
 
 def write(path, value):
@@ -148,7 +148,7 @@ def many(tmp_path, n=300):
 
 def test_entries_come_from_the_index_in_any_order(tmp_path):
     wanted, path = many(tmp_path)
-    entries = Annotations(source(path))
+    entries = AnnotationFile(source(path))
     assert len(entries) == 300 and [entries[i] for i in (299, 0, 17, -1)] == [wanted[i] for i in (299, 0, 17, -1)]
     assert entries.chars.tolist() == [i % 7 + 1 for i in range(300)]
     with pytest.raises(IndexError):
@@ -166,7 +166,7 @@ def test_it_is_made_once_and_again_when_it_does_not_fit(tmp_path, monkeypatch):
 
     def times():
         made.clear()
-        entries = Annotations(source(path))
+        entries = AnnotationFile(source(path))
         assert [entries[i] for i in range(len(entries))] == wanted
         return len(made)
 
@@ -180,7 +180,7 @@ def test_it_is_made_once_and_again_when_it_does_not_fit(tmp_path, monkeypatch):
     assert times() == 1 and times() == 0
     os.utime(path, (1, 1))                                                 # or older: another one all the same
     assert times() == 1
-    Annotations(Source(str(path), media="image", media_key="video"))       # read in another way
+    AnnotationFile(Source(str(path), media="image", media_key="video"))       # read in another way
     assert len(made) == 2 and sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.json.index"]
 
 
@@ -192,7 +192,7 @@ def test_an_interrupted_index_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(annotations, "fault_of", stop)
     with pytest.raises(KeyboardInterrupt):
-        Annotations(source(path))
+        AnnotationFile(source(path))
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
@@ -200,21 +200,21 @@ def test_a_folder_that_may_not_be_written_to(tmp_path, monkeypatch):
     wanted, path = many(tmp_path)
     monkeypatch.setattr(annotations.os, "access", lambda *_: False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert Annotations(source(path))[7] == wanted[7]
+    assert AnnotationFile(source(path))[7] == wanted[7]
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["a.json"]
     assert len(list((tmp_path / "cache" / "videochat2").iterdir())) == 1
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache2"))
-    Annotations(source(path))                                              # beside it, for everybody
+    AnnotationFile(source(path))                                              # beside it, for everybody
     monkeypatch.setattr(annotations.os, "access", lambda *_: False)
     assert annotations.index_path(source(path)).parent == tmp_path
     path.write_text(json.dumps(wanted[:5]))                                # which is soon out of date
-    assert len(Annotations(source(path))) == 5 and len(list((tmp_path / "cache2" / "videochat2").iterdir())) == 1
+    assert len(AnnotationFile(source(path))) == 5 and len(list((tmp_path / "cache2" / "videochat2").iterdir())) == 1
 
 
 def test_a_file_that_changes_under_a_running_training_is_noticed(tmp_path):
     _, path = many(tmp_path)
-    entries = Annotations(source(path))
+    entries = AnnotationFile(source(path))
     with open(path, "r+") as f:
         f.write("[" * 4000)
     with pytest.raises(ValueError, match="a.json has changed: entry 9 is no longer where it was"):

@@ -11,8 +11,8 @@ from PIL import Image
 from videos import write_video
 
 import train
-from data import CaptionCollate, InstructCollate
-from evaluation.engine import Answerer, Protocol
+from data import Stage2Collate, Stage3Collate
+from evaluation.engine import Engine, Protocol
 from infra import files
 from llama import Llama, LlamaConfig
 from model import PRESETS, Config, VideoChat2, set_trainable
@@ -44,7 +44,7 @@ def own(stage, preset="vicuna-7b"):
 def fitting(tensors, table, names, stage_own):
     """Translates and looks at every shape -> what was taken and what was dropped."""
     ours, without = official_names.to_ours(tensors, table, stage_own, dropped=names)
-    files.fits({n: stage_own[n] for n in ours}, ours, "official")
+    files.check_state_dict({n: stage_own[n] for n in ours}, ours, "official")
     return ours, without
 
 
@@ -106,9 +106,9 @@ def test_mistral_in_and_out_at_tiny_size(tmp_path):
     cfg = PRESETS["mistral-7b"]()
     cfg = replace(cfg, vit=VIT, qformer=replace(TINY[3].qformer), n_query=8, n_extra=6, lora_r=4, eval_frames=4,
                   llama=replace(cfg.llama, vocab_size=32000, width=64, depth=2, heads=8, kv_heads=1, ffn=96))
-    with files.whole_folder(tmp_path / "llm") as folder:
+    with files.atomic_folder(tmp_path / "llm") as folder:
         write_llm(Llama(cfg.llama), GOLDEN / "tokenizer.model", folder)
-    model = VideoChat2(cfg, 3, llm_later=True)
+    model = VideoChat2(cfg, 3, defer_llm=True)
     wanted = official_names.to_official({n: torch.randn(t.shape) for n, t in model.state_dict().items()
                                    if not checkpoint.is_frozen_llm(n)}, 3, cfg)
     torch.save({"model": wanted}, tmp_path / "stage3.pth")
@@ -117,7 +117,7 @@ def test_mistral_in_and_out_at_tiny_size(tmp_path):
     convert.export(tmp_path / "run", tmp_path / "out.pth")
     found = torch.load(tmp_path / "out.pth", weights_only=True)
     assert found.keys() == wanted.keys() and all(torch.equal(found[n], t) for n, t in wanted.items())
-    ours = Answerer(*checkpoint.load_model(tmp_path / "run"), Protocol(max_new_tokens=2))
+    ours = Engine(*checkpoint.load_checkpoint(tmp_path / "run"), Protocol(max_new_tokens=2))
     q = {"question": "What?", "candidates": ["This.", "That."], "answer": "This."}
     tokens = ours.read(ours.look(torch.randn(1, 4, 3, 32, 32)), [q])
     (answer,) = ours.answer([q], tokens)
@@ -126,12 +126,12 @@ def test_mistral_in_and_out_at_tiny_size(tmp_path):
 
 def test_every_row_of_every_table_is_read_both_ways():
     for table in (*official_names.OFFICIAL.values(), official_names.UMT):
-        for style in ("vicuna", "mistral"):
+        for prompt_style in ("vicuna", "mistral"):
             for left, _ in table:
-                llm = "mistral" if style == "mistral" else "llama"
+                llm = "mistral" if prompt_style == "mistral" else "llama"
                 name = left.replace("LLM", llm).replace("*", "model.layers.7.self_attn.q_proj")
-                ours = official_names.renamed(name, table, style)
-                back = official_names.renamed(ours, table, style, back=True)
+                ours = official_names.renamed(name, table, prompt_style)
+                back = official_names.renamed(ours, table, prompt_style, back=True)
                 assert back == name or table is official_names.UMT, (name, ours, back)
 
 
@@ -203,7 +203,7 @@ def imported(given, tmp_path_factory):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_import_then_export_gives_back_every_key_shape_and_value(given, imported, tmp_path, stage):
     convert.export(imported / f"stage{stage}", tmp_path / "out.pth")
-    wanted = files.read_foreign(given / f"stage{stage}.pth")
+    wanted = files.read_torch_file(given / f"stage{stage}.pth")
     found = torch.load(tmp_path / "out.pth", weights_only=True)            # flat, as umt_l16_qformer.pth has to be
     assert found.keys() == wanted.keys()
     for name, t in wanted.items():
@@ -228,7 +228,7 @@ def run_llm(model, batch, g, key=""):
     S = g[f"out.{key}attention_mask"].shape[1]
     read = []
     hook = model.llama_model.register_forward_hook(lambda module, args, out: read.append(args[0]))
-    loss = model.loss(batch)
+    loss = model.lm_loss(batch)
     hook.remove()
     (embeds,), lengths = read, batch["mask"].sum(1).tolist()               # (1, N, D): rows end to end
     with torch.no_grad():
@@ -251,21 +251,21 @@ def test_stage_3_gives_the_official_numbers(imported):
     """Two conversations through the collate, the model and LoRA's gradients: ones for <s>, trained separators, the
     question in the Q-Former."""
     g, spec = golden_tensors("stage3"), json.loads((GOLDEN / "stage3_targets.json").read_text())["cases"]
-    model, wordpiece, tok = checkpoint.load_model(imported / "stage3")
+    model, wordpiece, tok = checkpoint.load_checkpoint(imported / "stage3")
     cfg = model.cfg
     assert cfg.bos_ones and cfg.train_separators and cfg.question_in_qformer  # the preset's defaults
     set_trainable(model, 3)
-    collate = InstructCollate(tok, wordpiece, 14, cfg.max_text, cfg.style, cfg.question_in_qformer, cfg.tell_seconds,
+    collate = Stage3Collate(tok, wordpiece, 14, cfg.max_text, cfg.prompt_style, cfg.question_in_qformer, cfg.add_timestamps,
                               cfg.train_separators)
     samples = [{"qas": case["qa"], "medium": "video", "path": "", "idx": 0, "bad": [], "video": video,
                 "seconds": [float(s) for s in case["msg"].split(" at ")[1].replace(" seconds. ", "").split(", ")]}
                for case, video in zip(spec, g["in.image"], strict=False)]
     batch = collate(samples)
     S = g["in.qformer_input_ids"].shape[1]
-    assert torch.equal(batch["qf_ids"][:, :S], g["in.qformer_input_ids"])
-    vision = model.encode(batch["video"])
+    assert torch.equal(batch["instruction_ids"][:, :S], g["in.qformer_input_ids"])
+    vision = model.encode_video(batch["video"])
     close(vision, g["out.vision_embeds"])
-    close(model.queries(vision, batch["qf_ids"], batch["qf_mask"]), g["out.img_embeds"])
+    close(model.video_tokens(vision, batch["instruction_ids"], batch["instruction_mask"]), g["out.img_embeds"])
     run_llm(model, batch, g)
     assert gradients_are_the_recorded_ones(model, 3, g) == len([key for key in g if key.startswith("grad.")]) == 17
 
@@ -273,15 +273,15 @@ def test_stage_3_gives_the_official_numbers(imported):
 @pytest.mark.parametrize("medium, key", [("video", ""), ("image", "image_")])
 def test_stage_2_gives_the_official_numbers(imported, medium, key):
     g, spec = golden_tensors("stage2"), json.loads((GOLDEN / "stage2.json").read_text())["config"]
-    model, _, tok = checkpoint.load_model(imported / "stage2")
+    model, _, tok = checkpoint.load_checkpoint(imported / "stage2")
     set_trainable(model, 2)
     asked = CAPTION_INSTRUCTIONS[medium].index(f"Describe the following {medium} concisely.")
     videos = g["in.image_image"] if medium == "image" else g["in.image"]
     samples = [{"text": text, "medium": medium, "path": "", "idx": 0, "bad": [], "video": video,
                 "draw": (asked + 0.5) / len(CAPTION_INSTRUCTIONS[medium])}
                for text, video in zip(spec["captions"], videos, strict=True)]
-    batch = CaptionCollate(tok, 14, model.cfg.max_text)(samples)
-    close(model.queries(model.encode(batch["video"])), g[f"out.{key}img_embeds"])
+    batch = Stage2Collate(tok, 14, model.cfg.max_text)(samples)
+    close(model.video_tokens(model.encode_video(batch["video"])), g[f"out.{key}img_embeds"])
     run_llm(model, batch, g, key)
     seen = gradients_are_the_recorded_ones(model, 2, g, f"grad.{key}")
     assert seen == len([n for n in g if n.startswith("grad.image_")]) == 7
@@ -289,9 +289,9 @@ def test_stage_2_gives_the_official_numbers(imported, medium, key):
 
 def test_stage_1_gives_the_official_losses(imported):
     g = golden_tensors("stage1_cat")
-    model, wordpiece, _ = checkpoint.load_model(imported / "stage1")
+    model, wordpiece, _ = checkpoint.load_checkpoint(imported / "stage1")
     set_trainable(model, 1)
-    vision = model.encode_timed(g["in.image"])
+    vision = model.encode_video_stage1(g["in.image"])
     close(vision, g["out.vision_embeds"])
     losses = model.aligner.losses(
         model.qformer, model.query_tokens, vision, g["in.input_ids"], g["in.attention_mask"], g["in.idx"],
@@ -320,8 +320,8 @@ def test_mvbench_s_first_logits_are_those_of_transformers_and_peft(given, import
     a position table that was made for 4; <s> has its own embedding here, unlike in training."""
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     q = {"question": "What happened?", "candidates": ["He sat.", "He ran.", "He fell."], "answer": "He ran."}
-    model, wordpiece, tok = checkpoint.load_model(imported / "stage3")
-    ours = Answerer(model, wordpiece, tok, Protocol(max_new_tokens=1, **ablation))
+    model, wordpiece, tok = checkpoint.load_checkpoint(imported / "stage3")
+    ours = Engine(model, wordpiece, tok, Protocol(max_new_tokens=1, **ablation))
     video = torch.randn(1, 8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     tokens = ours.read(ours.look(video), [q])                              # (1, 14, D)
     seen = []
@@ -539,7 +539,7 @@ def test_stage_1_s_oddities_too(beginning, corpora, tmp_path, flag):
 def test_another_llm_is_refused_with_both_named(given, imported):
     """The most common question about the official code: its released weights behind LLaMA-2, or a raw delta."""
     with pytest.raises(ValueError, match=r"made with the LLM llm3 \(fingerprint \w+\), but .*llm2 is another one"):
-        checkpoint.load_model(imported / "stage3", llm=given / "llm2")
+        checkpoint.load_checkpoint(imported / "stage3", llm=given / "llm2")
     wrong = replace(official_files(given, 3), llm=str(given / "llm2"))
     cfg = replace(TINY[3], llama=replace(TINY[3].llama, eps=1e-5))
     with pytest.raises(ValueError, match="llm2 is another LLM than preset vicuna-7b's .Vicuna-7B v0.*rms_norm_eps"):
@@ -559,7 +559,7 @@ def test_a_file_that_holds_another_llm_s_weights_is_refused(given, tmp_path):
 
 
 def changed(given, tmp_path, stage, change):
-    tensors = files.read_foreign(given / f"stage{stage}.pth")
+    tensors = files.read_torch_file(given / f"stage{stage}.pth")
     change(tensors)
     torch.save(tensors, tmp_path / "changed.pth")
     return replace(official_files(given, stage), **{f"stage{stage}": str(tmp_path / "changed.pth")})

@@ -11,7 +11,7 @@ from conftest import BERT_VOCAB
 from PIL import Image
 
 import data
-from data import Sampler, VideoTextData
+from data import Sampler, VideoTextDataset
 from prompt import IGNORE, VIDEO
 from tokenizer import SentencePiece, WordPiece
 from training.annotations import load_corpus
@@ -47,7 +47,7 @@ def world(tmp_path):
 
 def clips(world, **options):
     transform = Transform(32, train=True)
-    return VideoTextData(load_corpus(world / "corpus.json"), 4, transform, **options)
+    return VideoTextDataset(load_corpus(world / "corpus.json"), 4, transform, **options)
 
 
 # ---- samples ---------------------------------------------------------------------------------------------------------
@@ -92,13 +92,13 @@ def test_captions_and_instructions_do_not_mix(world):
     write(world / "qa.json", [{"video": "a.gif", "QA": [{"q": "", "a": "yes"}]}])
     sources = load_corpus([[str(world / "videos.json"), "", "video"], [str(world / "qa.json"), "", "video"]])
     with pytest.raises(ValueError, match="captions and instructions in one corpus"):
-        VideoTextData(sources, 4, Transform(32))
+        VideoTextDataset(sources, 4, Transform(32))
 
 
 def test_other_keys_and_suffixes(world):
     write(world / "own.json", [{"key": "4", "caption": "four"}])
     source = {"anno": "own.json", "root": "media", "media": "video", "media_key": "key", "suffix": ".gif"}
-    dataset = VideoTextData(load_corpus(write(world / "c.json", [source])), 4, Transform(32))
+    dataset = VideoTextDataset(load_corpus(write(world / "c.json", [source])), 4, Transform(32))
     assert dataset[0]["text"] == "four"
 
 
@@ -150,7 +150,7 @@ def test_a_batch_holds_texts_of_nearly_the_same_length():
 def test_weights(world):
     sources = load_corpus(world / "corpus.json")
     sources[0].weight, sources[1].weight = 2.5, 0.4
-    dataset = VideoTextData(sources, 4, Transform(32))
+    dataset = VideoTextDataset(sources, 4, Transform(32))
     drawn = [i for batch in Sampler(dataset, 1) for i in batch]
     assert sum(i < 6 for i in drawn) == 15 and len({i for i in drawn if i >= 6}) == 2
     assert all(drawn.count(i) in (2, 3) for i in range(6))
@@ -186,7 +186,7 @@ def batches_of(dataset, collate, workers=0):
 
 def test_align_batch(world, wordpiece):
     (world / "media" / "2.gif").unlink()
-    batches = batches_of(clips(world), data.AlignCollate(wordpiece))
+    batches = batches_of(clips(world), data.Stage1Collate(wordpiece))
     batch = next(batch for batch in batches if batch["medium"] == "video")
     assert batch["video"].shape == (2, 4, 3, 32, 32) and batch["ids"].shape == batch["mask"].shape == (2, 8)
     assert batch["ids"][:, 0].tolist() == [wordpiece.cls_id] * 2 and batch["mask"].sum(1).tolist() == [3, 3]
@@ -194,7 +194,7 @@ def test_align_batch(world, wordpiece):
 
 
 def test_caption_batch(world, tok):
-    for batch in batches_of(clips(world), data.CaptionCollate(tok, n_video=5)):
+    for batch in batches_of(clips(world), data.Stage2Collate(tok, n_video=5)):
         assert ((batch["ids"] == VIDEO).sum(1) == 5).all()
         for row, path in zip(batch["labels"], batch["paths"], strict=True):
             caption = tok.decode(row[row != IGNORE].tolist())
@@ -205,10 +205,10 @@ def test_caption_batch(world, tok):
 def test_instruct_batch(world, tok, wordpiece):
     qas = [{"i": "Watch.", "q": f"{n}?", "a": f"It is {n}."} for n in ("one", "two", "three")]
     write(world / "qa.json", [{"video": f"{k}.gif", "QA": qas, "start": 1, "end": 3} for k in range(4)])
-    dataset = VideoTextData(load_corpus([[str(world / "qa.json"), str(world / "media"), "video"]]), 4, Transform(32))
+    dataset = VideoTextDataset(load_corpus([[str(world / "qa.json"), str(world / "media"), "video"]]), 4, Transform(32))
     orders = set()
-    for batch in batches_of(dataset, data.InstructCollate(tok, wordpiece, n_video=5)):
-        assert batch["qf_ids"][0, :4].tolist() == [101, 3422, 1012, 102] and batch["qf_mask"].sum(1).tolist() == [4, 4]
+    for batch in batches_of(dataset, data.Stage3Collate(tok, wordpiece, n_video=5)):
+        assert batch["instruction_ids"][0, :4].tolist() == [101, 3422, 1012, 102] and batch["instruction_mask"].sum(1).tolist() == [4, 4]
         for ids, row in zip(batch["ids"], batch["labels"], strict=True):
             answers = tok.decode(row[row != IGNORE].tolist())
             assert sorted(a.strip() for a in answers.split("###")) == ["", "It is one.", "It is three.", "It is two."]
@@ -217,7 +217,7 @@ def test_instruct_batch(world, tok, wordpiece):
                 ids[ids != VIDEO].tolist())
     assert len(orders) > 1  # the questions come in random order
     assert [qa["q"] for qa in qas] == ["one?", "two?", "three?"]
-    collate = data.InstructCollate(tok, wordpiece, 5, question_in_qformer=True)
+    collate = data.Stage3Collate(tok, wordpiece, 5, question_in_qformer=True)
     assert collate.instruction(qas[0]) == "Watch. one?" and collate.instruction({"q": "one?", "a": ""}) == ""
 
 
@@ -230,9 +230,9 @@ def test_seconds(golden):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_instruction_that_leaves_no_room_names_its_entry(world, tok, wordpiece, workers):
     write(world / "qa.json", [{"video": "4.gif", "QA": [{"i": "Watch. " * 50, "q": "one?", "a": "Yes."}]}] * 2)
-    dataset = VideoTextData(load_corpus([[str(world / "qa.json"), str(world / "media"), "video"]]), 4, Transform(32))
+    dataset = VideoTextDataset(load_corpus([[str(world / "qa.json"), str(world / "media"), "video"]]), 4, Transform(32))
     with pytest.raises(SampleError) as caught:
-        batches_of(dataset, data.InstructCollate(tok, wordpiece, 5, max_text=40), workers)
+        batches_of(dataset, data.Stage3Collate(tok, wordpiece, 5, max_text=40), workers)
     assert str(caught.value).startswith(f"{world / 'media' / '4.gif'}: ") and isinstance(caught.value, ValueError)
     assert str(caught.value).endswith("ids of text before the video: shorten the instruction or raise max_text")
     assert "\n" not in str(caught.value)
@@ -240,13 +240,13 @@ def test_an_instruction_that_leaves_no_room_names_its_entry(world, tok, wordpiec
 
 def test_texts_have_no_video(world, tok, wordpiece):
     write(world / "text.json", [{"QA": [{"q": "one?", "a": "Yes."}]}] * 2)
-    dataset = VideoTextData(load_corpus([[str(world / "text.json"), "", "text"]]), 4, Transform(32))
-    (batch,) = batches_of(dataset, data.InstructCollate(tok, wordpiece, 5))
+    dataset = VideoTextDataset(load_corpus([[str(world / "text.json"), "", "text"]]), 4, Transform(32))
+    (batch,) = batches_of(dataset, data.Stage3Collate(tok, wordpiece, 5))
     assert batch["video"] is None and not (batch["ids"] == VIDEO).any() and batch["medium"] == "text"
 
 
 def test_workers_change_nothing(world, wordpiece):
-    runs = [batches_of(clips(world), data.AlignCollate(wordpiece), workers) for workers in (0, 2)]
+    runs = [batches_of(clips(world), data.Stage1Collate(wordpiece), workers) for workers in (0, 2)]
     for one, two in zip(*runs, strict=True):
         assert torch.equal(one["video"], two["video"]) and torch.equal(one["ids"], two["ids"])
 

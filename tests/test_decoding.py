@@ -10,7 +10,7 @@ import torch
 from videos import number, write_video
 
 import video as video_file
-from data import VideoTextData
+from data import VideoTextDataset
 from training.annotations import load_corpus
 from video import MediaError, Transform, read_media
 
@@ -46,8 +46,8 @@ def test_every_frame_is_the_one_that_was_asked_for(video):
 
 
 def test_the_benchmark_s_frames_are_the_rule_s(video):
-    frames = video_file.read_benchmark_clip(video, 16)
-    assert [number(frame.permute(1, 2, 0).numpy()) for frame in frames] == video_file.mvbench_indices(16, 59, 25.0)
+    frames = video_file.read_eval_frames(video, 16)
+    assert [number(frame.permute(1, 2, 0).numpy()) for frame in frames] == video_file.eval_frame_indices(16, 59, 25.0)
 
 
 def test_seconds_are_where_frames_are_taken(tmp_path):
@@ -104,7 +104,7 @@ def test_a_decoder_that_hangs_is_left_behind(tmp_path, monkeypatch):
                         real(path, choose))
     monkeypatch.setattr(video_file.read_media, "__defaults__", (False, 0.5))
     (tmp_path / "a.json").write_text(json.dumps([{"video": f"{i}.mp4", "caption": f"clip {i}"} for i in range(3)]))
-    dataset = VideoTextData(load_corpus([[str(tmp_path / "a.json"), str(tmp_path), "video"]]), 2, Transform(32))
+    dataset = VideoTextDataset(load_corpus([[str(tmp_path / "a.json"), str(tmp_path), "video"]]), 2, Transform(32))
     loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=1)
     begun = time.time()
     samples = list(loader)

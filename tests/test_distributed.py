@@ -19,7 +19,7 @@ import lora
 import train
 from infra import distributed, files
 from model import PRESETS, VideoChat2, set_trainable
-from prompt import VIDEO, with_targets
+from prompt import VIDEO, add_packing
 from training import optim, resume, stages
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,22 +68,22 @@ def one_step(stage, world, shard=False, accumulate=1, negatives=False):
 
     def loss(batch, done):
         if stage == 1:
-            return model.align(batch, 63, generator, everyone=world, global_negatives=negatives)
-        return {"lm": model.loss(batch)}
+            return model.stage1_losses(batch, 63, generator, everyone=world, global_negatives=negatives)
+        return {"lm": model.lm_loss(batch)}
 
-    forward = distributed.spread(model, loss, world, shard, idle=stage == 3)
+    forward = distributed.wrap_model(model, loss, world, shard, idle=stage == 3)
     whole = batch_of(stage)
     size = len(whole["idx"]) // accumulate
-    parts = [{k: world.own(v[i * size:(i + 1) * size]) if torch.is_tensor(v) else v for k, v in whole.items()}
+    parts = [{k: world.local_rows(v[i * size:(i + 1) * size]) if torch.is_tensor(v) else v for k, v in whole.items()}
              for i in range(accumulate)]
-    parts = [with_targets(batch) if "labels" in batch else batch for batch in parts]
-    (words,) = world.total([sum(map(train.words_in, parts))])
+    parts = [add_packing(batch) if "labels" in batch else batch for batch in parts]
+    (words,) = world.all_reduce_sum([sum(map(train.words_in, parts))])
     job = stages.Job("", None, model, None, None, loss, None)
     losses = train.backward(job, forward, parts, words, 0, torch.amp.GradScaler("cpu", enabled=False), cfg, world)
     losses = {name: loss.item() for name, loss in losses.items()}
-    losses = dict(zip(losses, (total / world.size for total in world.total(losses.values())), strict=True))
-    norm = distributed.whole(nn.utils.clip_grad_norm_(model.parameters(), 1e9))
-    grads = {name: distributed.whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    losses = dict(zip(losses, (total / world.size for total in world.all_reduce_sum(losses.values())), strict=True))
+    norm = distributed.full_tensor(nn.utils.clip_grad_norm_(model.parameters(), 1e9))
+    grads = {name: distributed.full_tensor(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     return losses | {"norm": norm.item()}, grads
 
 
@@ -92,15 +92,15 @@ def test_a_step_never_waits_for_what_a_device_has_computed(stage, monkeypatch):
     """On PyTorch's meta device, whose tensors have no values: whoever asked for one would get an error."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)      # does not know meta
     model, batch = model_of(stage).to("meta"), batch_of(stage)
-    batch = train.to_device(with_targets(batch) if stage > 1 else batch, "meta")
-    losses = model.align(batch, 63, torch.Generator()) if stage == 1 else {"lm": model.loss(batch)}
+    batch = train.to_device(add_packing(batch) if stage > 1 else batch, "meta")
+    losses = model.stage1_losses(batch, 63, torch.Generator()) if stage == 1 else {"lm": model.lm_loss(batch)}
     sum(losses.values()).backward()
     optimizers = optim.make_optimizers(model, train.parse(["--stage", str(stage)])[0])
     norm = optim.grad_norm(model, optimizers, torch.amp.GradScaler("cpu", enabled=False), 1.0)
     assert norm.is_meta and all(p.grad is None or p.grad.is_meta for p in model.parameters())
     if stage > 1:
         with pytest.raises(RuntimeError):                                     # without what its collate knew, it asks
-            model.loss({name: t for name, t in batch.items() if name not in ("lengths", "targets")})
+            model.lm_loss({name: t for name, t in batch.items() if name not in ("lengths", "targets")})
 
 
 class Attentions(TorchDispatchMode):
@@ -122,14 +122,14 @@ def test_attention_takes_the_flash_kernel(stage):
     """Without a mask, which a GPU's flash kernel does not take, and although the texts differ in length."""
     model, batch = model_of(stage), batch_of(stage)
     with Attentions() as seen:
-        model.loss(batch).backward()
+        model.lm_loss(batch).backward()
     vit, qformer, llama = model.cfg.vit.depth, model.cfg.qformer, model.cfg.llama.depth
     assert len(seen.kernels) == vit + qformer.depth + qformer.depth // qformer.cross_every + llama * len(batch["ids"])
     assert all("flash" in name for name in seen.kernels) and seen.masked == 0
 
 
 if __name__ == "__main__":                                                # under torchrun: all cases, in one go
-    crowd = distributed.join("cpu")
+    crowd = distributed.init_distributed("cpu")
     found = {f"{stage} {shard} {accumulate}": one_step(stage, crowd, shard, accumulate, negatives=True)
              for stage in (1, 2, 3) for shard in (False, True) for accumulate in (1, 2)}
     if crowd.first:
@@ -151,7 +151,7 @@ def two(tmp_path_factory):
 def test_two_processes_equal_one_with_the_joint_batch(two, stage, shard, accumulate):
     losses, grads = two[f"{stage} {shard} {accumulate}"]
     # contrast and matching are within a part of the step; the means over words are over the whole step
-    expected_losses, expected = one_step(stage, distributed.World(), accumulate=accumulate if stage == 1 else 1,
+    expected_losses, expected = one_step(stage, distributed.Distributed(), accumulate=accumulate if stage == 1 else 1,
                                          negatives=True)
     assert losses.keys() == expected_losses.keys() and grads.keys() == expected.keys() and len(grads) > 20
     for name, value in expected_losses.items():
@@ -168,7 +168,7 @@ def test_the_losses_know_of_the_other_processes(two):
 
 
 def test_recomputing_blocks_changes_nothing():
-    plain = one_step(3, distributed.World())
+    plain = one_step(3, distributed.Distributed())
     real = VideoChat2.__init__
 
     def recomputing(self, config, *rest, **more):
@@ -177,7 +177,7 @@ def test_recomputing_blocks_changes_nothing():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(VideoChat2, "__init__", recomputing)
-        again = one_step(3, distributed.World())
+        again = one_step(3, distributed.Distributed())
     assert plain[0] == pytest.approx(again[0]) and all(torch.equal(plain[1][n], again[1][n]) for n in plain[1])
 
 
@@ -197,7 +197,7 @@ def test_a_text_without_video_loses_no_process():
     """Parts that a batch does not use keep grad None, or the optimizer would decay them."""
     model = model_of(3)
     ids = torch.randint(5, 60, (2, 8))
-    model.loss({"ids": ids, "mask": torch.ones_like(ids), "labels": ids}).backward()
+    model.lm_loss({"ids": ids, "mask": torch.ones_like(ids), "labels": ids}).backward()
     assert model.query_tokens.grad is None and lora.lora_parameters(model)[0].grad is not None
 
 

@@ -3,18 +3,18 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from evaluation.engine import CONTROLS, Answerer, Protocol, altered, common_length, continuation, noise_like, seed_of
-from prompt import ONLY_BEST, SYSTEM, VIDEO, Prompt, pad_batch
+from evaluation.engine import CONTROLS, Engine, Protocol, altered, clip_seed, common_length, continuation, noise_like
+from prompt import QUESTION_PROMPT, SYSTEM, VIDEO, Prompt, pad_batch
 from weights import checkpoint
 
 
 @pytest.fixture(scope="module")
 def loaded(ckpt):
-    return checkpoint.load_model(ckpt)
+    return checkpoint.load_checkpoint(ckpt)
 
 
 def answerer(loaded, **protocol):
-    return Answerer(*loaded, Protocol(**{"max_new_tokens": 6, **protocol}))
+    return Engine(*loaded, Protocol(**{"max_new_tokens": 6, **protocol}))
 
 
 def asked(n=5, options=("It jumps.", "It spins twice.", "Nothing.")):
@@ -36,7 +36,7 @@ def plain(ask, q, tokens):
     """The slow way: one question, its whole prompt at once, then token by token -> (text, letter probabilities)."""
     llm = ask.model.llama_model
     ids, _, mask = pad_batch([ask.prompt(q)], ask.tok.eos_id, "left")
-    embeds = ask.model.splice(ids, tokens[None])
+    embeds = ask.model.insert_video_tokens(ids, tokens[None])
     with torch.no_grad():
         letters = llm.lm_head(llm(embeds, mask)[:, -1]).softmax(-1)[0, ask.letter_ids]
     (new,) = llm.generate(embeds, mask, ask.protocol.max_new_tokens, ask.complete)
@@ -83,7 +83,7 @@ def test_words_that_were_expected_are_read_at_once(loaded, known, steps, monkeyp
     tokens = tokens_of(ask, clips(loaded[0].cfg, 1), "", [0], [q])
     llm = ask.model.llama_model
     ids, _, mask = pad_batch([ask.prompt(q)], ask.tok.eos_id, "left")
-    embeds = ask.model.splice(ids, tokens)
+    embeds = ask.model.insert_video_tokens(ids, tokens)
     (true,) = llm.generate(embeds, mask, 6, ask.complete)
     assert len(true) == 6 and len(set(true[:4])) == 4 and true[4] == true[0]   # so the third step knows what follows
     monkeypatch.setattr(ask, "option_ids", lambda q: [[7, *true[:known], *[11] * (6 - known)]])
@@ -137,11 +137,11 @@ def test_by_likelihood(loaded):
             (prompt,) = [p for p in ask.option_prompts(questions[i]) if text in ask.tok.decode(p.ids[p.slot + 8:])]
             shown = ask.tok.decode([j for j in prompt.ids if j != VIDEO])
             assert shown.endswith(f"###Assistant: {text}") and shown.count(SYSTEM) == 2
-            assert ONLY_BEST not in shown and "Options" not in shown
+            assert QUESTION_PROMPT not in shown and "Options" not in shown
             target = [label for label in prompt.labels if label >= 0]
             assert ask.tok.decode(target) == text
             with torch.no_grad():
-                logits = llm.lm_head(llm(ask.model.splice(torch.tensor([prompt.ids]), tokens[i:i + 1])))[0]
+                logits = llm.lm_head(llm(ask.model.insert_video_tokens(torch.tensor([prompt.ids]), tokens[i:i + 1])))[0]
             logp = logits.log_softmax(-1)[range(-len(target) - 1, -1), target]
             assert found == pytest.approx(logp.mean().item(), abs=1e-4)
         best = max(range(3), key=answer.likelihoods.__getitem__)
@@ -185,6 +185,6 @@ def test_noise_is_as_large_as_what_it_replaces():
 
 
 def test_seeds_are_the_clip_s_own():
-    assert seed_of("a.mp4", (1.0, 2.0)) == seed_of("a.mp4", (1.0, 2.0)) == 1806773607
-    assert len({seed_of("a.mp4", None), seed_of("b.mp4", None), seed_of("a.mp4", (0, 1))}) == 3
+    assert clip_seed("a.mp4", (1.0, 2.0)) == clip_seed("a.mp4", (1.0, 2.0)) == 1806773607
+    assert len({clip_seed("a.mp4", None), clip_seed("b.mp4", None), clip_seed("a.mp4", (0, 1))}) == 3
     assert set(CONTROLS) == {"blank", "noise", "single", "shuffle", "reverse"}

@@ -32,7 +32,7 @@ def world(tmp_path):
 def clips(world, how="mvbench", crop=False, anno="captions.json"):
     cfg = micro_config()
     sources = load_corpus([[str(world / anno), str(world), "video"]])
-    return data.VideoTextData(sources, cfg.align_frames, Transform(cfg.vit.img_size, train=True, crop=crop), how)
+    return data.VideoTextDataset(sources, cfg.align_frames, Transform(cfg.vit.img_size, train=True, crop=crop), how)
 
 
 def vit():
@@ -42,7 +42,7 @@ def vit():
 
 def test_features_are_the_vits_and_captions_stay_theirs(world, tmp_path):
     plain, kept, model = clips(world), clips(world), vit()
-    kept.features = feature_cache.keep(model, kept, tmp_path / "kept", "cpu", batch=3)
+    kept.features = feature_cache.cache_features(model, kept, tmp_path / "kept", "cpu", batch=3)
     for index in range(3):
         with torch.no_grad():
             wanted = model(plain[index]["video"][None])[0]                 # (T, L, C)
@@ -53,7 +53,7 @@ def test_features_are_the_vits_and_captions_stay_theirs(world, tmp_path):
 
 def test_an_unreadable_clip_is_replaced_with_its_caption(world, tmp_path):
     kept = clips(world)
-    kept.features = feature_cache.keep(vit(), kept, tmp_path / "kept", "cpu")
+    kept.features = feature_cache.cache_features(vit(), kept, tmp_path / "kept", "cpu")
     with pytest.raises(MediaError, match="3.gif: cannot be decoded"):
         kept.features[kept.path(3)]
     sample = kept[3]
@@ -63,33 +63,33 @@ def test_an_unreadable_clip_is_replaced_with_its_caption(world, tmp_path):
 
 def test_what_lies_there_is_used_again_unless_something_changed(world, tmp_path):
     folder, model = tmp_path / "kept", vit()
-    made = feature_cache.keep(model, clips(world), folder, "cpu").path.stat().st_mtime_ns
-    assert feature_cache.keep(model, clips(world), folder, "cpu").path.stat().st_mtime_ns == made
+    made = feature_cache.cache_features(model, clips(world), folder, "cpu").path.stat().st_mtime_ns
+    assert feature_cache.cache_features(model, clips(world), folder, "cpu").path.stat().st_mtime_ns == made
     some = clips(world)                                                    # fewer clips, another order: still there
     (world / "some.json").write_text(json.dumps([some.entries[0][2], some.entries[0][1]]))
     some = clips(world, anno="some.json")
-    assert feature_cache.keep(model, some, folder, "cpu").path.stat().st_mtime_ns == made
+    assert feature_cache.cache_features(model, some, folder, "cpu").path.stat().st_mtime_ns == made
     path, seen = some.path(0), [feature_cache.Features(folder)[some.path(0)]]
     assert path.endswith("2.gif") and len(seen[0]["seconds"]) == some.num_frames
     with torch.no_grad():
         model.patch_embed.proj.weight.mul_(1.5)
-    seen.append(feature_cache.keep(model, clips(world), folder, "cpu")[path])
+    seen.append(feature_cache.cache_features(model, clips(world), folder, "cpu")[path])
     shutil.copy(world / "1.gif", world / "2.gif")                          # another clip under the same name
-    seen.append(feature_cache.keep(model, clips(world), folder, "cpu")[path])
+    seen.append(feature_cache.cache_features(model, clips(world), folder, "cpu")[path])
     assert not any(torch.allclose(a["features"], b["features"]) for a, b in pairwise(seen))
 
 
 def test_a_part_of_a_clip_is_refused_although_the_whole_is_kept(world, tmp_path):
-    feature_cache.keep(vit(), clips(world), tmp_path / "kept", "cpu")
+    feature_cache.cache_features(vit(), clips(world), tmp_path / "kept", "cpu")
     entries = json.loads((world / "captions.json").read_text())
     entries[1] |= {"start": 0.0, "end": 2.0}
     (world / "captions.json").write_text(json.dumps(entries))
     cut = clips(world)
     with pytest.raises(ValueError, match="whole videos"):
-        feature_cache.keep(vit(), cut, tmp_path / "kept", "cpu")
+        feature_cache.cache_features(vit(), cut, tmp_path / "kept", "cpu")
 
 
 @pytest.mark.parametrize("options", [{"how": "rand"}, {"crop": True}])
 def test_clips_that_change_are_refused(world, tmp_path, options):
     with pytest.raises(ValueError, match="--cache-features"):
-        feature_cache.keep(vit(), clips(world, **options), tmp_path / "kept", "cpu")
+        feature_cache.cache_features(vit(), clips(world, **options), tmp_path / "kept", "cpu")

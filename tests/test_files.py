@@ -9,10 +9,10 @@ from infra import files
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     target = tmp_path / "run"
-    with files.whole_folder(target) as folder:
+    with files.atomic_folder(target) as folder:
         (folder / "a").write_text("first")
         assert not target.exists()
-    with pytest.raises(RuntimeError), files.whole_folder(target) as folder:
+    with pytest.raises(RuntimeError), files.atomic_folder(target) as folder:
         (folder / "a").write_text("half of the sec")
         raise RuntimeError("power failure")
     assert (target / "a").read_text() == "first"
@@ -23,10 +23,10 @@ def test_loading_names_everything_that_does_not_fit():
     module = nn.Linear(2, 3)
     message = r"1 missing \(bias\).*1 left over \(scale\).*weight \(5, 2\) instead of \(3, 2\)"
     with pytest.raises(ValueError, match=message):
-        files.load_strictly(module, {"weight": torch.zeros(5, 2), "scale": torch.zeros(1)}, "here")
+        files.load_strict(module, {"weight": torch.zeros(5, 2), "scale": torch.zeros(1)}, "here")
     before = module.bias.clone()
     tensors = {"weight": torch.ones(3, 2), "old": torch.ones(1)}
-    files.load_strictly(module, tensors, "here", fresh=("bias",), dropped=("old",))
+    files.load_strict(module, tensors, "here", fresh=("bias",), dropped=("old",))
     assert torch.equal(module.weight, torch.ones(3, 2)) and torch.equal(module.bias, before)
 
 

@@ -19,7 +19,7 @@ def make(tmp_path, golden, seed=0, cfg=TINY):
     """A random LLM and its folder."""
     torch.manual_seed(seed)
     llama = Llama(cfg)
-    with files.whole_folder(tmp_path / f"llm{seed}") as folder:
+    with files.atomic_folder(tmp_path / f"llm{seed}") as folder:
         hf_llama.write_llm(llama, golden / "tokenizer.model", folder)
     return llama, tmp_path / f"llm{seed}"
 
@@ -64,11 +64,11 @@ def reshape(folder, kind, parts):
 @pytest.mark.parametrize("parts", [1, 3])
 def test_single_files_and_shards_of_both_kinds(tmp_path, golden, kind, parts):
     llama, folder = make(tmp_path, golden)
-    mark = str(hf_llama.survey(folder)[1])
+    mark = str(hf_llama.inspect_llm(folder)[1])
     reshape(folder, kind, parts)
     again, _ = hf_llama.load_llm(folder)
     torch.testing.assert_close(logits(again), logits(llama))
-    assert hf_llama.survey(folder) == (TINY, mark)                       # the same LLM, however it is cut
+    assert hf_llama.inspect_llm(folder) == (TINY, mark)                       # the same LLM, however it is cut
 
 
 def test_a_missing_shard_and_a_torn_one_are_named(tmp_path, golden):
@@ -153,7 +153,7 @@ def test_other_sizes_than_config_says_are_listed(tmp_path, golden):
         hf_llama.load_llm(folder)
     edit_config(folder, num_hidden_layers=2, intermediate_size=48)
     with pytest.raises(ValueError, match="6 of another shape"):
-        hf_llama.survey(folder)
+        hf_llama.inspect_llm(folder)
 
 
 def test_a_raw_delta_is_recognised(tmp_path, golden):
@@ -161,7 +161,7 @@ def test_a_raw_delta_is_recognised(tmp_path, golden):
     with torch.no_grad():
         llama.model["norm"].weight.mul_(0.01)
     files.save_tensors(llama.state_dict(), folder / "model.safetensors")
-    for read in (hf_llama.survey, hf_llama.load_llm):
+    for read in (hf_llama.inspect_llm, hf_llama.load_llm):
         with pytest.raises(ValueError, match="looks like a raw delta.*apply_delta"):
             read(folder)
 
@@ -183,11 +183,11 @@ def test_lora_and_what_lies_on_the_meta_device(tmp_path, golden):
     add_lora(empty, ["q_proj", "lm_head"], 2, 4, 0.0)
     lora = {n: p.clone() for n, p in empty.named_parameters() if "lora_" in n}
     assert lora and not any(p.is_meta for p in lora.values())              # they exist although their base does not yet
-    hf_llama.put_llm(empty, folder, dtype=torch.bfloat16)
+    hf_llama.load_llm_weights(empty, folder, dtype=torch.bfloat16)
     own = dict(empty.named_parameters())
     assert all(torch.equal(own[n], p) and p.dtype == torch.float32 for n, p in lora.items())
     assert {p.dtype for n, p in own.items() if "lora_" not in n} == {torch.bfloat16}
-    hf_llama.put_llm(empty, folder)
+    hf_llama.load_llm_weights(empty, folder)
     torch.testing.assert_close(logits(empty), logits(llama))               # B is zero: LoRA changes nothing yet
 
 
@@ -202,7 +202,7 @@ with torch.device("meta"):
 before = memory_of()
 with torch.device("meta"):
     llama = Llama(hf_llama.llm_config(sys.argv[1]))
-hf_llama.put_llm(llama, sys.argv[1], dtype=torch.float16)
+hf_llama.load_llm_weights(llama, sys.argv[1], dtype=torch.float16)
 model = sum(p.numel() * p.element_size() for p in llama.parameters()) / 2**20
 print(memory_of() - before, model)
 """

@@ -5,7 +5,7 @@ from torch import nn
 
 from llama import Llama, LlamaConfig
 from lora import LoRALinear, add_lora
-from weights.int8 import Int8Linear, use_int8
+from weights.int8 import Int8Linear, quantize_int8
 
 
 def test_rows_are_scaled_apart_and_rounded_to_half_a_step():
@@ -58,7 +58,7 @@ def test_a_llama_in_8_bits_says_nearly_the_same():
     add_lora(llama, ["q_proj", "down_proj"], 4, 8)
     ids = torch.arange(24).view(2, 12)
     before = llama.lm_head(llama(llama.embed(ids)))
-    use_int8(llama)
+    quantize_int8(llama)
     narrow = [module for module in llama.modules() if isinstance(module, Int8Linear)]
     assert len(narrow) == 3 * 7                                            # lm_head and embeddings stay as they are
     assert sum(isinstance(module, LoRALinear) and isinstance(module.base, Int8Linear)

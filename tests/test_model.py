@@ -56,7 +56,7 @@ def batch_of(model, start=2):
         mask[row, length:] = 0
         labels[row, length - 4:length] = ids[row, length - 4:length]
     return {"video": pixels(model), "ids": ids, "labels": labels, "mask": mask,
-            "qf_ids": torch.randint(5, 80, (B, 6)), "qf_mask": torch.ones(B, 6, dtype=torch.long)}
+            "instruction_ids": torch.randint(5, 80, (B, 6)), "instruction_mask": torch.ones(B, 6, dtype=torch.long)}
 
 
 # ------------------------------------------------------------------------------------------ sizes, and what trains when
@@ -80,12 +80,12 @@ def test_what_is_set_to_train_gets_a_gradient_and_nothing_else_does(stage):
     rows = set_trainable(model, stage)
     batch = batch_of(model)
     if stage == 1:
-        words = {"ids": batch["qf_ids"], "mask": batch["qf_mask"], "idx": torch.arange(B)}
-        sum(model.align(batch | words, 4, torch.Generator().manual_seed(0)).values()).backward()
+        words = {"ids": batch["instruction_ids"], "mask": batch["instruction_mask"], "idx": torch.arange(B)}
+        sum(model.stage1_losses(batch | words, 4, torch.Generator().manual_seed(0)).values()).backward()
     else:
         if stage == 2:
-            batch.pop("qf_ids"), batch.pop("qf_mask")
-        model.loss(batch).backward()
+            batch.pop("instruction_ids"), batch.pop("instruction_mask")
+        model.lm_loss(batch).backward()
     for name, p in model.named_parameters():
         assert (p.grad is not None) == p.requires_grad, name
     for part, total, trained in rows:
@@ -104,7 +104,7 @@ def test_splice_puts_video_tokens_into_their_places_in_order():
     for row, start in enumerate(starts):
         ids[row, start:start + n] = VIDEO
     tokens = torch.randn(B, n, model.cfg.llama.width)
-    embeds = model.splice(ids, tokens)                                     # (B, S, D)
+    embeds = model.insert_video_tokens(ids, tokens)                                     # (B, S, D)
     for row, start in enumerate(starts):
         assert torch.equal(embeds[row, start:start + n], tokens[row])
     words = ids != VIDEO
@@ -114,11 +114,11 @@ def test_splice_puts_video_tokens_into_their_places_in_order():
 def test_queries_read_video_and_instruction_and_are_as_many_as_the_slot():
     model = micro(3)
     batch = batch_of(model)
-    vision = model.encode(batch["video"])                                  # (B, N, C)
-    tokens = model.queries(vision, batch["qf_ids"], batch["qf_mask"])      # (B, Q, D)
+    vision = model.encode_video(batch["video"])                                  # (B, N, C)
+    tokens = model.video_tokens(vision, batch["instruction_ids"], batch["instruction_mask"])      # (B, Q, D)
     assert tokens.shape == (B, model.cfg.n_query + model.cfg.n_extra, model.cfg.llama.width)
-    assert not torch.allclose(tokens, model.queries(vision), atol=1e-4)    # without the instruction
-    assert not torch.allclose(tokens, model.queries(vision.roll(1, 0), batch["qf_ids"], batch["qf_mask"]), atol=1e-4)
+    assert not torch.allclose(tokens, model.video_tokens(vision), atol=1e-4)    # without the instruction
+    assert not torch.allclose(tokens, model.video_tokens(vision.roll(1, 0), batch["instruction_ids"], batch["instruction_mask"]), atol=1e-4)
 
 
 @pytest.mark.parametrize("stage", (2, 3))
@@ -126,9 +126,9 @@ def test_an_image_is_a_video_of_one_frame(stage):
     model = micro(stage)
     image = pixels(model, T=1)
     L = (model.cfg.vit.img_size // model.cfg.vit.patch_size) ** 2
-    assert model.encode(image).shape == (B, L, model.cfg.vit.width)
-    assert model.encode(pixels(model)).shape == (B, 4 * L, model.cfg.vit.width)
-    assert model.loss(batch_of(model) | {"video": image}).isfinite()
+    assert model.encode_video(image).shape == (B, L, model.cfg.vit.width)
+    assert model.encode_video(pixels(model)).shape == (B, 4 * L, model.cfg.vit.width)
+    assert model.lm_loss(batch_of(model) | {"video": image}).isfinite()
 
 
 def test_align_takes_images_and_repeats_them_for_each_temporal_embedding():
@@ -137,7 +137,7 @@ def test_align_takes_images_and_repeats_them_for_each_temporal_embedding():
     seen = []
     model.vision_layernorm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     image = pixels(model, T=1)
-    losses = model.align(words | {"video": image}, 4, torch.Generator().manual_seed(0))
+    losses = model.stage1_losses(words | {"video": image}, 4, torch.Generator().manual_seed(0))
     assert set(losses) == {"vtc", "vtm", "vtg"} and all(loss.isfinite() for loss in losses.values())
     one = model.vision_encoder(image)                                      # (B, 1, L, C)
     frames = [one[:, 0] + model.vision_temp_embed[:, t] for t in range(4)]  # 4 x (B, L, C)
@@ -150,13 +150,13 @@ def test_loss_is_the_cross_entropy_of_the_label_positions():
     """By hand: each label against the logits of the position before it, mean over the labels of the whole batch."""
     model = micro(3)
     batch = batch_of(model)
-    hidden = model.llama_model(model.read(batch), batch["mask"])           # (B, S, D)
+    hidden = model.llama_model(model.input_embeds(batch), batch["mask"])           # (B, S, D)
     logp = model.llama_model.lm_head(hidden).log_softmax(-1)               # (B, S, V)
     terms = [-logp[row, at - 1, batch["labels"][row, at]]
              for row in range(B) for at in range(1, S) if batch["labels"][row, at] != IGNORE]
     assert len(terms) == 12
     # the model itself reads the texts end to end, without padding, and ends where no word is learnt
-    by_hand, own = torch.stack(terms).mean(), model.loss(batch)
+    by_hand, own = torch.stack(terms).mean(), model.lm_loss(batch)
     torch.testing.assert_close(own, by_hand)
     trained = [p for n, p in model.named_parameters() if "lora_" in n or n.startswith(("llama_proj", "query_tokens"))]
     for one, other in zip(*(torch.autograd.grad(loss, trained) for loss in (own, by_hand)), strict=True):
@@ -167,7 +167,7 @@ def test_left_padding_does_not_change_the_answer():
     """Prompts of different lengths are answered together: the short one as if it were alone."""
     model = micro(3)
     batch = batch_of(model)
-    embeds = model.read(batch)[:1, :14].detach()                           # (1, 14, D), the first row without padding
+    embeds = model.input_embeds(batch)[:1, :14].detach()                           # (1, 14, D), the first row without padding
     padded = torch.cat([torch.randn(1, 3, embeds.shape[-1]), embeds], 1)   # (1, 17, D)
     mask = torch.ones(1, 17, dtype=torch.long)
     mask[:, :3] = 0
@@ -181,8 +181,8 @@ def test_a_batch_of_text_alone_needs_no_video():
     model = micro(3)
     batch = batch_of(model)
     text = batch | {"video": None, "ids": batch["ids"].masked_fill(batch["ids"] == VIDEO, 5)}
-    assert torch.equal(model.read(text), model.llama_model.embed(text["ids"]))
-    model.loss(text).backward()
+    assert torch.equal(model.input_embeds(text), model.llama_model.embed(text["ids"]))
+    model.lm_loss(text).backward()
     assert any(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if "lora_" in n)
     assert model.llama_proj.weight.grad is None or not model.llama_proj.weight.grad.any()
 
@@ -192,7 +192,7 @@ def test_a_batch_without_labels_has_loss_zero_and_gradient_zero():
     model = micro(3)
     set_trainable(model, 3)
     batch = batch_of(model)
-    loss = model.loss(batch | {"labels": torch.full_like(batch["labels"], IGNORE)})
+    loss = model.lm_loss(batch | {"labels": torch.full_like(batch["labels"], IGNORE)})
     assert loss.item() == 0
     loss.backward()
     assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
@@ -205,7 +205,7 @@ def test_the_toy_s_queries_differ_before_training():
     cfg.qformer.vocab_size = 10
     model = VideoChat2(cfg, 1).eval()
     with torch.no_grad():
-        hidden = model.qformer(model.query_tokens, vision=model.encode_timed(torch.randn(1, 8, 3, 64, 64)))[0]
+        hidden = model.qformer(model.query_tokens, vision=model.encode_video_stage1(torch.randn(1, 8, 3, 64, 64)))[0]
     hidden = torch.nn.functional.normalize(hidden, dim=-1)                  # (Q, E)
     cosine = (hidden @ hidden.T).fill_diagonal_(0).sum() / (16 * 15)
     assert cosine < 0.4, cosine

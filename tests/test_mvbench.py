@@ -20,13 +20,13 @@ from PIL import Image
 
 import mvbench
 from bench import reference
-from evaluation.engine import Answerer
+from evaluation.engine import Engine
 from evaluation.predictions import key_of
 from evaluation.stats import wilson
 from evaluation.tasks import TASKS, TVBENCH, describe, letter_of, load_questions
-from infra.files import hold
+from infra.files import lock_folder
 from toy import world
-from weights.checkpoint import load_model
+from weights.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -228,7 +228,7 @@ def test_cut_off_anywhere_even_within_a_line(whole_run, whole, ckpt, tree, tmp_p
 
 def test_started_again_when_all_is_answered_asks_nothing(ckpt, tree, tmp_path, capsys, monkeypatch):
     first = run(ckpt, tree, tmp_path, "--only", "State Change")
-    monkeypatch.setattr(mvbench, "open_model", None)                       # no model is needed
+    monkeypatch.setattr(mvbench, "load_from_args", None)                       # no model is needed
     (tmp_path / "report.part.html").unlink()
     assert run(ckpt, tree, tmp_path, "--only", "State Change") == first
     assert "All had been answered before" in capsys.readouterr().out and (tmp_path / "report.part.html").exists()
@@ -294,8 +294,8 @@ def test_pictures_are_still_videos_and_whatever_a_decoder_dies_of_has_a_name(ckp
     entries = json.loads((data / "json" / "state_change.json").read_text())
     Image.new("RGB", (80, 60), "red").save(data / "video" / "perception" / "videos" / "a.png")
     (data / "json" / "state_change.json").write_text(json.dumps([{**entries[0], "video": "a.png"}, entries[1]]))
-    real = mvbench.benchmark_video
-    monkeypatch.setattr(mvbench, "benchmark_video", lambda path, *more: 1 / 0 if "SC_1" in path else real(path, *more))
+    real = mvbench.load_eval_clip
+    monkeypatch.setattr(mvbench, "load_eval_clip", lambda path, *more: 1 / 0 if "SC_1" in path else real(path, *more))
     (lines,) = run(ckpt, data, tmp_path / "out").values()
     one, other = map(json.loads, lines.splitlines())
     assert one["prediction"].startswith("(") and other["unread"].endswith("SC_1.mp4: ZeroDivisionError: division "
@@ -337,7 +337,7 @@ def test_ctrl_c_with_workers_is_one_line(ckpt, tree, tmp_path):
 
 
 def test_two_runs_in_one_folder_are_refused(ckpt, tree, tmp_path):
-    with hold(tmp_path):
+    with lock_folder(tmp_path):
         process = start(ckpt, tree, tmp_path)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 2 and f"another process is writing into {tmp_path}" in err.decode()
@@ -374,7 +374,7 @@ def test_the_plain_way_gives_the_same_answers(ckpt, toy, tmp_path):
     """One question at a time, decoded by other code, the LLM being transformers' with peft's LoRA."""
     (lines,) = run(ckpt, toy, tmp_path, "--limit", "2").values()
     found = [json.loads(line)["prediction"] for line in lines.splitlines()]
-    loaded = load_model(ckpt)
+    loaded = load_checkpoint(ckpt)
     for generate in (reference.own_llm(loaded[0], loaded[2]),
                      reference.transformers_llm(loaded[0], loaded[2], ckpt)):
         plain, _ = reference.answers(*loaded, load_questions(toy, limit=2), generate)
@@ -423,7 +423,7 @@ def test_memory_does_not_grow_with_the_questions(ckpt, tree, monkeypatch):
             return clips, reasons
 
     monkeypatch.setattr(mvbench, "Clips", Counting)
-    answerer = Answerer(*load_model(ckpt))
+    answerer = Engine(*load_checkpoint(ckpt))
     questions = load_questions(tree)
     job = mvbench.Job("", False, None, {})
     rows = [row for _, some in mvbench.evaluate(answerer, questions, [job], batch=2, workers=0) for row in some]

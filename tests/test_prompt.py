@@ -7,7 +7,7 @@ import torch
 from prompt import (
     CAPTION_INSTRUCTIONS,
     IGNORE,
-    ONLY_BEST,
+    QUESTION_PROMPT,
     SYSTEM,
     VIDEO,
     Prompt,
@@ -103,21 +103,21 @@ def test_only_answers_and_their_ends_are_learnt(tok):
 
 
 def test_labels_stand_under_their_own_ids(tok):
-    for style in ("vicuna", "mistral"):
-        prompt = conversation_prompt(tok, QAS, 3, style=style)
+    for prompt_style in ("vicuna", "mistral"):
+        prompt = conversation_prompt(tok, QAS, 3, prompt_style=prompt_style)
         assert len(prompt.ids) == len(prompt.labels)
         assert all(label in (IGNORE, i) for i, label in zip(prompt.ids, prompt.labels, strict=True))
 
 
 def test_mistral(tok):
-    prompt = conversation_prompt(tok, QAS, 3, "Two frames.", style="mistral")
+    prompt = conversation_prompt(tok, QAS, 3, "Two frames.", prompt_style="mistral")
     assert read(tok, prompt).replace("  ", " ") == (
         "Watch the kite. [INST] <Video><3></Video> Two frames. [/INST] [INST] What moves? [/INST] A red kite. "
         "[INST] Where? [/INST] In the sky.")
     assert learnt(tok, prompt) == "A red kite. In the sky."
     assert prompt.labels.count(tok.eos_id) == 2
     with pytest.raises(ValueError, match="style 'llama3': expected vicuna or mistral"):
-        conversation_prompt(tok, QAS, 3, style="llama3")
+        conversation_prompt(tok, QAS, 3, prompt_style="llama3")
 
 
 def test_captions_images_and_texts(tok):
@@ -143,7 +143,7 @@ def test_mvbench_prompt_in_words(tok):
     prompt = mvbench_prompt(tok, "What moves?", ["kite", "cat"], 4)
     assert read(tok, prompt) == (
         f"{SYSTEM}###Human: <Video><4></Video>\n###Human: {SYSTEM}Question: What moves?\nOptions:\n(A) kite\n(B) cat\n"
-        f"{ONLY_BEST}\n###Assistant: Best option:(")
+        f"{QUESTION_PROMPT}\n###Assistant: Best option:(")
     assert tok.decode([*prompt.ids[prompt.slot + 4:], *tok.encode("(B")[-1:]]).endswith("Best option:(B")
 
 

@@ -12,9 +12,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from qformer import (
-    Aligner,
     QFormer,
     QFormerConfig,
+    Stage1Heads,
     drop_path,
     hard_negatives,
     negative_weights,
@@ -65,7 +65,7 @@ def assert_layers_equal(hidden, tensors):
 
 def test_queries_alone_and_their_cache(golden):
     qformer, tensors, hidden = load_golden(golden, "qformer_query")
-    out, past, _ = qformer(tensors["in.query_embeds"], vision=tensors["in.encoder_hidden_states"], return_keys=True)
+    out, past, _ = qformer(tensors["in.query_embeds"], vision=tensors["in.encoder_hidden_states"], return_kv=True)
     assert_layers_equal(hidden, tensors)
     assert_close(out, tensors["out.last_hidden_state"], atol=1e-5, rtol=1e-4)
     for i, (k, v) in enumerate(past):
@@ -122,7 +122,7 @@ class Stage1(nn.Module):
         self.vision_temp_embed = nn.Parameter(tensors["w.vision_temp_embed"])
         self.query_tokens = nn.Parameter(tensors["w.query_tokens"])
         self.qformer = load_part(QFormer(cfg), tensors, "w.qformer.")
-        self.aligner = Aligner(cfg).eval()
+        self.aligner = Stage1Heads(cfg).eval()
         self.aligner.load_state_dict({name: tensors[f"w.{name}"] for name in self.aligner.state_dict()})
 
     def vision(self):
@@ -177,7 +177,7 @@ def test_stage1_intermediate_values(stage1):
     ids, mask, idx, vision = t["in.input_ids"], t["in.attention_mask"], t["in.idx"], stage1.vision()
     assert_close(vision, t["out.vision_embeds"], atol=1e-5, rtol=1e-4)
     query = stage1.query_tokens.expand(len(ids), -1, -1)
-    video, past, _ = stage1.qformer(query, vision=vision, return_keys=True)
+    video, past, _ = stage1.qformer(query, vision=vision, return_kv=True)
     assert_close(video, t["out.vision_query_embeds"], atol=1e-5, rtol=1e-4)
     text = stage1.qformer(ids=ids, mask=mask)
     assert_close(text[:, 0], t["out.pooled_text_embeds"], atol=1e-5, rtol=1e-4)
@@ -266,7 +266,7 @@ def test_what_is_the_same_for_all_videos_may_have_one_row_and_the_text_may_be_le
 
 def test_captions_are_causal():
     qformer, query, vision, ids = tiny()
-    _, past, _ = qformer(query, vision=vision, return_keys=True)
+    _, past, _ = qformer(query, vision=vision, return_kv=True)
     mask, other = torch.ones_like(ids), ids.clone()
     other[:, 3] = 11
     a, b = qformer.caption_logits(ids, mask, past), qformer.caption_logits(other, mask, past)
@@ -286,7 +286,7 @@ def test_weights_without_use_get_no_gradient():
 
 def test_the_head_and_the_word_embeddings_are_one_matrix():
     qformer, query, vision, ids = tiny()
-    _, past, _ = qformer(query, vision=vision, return_keys=True)
+    _, past, _ = qformer(query, vision=vision, return_kv=True)
     with torch.no_grad():
         qformer.bert["embeddings"].word_embeddings.weight[42] += 100.0          # not a word of ids
     ids[ids == 42] = 1
@@ -297,7 +297,7 @@ def test_the_head_and_the_word_embeddings_are_one_matrix():
 
 @pytest.mark.parametrize("start, used", [(0.07, 0.07), (2.0, 0.5), (-1.0, 0.001)])
 def test_the_temperature_is_bounded_but_no_forward_pass_changes_it(start, used):
-    aligner = Aligner(TINY)
+    aligner = Stage1Heads(TINY)
     nn.init.constant_(aligner.temp, start)
     aligner.temperature().backward()
     assert aligner.temperature().item() == pytest.approx(used)
@@ -306,13 +306,13 @@ def test_the_temperature_is_bounded_but_no_forward_pass_changes_it(start, used):
 
 def test_matching_by_queries_alone():
     qformer, query, vision, ids = tiny()
-    aligner = Aligner(replace(TINY, vtm_cat_text_cls=False))
+    aligner = Stage1Heads(replace(TINY, vtm_cat_text_cls=False))
     assert aligner.match_logits(qformer, query[:1], vision, ids, torch.ones_like(ids)).shape == (2, 2)
 
 
 def test_real_size_has_the_official_number_of_parameters():
     with torch.device("meta"):
-        qformer, aligner = QFormer(QFormerConfig()), Aligner(QFormerConfig())
+        qformer, aligner = QFormer(QFormerConfig()), Stage1Heads(QFormerConfig())
     assert sum(p.numel() for p in qformer.bert.parameters()) == 182_121_216
     assert sum(p.numel() for p in qformer.cls.parameters()) == 622_651
     assert sum(p.numel() for p in aligner.parameters()) == 590_592 + 590_592 + 3_074 + 1
@@ -326,6 +326,6 @@ def test_errors_name_what_is_wrong():
     with pytest.raises(ValueError, match="21 word pieces, but the Q-Former takes at most 20"):
         qformer(ids=torch.ones(1, 21, dtype=torch.long))
     with pytest.raises(ValueError, match="batch of 2 holds a single clip, idx 4"):
-        Aligner(TINY).losses(qformer, query[:1], vision, ids, mask, torch.tensor([4, 4]), dec_id=49)
+        Stage1Heads(TINY).losses(qformer, query[:1], vision, ids, mask, torch.tensor([4, 4]), dec_id=49)
     with pytest.raises(ValueError, match="5 heads"):
         QFormerConfig(heads=5)

@@ -10,9 +10,9 @@ import torch
 from videos import number, write_video
 
 import mvbench
-from evaluation.engine import Answerer, Protocol
+from evaluation.engine import Engine, Protocol
 from prompt import SYSTEM
-from video import read_benchmark_clip
+from video import read_eval_frames
 from weights import checkpoint
 
 
@@ -35,7 +35,7 @@ def test_frames_bounds_and_folders_follow_the_protocol(tree):
 
     def seen(task, n=4):
         q = questions[task]
-        return [number(frame.permute(1, 2, 0).numpy()) for frame in read_benchmark_clip(q["media"], n, q["bound"])]
+        return [number(frame.permute(1, 2, 0).numpy()) for frame in read_eval_frames(q["media"], n, q["bound"])]
 
     assert questions["Action Sequence"]["bound"] == (1.0, 3.0) and questions["State Change"]["bound"] is None
     assert seen("State Change") == [4, 14, 24, 33]                         # 40 frames: int(39 / 8 + round(39 / 4 * i))
@@ -119,7 +119,7 @@ def test_wrong_folders_are_named(tree, ckpt, tmp_path):
 # ---- what the paper's ablations change -------------------------------------------------------------------------------
 
 def answerer(ckpt, **protocol):
-    return Answerer(*checkpoint.load_model(ckpt), Protocol(max_new_tokens=2, **protocol))
+    return Engine(*checkpoint.load_checkpoint(ckpt), Protocol(max_new_tokens=2, **protocol))
 
 
 def noting(calls, function):
@@ -135,13 +135,13 @@ def test_system_answer_prompt_and_question_in_the_qformer(tree, ckpt):
         model = answerer(ckpt, **protocol)
         ids, seen = [], []
         model.model.llama_model.embed = noting(ids, model.model.llama_model.embed)
-        model.model.queries = noting(seen, model.model.queries)
+        model.model.video_tokens = noting(seen, model.model.video_tokens)
         vision = torch.randn(1, 16, model.model.cfg.vit.width)
-        model.answer([q], model.read(vision, [q]))
-        _, qf_ids, qf_mask = seen[0]
+        model.answer([q], model.input_embeds(vision, [q]))
+        _, instruction_ids, instruction_mask = seen[0]
         head, common, rest = (call[0][0].tolist() for call in ids[:3])     # what the LLM reads, part by part
         text = model.tok.decode(head + common + rest)
-        shown.append((text, [model.wordpiece.pieces[i] for i in qf_ids[qf_mask == 1].tolist()]))
+        shown.append((text, [model.wordpiece.pieces[i] for i in instruction_ids[instruction_mask == 1].tolist()]))
     (normal, read), (bare, nothing), (free, _), (_, with_question) = shown
     assert normal.count(SYSTEM) == 2 and normal.endswith("Best option:(") and read[1:4] == ["carefully", "watch", "the"]
     assert SYSTEM not in bare and nothing == ["[CLS]", "[SEP]"]
@@ -152,7 +152,7 @@ def test_system_answer_prompt_and_question_in_the_qformer(tree, ckpt):
 
 def test_without_an_answer_prompt_the_prediction_is_as_it_was_said(ckpt):
     assert answerer(ckpt).first_line([]) == "("
-    assert answerer(ckpt, answer_prefix="").first_line([]) == ""
+    assert answerer(ckpt, answer_prompt="").first_line([]) == ""
 
 
 def test_frames_stretch_the_position_table(tree, ckpt, tmp_path):

@@ -217,7 +217,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(world, runs, s
 
 def test_an_unfinished_checkpoint_can_be_looked_at(world, stopped):
     from weights import checkpoint
-    model, _, tok = checkpoint.load_model(stopped / "stage2.unfinished" / "000006")
+    model, _, tok = checkpoint.load_checkpoint(stopped / "stage2.unfinished" / "000006")
     assert tok and model.stage == 2
 
 
@@ -238,7 +238,7 @@ def test_another_run_s_checkpoint_is_refused(world, runs, stopped):
 
 def test_a_second_run_in_the_same_folder_is_refused(world, runs, tmp_path):
     out = begun(runs, tmp_path, 1)
-    with files.hold(out / "stage1.unfinished"):
+    with files.lock_folder(out / "stage1.unfinished"):
         code, said = run(*options(world, out, 1))
     assert code == 2 and "another process is writing" in said and "Traceback" not in said
 
@@ -260,14 +260,14 @@ def test_a_full_disk_is_named_and_training_goes_on(world, runs, tmp_path, monkey
 
 
 def test_a_full_disk_at_the_very_end_loses_nothing(world, runs, tmp_path, monkeypatch):
-    out, real = begun(runs, tmp_path, 1), resume.checkpoint.write_checkpoint
+    out, real = begun(runs, tmp_path, 1), resume.checkpoint.save_checkpoint
 
     def full(tensors, stage, cfg, folder, *rest):
         if folder.name.startswith(".stage1."):                           # not one of the steps'
             raise OSError(28, "No space left on device")
         real(tensors, stage, cfg, folder, *rest)
 
-    monkeypatch.setattr(resume.checkpoint, "write_checkpoint", full)
+    monkeypatch.setattr(resume.checkpoint, "save_checkpoint", full)
     with pytest.raises(OSError, match="stage1 cannot be written .*MiB are free; make room, and the same command"):
         train.main(options(world, out, 1))
     assert list(resume.steps_of(out / "stage1.unfinished")) == [6]
@@ -278,7 +278,7 @@ def test_a_full_disk_at_the_very_end_loses_nothing(world, runs, tmp_path, monkey
 
 def poisoned(monkeypatch, steps):
     """Losses of these calls are NaN, and one layer's output is."""
-    real, calls = stages.VideoChat2.align, []
+    real, calls = stages.VideoChat2.stage1_losses, []
 
     def align(self, batch, *rest, **options):
         calls.append(1)
@@ -314,7 +314,7 @@ def test_fp16_looks_for_its_scale_but_not_forever(world, tmp_path):
     job = stages.Job("x", tmp_path / "x", torch.nn.Linear(1, 1), [], None, lambda batch, done: {"lm": torch.ones(())},
                      None)
     cfg = recipes.TrainConfig(stage=1, dtype="fp16", max_bad_steps=2, out=str(tmp_path), steps=100, log_every=100)
-    log = train.Log(job, cfg, distributed.World(), 0)
+    log = train.Log(job, cfg, distributed.Distributed(), 0)
 
     def tell(norm, steps):
         for step in range(steps):
@@ -349,7 +349,7 @@ def test_saving_costs_little(world, runs, tmp_path, monkeypatch):
     cfg = recipes.TrainConfig(stage=1, keep=2)
     model = torch.nn.Linear(4, 4)
     job = stages.Job("x", tmp_path / "x", model, None, None, None, lambda folder, tensors: None)
-    saver = resume.Saver(job, cfg, distributed.World())
+    saver = resume.Saver(job, cfg, distributed.Distributed())
     begun_at = time.perf_counter()
     saver.save(1, [], torch.amp.GradScaler("cpu", enabled=False))
     assert time.perf_counter() - begun_at < 1

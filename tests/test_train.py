@@ -118,7 +118,7 @@ def test_an_unreadable_clip_is_counted_and_shown(world, runs, tmp_path, capsys):
 
 def test_chat_answers_the_same_question_with_the_same_words(world, runs):
     clip = next((world / "videos").rglob("*.gif"))
-    model = checkpoint.load_model(runs / "stage3")
+    model = checkpoint.load_checkpoint(runs / "stage3")
     said = [chat.Chat(*model, clip, max_new_tokens=8).ask("What happens?") for _ in range(2)]
     assert said[0] == said[1]
 

@@ -43,22 +43,22 @@ def recorded(golden):
 
 def test_middle_frames(recorded):
     for case in recorded["get_frame_indices_middle"]:
-        assert video.train_indices(case["num_frames"], case["vlen"], "middle") == case["out"], case
+        assert video.train_frame_indices(case["num_frames"], case["vlen"], "middle") == case["out"], case
 
 
 def test_benchmark_frames(recorded):
     for case in recorded["mvbench_get_index"]:
         limits = (case["max_frame"], case["fps"], case["bound"], case["first_idx"])
-        found = video.mvbench_indices(case["num_segments"], *limits)
+        found = video.eval_frame_indices(case["num_segments"], *limits)
         assert found == case["out"], case
     for case in recorded["notebook_get_index"]:  # the demo's rule is the benchmark's without bounds
-        assert video.mvbench_indices(case["num_segments"], case["num_frames"] - 1, 1.0) == case["out"], case
+        assert video.eval_frame_indices(case["num_segments"], case["num_frames"] - 1, 1.0) == case["out"], case
 
 
 def test_official_random_frames(recorded):
     for case in recorded["get_frame_indices_rand_seed42"]:
         n, total = case["num_frames"], case["vlen"]
-        found = video.train_indices(n, total, "rand", random.Random(42), official=True)
+        found = video.train_frame_indices(n, total, "rand", random.Random(42), official=True)
         if total >= 2 * n:
             assert found == case["out"], case
         assert sorted(found) == found and len(found) == n and found[-1] < total
@@ -66,10 +66,10 @@ def test_official_random_frames(recorded):
 
 def test_our_random_frames_reach_every_frame():
     rng = random.Random(0)
-    drawn = [video.train_indices(4, 10, "rand", rng) for _ in range(500)]
+    drawn = [video.train_frame_indices(4, 10, "rand", rng) for _ in range(500)]
     assert {i for indices in drawn for i in indices} == set(range(10))
     assert all(a < b for indices in drawn for a, b in pairwise(indices))
-    assert video.train_indices(4, 2, "rand", rng) == [0, 1, 1, 1]
+    assert video.train_frame_indices(4, 2, "rand", rng) == [0, 1, 1, 1]
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -89,13 +89,13 @@ def test_start_and_end_in_seconds(tmp_path):
     path = paint(tmp_path, "a.gif")
     frames, _ = read_media(path, video.train_frames(4, "middle", None, 2.0, 4.0))  # frames 4 to 7 at 2 per second
     assert bars(frames) == [4, 5, 6, 7]
-    assert bars(video.read_benchmark_clip(path, 2, (2.0, 4.0))) == [5, 7]
-    assert bars(video.read_benchmark_clip(path, 16)) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 8, 9, 10, 11, 12, 13, 14]
+    assert bars(video.read_eval_frames(path, 2, (2.0, 4.0))) == [5, 7]
+    assert bars(video.read_eval_frames(path, 16)) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 8, 9, 10, 11, 12, 13, 14]
 
 
 def test_a_video_of_one_frame(tmp_path):
     path = paint(tmp_path, "a.gif", frames=1)
-    assert bars(video.read_benchmark_clip(path, 4, (0.0, 2.0))) == [0, 0, 0, 0]
+    assert bars(video.read_eval_frames(path, 4, (0.0, 2.0))) == [0, 0, 0, 0]
     frames, seconds = read_media(path, video.train_frames(2, "rand", random.Random(0)))
     assert bars(frames) == [0, 0] and seconds == [0.0, 0.0]
 
@@ -118,7 +118,7 @@ def test_a_folder_of_frames(tmp_path):
         Image.new("RGB", (20, 10), (i * 30,) * 3).save(tmp_path / f"{i:05d}.jpg")
     frames, seconds = read_media(tmp_path, lambda first, last, fps: [first, last, last + 5])
     assert [round(level / 30) for level in frames[:, 0, 0, 0].tolist()] == [1, 7, 7] and seconds == [0.0, 2.0, 2.0]
-    assert video.read_benchmark_clip(tmp_path, 2).shape == (2, 3, 10, 20)
+    assert video.read_eval_frames(tmp_path, 2).shape == (2, 3, 10, 20)
     (tmp_path / "00003.jpg").rename(tmp_path / "3.jpg")
     with pytest.raises(MediaError, match="lacks 00003.jpg"):
         read_media(tmp_path, every)

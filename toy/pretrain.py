@@ -19,8 +19,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from infra.files import whole_folder
-from prompt import CAPTION_INSTRUCTIONS, SYSTEM, VIDEO, caption_prompt, conversation_prompt, pad_batch, with_targets
+from infra.files import atomic_folder
+from prompt import CAPTION_INSTRUCTIONS, SYSTEM, VIDEO, add_packing, caption_prompt, conversation_prompt, pad_batch
 from qagen.generate import MARKS, STRAIGHT, as_turn
 from tokenizer import train_sentencepiece, train_wordpiece
 from vit_video import VisionTransformer
@@ -137,9 +137,9 @@ class School(torch.utils.data.Dataset):
     not be cut short: with 200 steps of 8 each instead of 300, 1,200 steps of conversations left it at chance.
     """
 
-    def __init__(self, path, tok, style, n_video, epoch_size):
+    def __init__(self, path, tok, prompt_style, n_video, epoch_size):
         self.documents = [json.loads(line) for line in open(path)]
-        self.tok, self.style, self.n_video, self.epoch_size, self.epoch = tok, style, n_video, epoch_size, 0
+        self.tok, self.prompt_style, self.n_video, self.epoch_size, self.epoch = tok, prompt_style, n_video, epoch_size, 0
         self.marks = {tok.encode(f"It grows. {mark}")[-1] for mark in MARKS}
         found = {word for caption, *_ in self.documents[:5000] for word in re.findall(r"\b[a-z]+\b", caption)}
         self.words = [word for word in sorted(found) if len(tok.encode(word)) == 1]
@@ -168,7 +168,7 @@ class School(torch.utils.data.Dataset):
         else:
             if self.epoch > 14 and fifth == 4:                             # twice, as the benchmark says it
                 qas = [qas[0] | {"i": SYSTEM, "q": SYSTEM + qas[0]["q"]}, *qas[1:]]
-            prompt = conversation_prompt(self.tok, qas, length, style=self.style)
+            prompt = conversation_prompt(self.tok, qas, length, prompt_style=self.prompt_style)
         prompt.soft = range(prompt.slot, prompt.slot + length * soft)
         prompt.fill(words, sorted(rng.sample(range(length), len(words))))
         prompt.labels = [i if i in self.marks else label for i, label in zip(prompt.ids, prompt.labels, strict=True)]
@@ -213,7 +213,7 @@ def collate_text(prompts):
     soft = torch.zeros_like(mask)
     for row, prompt in zip(soft, prompts, strict=True):
         row[prompt.soft.start:prompt.soft.stop] = 1
-    return with_targets({"ids": ids, "labels": labels, "mask": mask}) | {"soft": soft, "bad": []}
+    return add_packing({"ids": ids, "labels": labels, "mask": mask}) | {"soft": soft, "bad": []}
 
 
 def soft_embed(llama, ids, soft):
@@ -242,7 +242,7 @@ def vocabulary(text, folder, size=1000):
         texts = [text for caption, many, plain in documents
                  for text in (caption, *(qa[key] for qa in many + plain for key in "iqa"))]
         texts += 1000 * [SYSTEM]                                           # the benchmark's prompt has words of its own
-        with whole_folder(folder, replace=False) as temporary:
+        with atomic_folder(folder, replace=False) as temporary:
             train_sentencepiece(texts, str(temporary / "tokenizer.model"), vocab_size=size)
             train_wordpiece(texts, str(temporary / "vocab.txt"))
     return folder / "tokenizer.model", folder / "vocab.txt"

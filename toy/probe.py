@@ -25,20 +25,20 @@ import numpy as np
 import torch
 
 from evaluation.engine import letter_ids
-from infra.files import load_strictly, read_tensors
+from infra.files import load_strict, read_tensors
 from prompt import (
     CAPTION_INSTRUCTIONS,
     IGNORE,
-    answer_text,
     caption_prompt,
-    is_complete,
+    decode_answer,
+    is_finished,
     mvbench_prompt,
     pad_batch,
 )
 from qagen import generate
 from toy.draw import ACTIVITIES, COLOURS, FPS, FRAMES, SHAPES, UNITS, token_targets
 from toy.pretrain import Teacher
-from video import benchmark_video, mvbench_indices
+from video import eval_frame_indices, load_eval_clip
 from weights import checkpoint
 from weights.hf_llama import load_llm
 
@@ -58,14 +58,14 @@ def benchmark_clips(data, count):
 def look(cfg, data, clips):
     """Annotations -> video (B, T, 3, H, W) as the benchmark reads it."""
     folder = Path(data) / "mvbench" / "video"
-    return torch.stack([benchmark_video(str(folder / clip["id"]), cfg) for clip in clips])
+    return torch.stack([load_eval_clip(str(folder / clip["id"]), cfg) for clip in clips])
 
 
 def frames_seen(task, count):
     """Frames of the simulation that the benchmark takes: a folder of JPEGs holds them at 3 per second, from 1 on."""
     if generate.TASKS[task].folder.startswith("tvqa"):
-        return [(i - 1) * FPS // 3 for i in mvbench_indices(count, FRAMES * 3 // FPS, 3, first_idx=1)]
-    return mvbench_indices(count, FRAMES - 1, FPS)
+        return [(i - 1) * FPS // 3 for i in eval_frame_indices(count, FRAMES * 3 // FPS, 3, first_idx=1)]
+    return eval_frame_indices(count, FRAMES - 1, FPS)
 
 
 def told(clip):
@@ -85,7 +85,7 @@ def alike(queries):
 def load_teacher(folder):
     cfg, _ = checkpoint.read_config(folder)
     teacher = Teacher(cfg, [len(COLOURS), len(SHAPES), len(ACTIVITIES)]).eval()
-    load_strictly(teacher, read_tensors(folder / "model.safetensors"), folder)
+    load_strict(teacher, read_tensors(folder / "model.safetensors"), folder)
     return teacher, cfg
 
 
@@ -103,9 +103,9 @@ def eye(loaded, data, task, clips):
 def bridge(loaded, data, task, clips, longest=60):
     """-> share of captions that stage 1's Q-Former says right, word after most probable word; cosine of its queries."""
     model, wordpiece, _ = loaded
-    vision = model.encode_timed(look(model.cfg, data, clips))                                  # (B, N, C)
+    vision = model.encode_video_stage1(look(model.cfg, data, clips))                                  # (B, N, C)
     query = model.query_tokens.expand(len(clips), -1, -1)                                      # (B, Q, E)
-    hidden, past, _ = model.qformer(query, vision=vision, return_keys=True)                       # (B, Q, E)
+    hidden, past, _ = model.qformer(query, vision=vision, return_kv=True)                       # (B, Q, E)
     ids = torch.full((len(clips), 1), wordpiece.dec_id)                                        # (B, 1)
     for _ in range(longest):
         logits = model.qformer.caption_logits(ids, torch.ones_like(ids), past)                 # (B, S, V)
@@ -121,9 +121,9 @@ def voice(loaded, data, task, clips, longest=60):
     asked = caption_prompt(tok, "", model.cfg.n_query + model.cfg.n_extra, CAPTION_INSTRUCTIONS["video"][0])
     ids = [i for i, label in zip(asked.ids, asked.labels, strict=True) if label == IGNORE]
     ids = torch.tensor([ids] * len(clips))                                                     # (B, S)
-    tokens = model.queries(model.encode(look(model.cfg, data, clips)))                         # (B, Q, D)
-    rows = model.llama_model.generate(model.splice(ids, tokens), None, longest, partial(is_complete, tok))
-    return np.mean([answer_text(tok, row) == told(clip) for row, clip in zip(rows, clips, strict=True)]), alike(tokens)
+    tokens = model.video_tokens(model.encode_video(look(model.cfg, data, clips)))                         # (B, Q, D)
+    rows = model.llama_model.generate(model.insert_video_tokens(ids, tokens), None, longest, partial(is_finished, tok))
+    return np.mean([decode_answer(tok, row) == told(clip) for row, clip in zip(rows, clips, strict=True)]), alike(tokens)
 
 
 def reader(loaded, data, task, clips):
@@ -143,8 +143,8 @@ def reader(loaded, data, task, clips):
 
 PARTS = {  # how a part is asked -> its folder in a run, how it is loaded, the columns that it fills
     eye: ("stage0/vit", load_teacher, COLUMNS[:3]),
-    bridge: ("stage1", checkpoint.load_model, COLUMNS[3:5]),
-    voice: ("stage2", checkpoint.load_model, COLUMNS[5:7]),
+    bridge: ("stage1", checkpoint.load_checkpoint, COLUMNS[3:5]),
+    voice: ("stage2", checkpoint.load_checkpoint, COLUMNS[5:7]),
     reader: ("stage0/llm", load_llm, COLUMNS[7:]),
 }
 

@@ -77,40 +77,40 @@ def load_corpus(corpus):
 
 # ---- what may be wrong with an entry ---------------------------------------------------------------------------------
 
-class Fault(NamedTuple):
+class EntryError(NamedTuple):
     kind: str      # "malformed" or "empty text"; with the medium (data.py) also "missing" and "undecodable"
     text: str
 
 
-def fault_of(entry, source):
+def entry_error(entry, source):
     """What is wrong with an entry, or None."""
     if not isinstance(entry, dict):
-        return Fault("malformed", f"expected an object, found {type(entry).__name__}")
+        return EntryError("malformed", f"expected an object, found {type(entry).__name__}")
     if source.media != "text" and not is_text(entry.get(source.media_key)):
-        return Fault("malformed", f'no "{source.media_key}" with the path of its {source.media}; '
+        return EntryError("malformed", f'no "{source.media_key}" with the path of its {source.media}; '
                                   f'it has {", ".join(entry) or "nothing"}')
     span = [entry.get("start"), entry.get("end")]
     if span != [None, None] and not (all(isinstance(s, int | float) for s in span) and 0 <= span[0] < span[1]):
-        return Fault("malformed", f'"start" and "end" must be seconds, start before end; found {span[0]} and {span[1]}')
+        return EntryError("malformed", f'"start" and "end" must be seconds, start before end; found {span[0]} and {span[1]}')
     if "QA" in entry:
         return fault_of_qa(entry)
     if "caption" not in entry:
-        return Fault("malformed", f'neither "caption" nor "QA"; it has {", ".join(entry) or "nothing"}')
+        return EntryError("malformed", f'neither "caption" nor "QA"; it has {", ".join(entry) or "nothing"}')
     captions = entry["caption"] if isinstance(entry["caption"], list) else [entry["caption"]]
     if not captions or not all(map(is_text, captions)):
-        return Fault("empty text", 'an empty "caption", or one that is not text')
+        return EntryError("empty text", 'an empty "caption", or one that is not text')
     return None
 
 
 def fault_of_qa(entry):
     qas = entry["QA"]
     if not isinstance(qas, list) or not qas or not all(isinstance(qa, dict) for qa in qas):
-        return Fault("malformed", '"QA" must be a list of {"i", "q", "a"}')
+        return EntryError("malformed", '"QA" must be a list of {"i", "q", "a"}')
     for n, qa in enumerate(qas):
         if not is_text(qa.get("a")):
-            return Fault("empty text", f'QA {n} has no answer "a"')
+            return EntryError("empty text", f'QA {n} has no answer "a"')
         if not all(isinstance(qa.get(key) or "", str) for key in "iq"):
-            return Fault("malformed", f'QA {n} has an "i" or "q" that is not text')
+            return EntryError("malformed", f'QA {n} has an "i" or "q" that is not text')
     return None
 
 
@@ -294,7 +294,7 @@ def good_rows(source, header, numbers, progress):
     """Yields lists of rows of the good entries; notes in header and numbers what there is, and what is faulty."""
     rows = []
     for number, (start, length, entry) in enumerate(each_entry(source.anno, progress)):
-        fault = fault_of(entry, source)
+        fault = entry_error(entry, source)
         if fault:
             numbers.append(number)
             header["faulty"] += 1
@@ -311,7 +311,7 @@ def good_rows(source, header, numbers, progress):
     yield rows
 
 
-class Annotations:
+class AnnotationFile:
     """The good entries of a source: len(), and entries[i] read from the file.
 
     header["qa"] of them are conversations, header["cut"] have a start and an end. Costs a process next to nothing:
@@ -359,7 +359,7 @@ class Annotations:
 
 def load_annotations(source):
     """The entries of a source. A faulty one is a ValueError that names file and entry, or is left out and told."""
-    entries = Annotations(source)
+    entries = AnnotationFile(source)
     header = entries.header
     if header["faulty"] and source.faulty == "stop":
         rest = f" ({header['faulty']} faulty entries in all: python data.py check lists them; " \

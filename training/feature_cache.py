@@ -1,11 +1,11 @@
 """What a frozen ViT sees in every clip, kept on disk: it looks once, and what comes behind it learns from that as often
 as it likes.
 
-    VideoTextData, ViT -> keep() -> features.npy (clips, T, L, C) in half precision, and info.json: what made them
-                                    VideoTextData.features = Features(folder): samples then hold "features", not "video"
+    VideoTextDataset, ViT -> keep() -> features.npy (clips, T, L, C) in half precision, and info.json: what made them
+                                    VideoTextDataset.features = Features(folder): samples then hold "features", not "video"
 
 Only for clips that are the same each time: neither random frames nor random crops. Features of another ViT, other clips
-or other frames are made anew. Not here: the ViT (vit_video.py), reading (media.py), the loop (train.py).
+or other frames are made anew. Not here: the ViT (vit_video.py), reading (video.py), the loop (train.py).
 
 Run:    python train.py --stage 1 --cache-features
 """
@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from infra.files import read_json, whole_folder
+from infra.files import atomic_folder, read_json
 from video import MediaError
 from weights.hf_llama import fingerprint
 
@@ -41,7 +41,7 @@ class Features:
 
 
 class EachOnce(Dataset):
-    """Each clip of a VideoTextData in order, without any taking another's place: (path, sample or None, error)."""
+    """Each clip of a VideoTextDataset in order, without any taking another's place: (path, sample or None, error)."""
 
     def __init__(self, clips, entries):
         self.clips, self.entries = clips, list(entries.items())                    # (path, index of an entry with it)
@@ -77,8 +77,8 @@ def lies_there(folder, made_from, stamps):
 
 
 @torch.no_grad()
-def keep(vit, clips, folder, device, workers=0, batch=32):
-    """Features of all clips (a VideoTextData) in `folder`: those that lie there if they are these, else made now."""
+def cache_features(vit, clips, folder, device, workers=0, batch=32):
+    """Features of all clips (a VideoTextDataset) in `folder`: those that lie there if they are these, else made now."""
     first = {clips.path(index): index for index in reversed(range(len(clips)))}    # path -> the first entry with it
     drawn = clips.how == "rand" or clips.transform.crop or clips.transform.flip
     cut = any(entries.header["cut"] for entries in clips.entries)
@@ -92,7 +92,7 @@ def keep(vit, clips, folder, device, workers=0, batch=32):
     loader = DataLoader(EachOnce(clips, first), batch, collate_fn=list, num_workers=workers)
     print(f"the ViT looks at {len(first):,} clips; what it sees is kept in {folder}", flush=True)
     table = {}
-    with whole_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         shape = len(first), clips.num_frames, vit.cfg.grid ** 2, vit.cfg.width
         features = np.lib.format.open_memmap(temporary / "features.npy", "w+", np.float16, shape)
         for samples in tqdm(loader, desc="features", unit="batch", disable=not sys.stderr.isatty()):

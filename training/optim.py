@@ -12,7 +12,7 @@ from collections import defaultdict
 
 import torch
 
-from infra.distributed import like, whole
+from infra.distributed import full_tensor, shard_like
 
 
 def learning_rate(step, cfg):
@@ -73,11 +73,11 @@ class Muon(torch.optim.Optimizer):
 
             # one batched product for all matrices of a shape; with FSDP each process computes all of them
             for (rows, cols), pairs in by_shape.items():
-                updates = orthogonalize(torch.stack([whole(update) for _, update in pairs]))
+                updates = orthogonalize(torch.stack([full_tensor(update) for _, update in pairs]))
                 size = 0.2 * math.sqrt(max(rows, cols))
                 for (p, _), update in zip(pairs, updates, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(like(update.to(p.dtype), p), alpha=-group["lr"] * size)
+                    p.add_(shard_like(update.to(p.dtype), p), alpha=-group["lr"] * size)
 
 
 # ------------------------------------------------------------------------------------------------------- all parameters
@@ -114,7 +114,7 @@ def grad_norm(model, optimizers, scaler, clip):
     """The gradient's norm, a tensor that nobody has read yet; gradients are cut to `clip`."""
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
+    return full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
 
 
 def optimizer_step(optimizers, lr, scaler, norm):

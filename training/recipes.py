@@ -76,7 +76,7 @@ class TrainConfig:
 MODEL_OPTIONS = {  # fields of model.Config that the command line can change; the default is the preset's
     "train_frames": "frames of a clip in stages 2 and 3 (stage 2: 4 in the paper, 8 in its code)",
     "max_text": "tokens of a prompt in stages 2 and 3 (stage 2: 32 in the paper, 512 in its code)",
-    "tell_seconds": "stage 3 says at which seconds a video's frames were taken",
+    "add_timestamps": "stage 3 says at which seconds a video's frames were taken",
     "flip": "mirror half of the training clips, as the official code does: what is left is then called right",
     "train_norm": "pixels in training: imagenet (as officially) or clip (as the official evaluation)",
     "bos_ones": "stage 3 puts ones in the place of <s>, as the official training does",

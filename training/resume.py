@@ -5,7 +5,7 @@
         trainer.safetensors                 the optimizers' moments, the generators' states of each process
         trainer.json                        step, options, and size and hash of every file here
 
-A folder appears whole or not at all (storage.whole_folder); what is torn all the same, or altered, its hashes tell, and
+A folder appears whole or not at all (files.atomic_folder); what is torn all the same, or altered, its hashes tell, and
 the one before it is taken. Tensors are copied at once and written by a thread, while training goes on. Where data and
 learning rate stand, the step says. Not here: what the files of a checkpoint are (checkpoint.py).
 
@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from infra.distributed import like, whole
-from infra.files import hash_file, load_strictly, read_json, read_tensors, save_tensors, whole_folder
+from infra.distributed import full_tensor, shard_like
+from infra.files import atomic_folder, hash_file, load_strict, read_json, read_tensors, save_tensors
 from weights import checkpoint
 
 FIXED = ("stage", "preset", "batch", "accumulate", "steps", "seed", "corpus", "data", "muon", "cache_features", "dtype")
@@ -79,7 +79,7 @@ def clean(job, cfg):
 def optimizer_state(optimizers, model):
     """{"optimizer.<parameter>.<key>": tensor}, whole, on the CPU. By names: places depend on what else trains."""
     names = {p: name for name, p in model.named_parameters()}
-    return {f"optimizer.{names[p]}.{key}": whole(t).cpu().clone() for optimizer in optimizers
+    return {f"optimizer.{names[p]}.{key}": full_tensor(t).cpu().clone() for optimizer in optimizers
             for p, state in optimizer.state.items() for key, t in state.items()}
 
 
@@ -94,7 +94,7 @@ def put_optimizer_state(optimizers, model, tensors, where):
             raise ValueError(f"{where} was begun with other options: {name} does not train now; go on with those, or "
                              "begin again by --restart")
         # subtle: fused AdamW counts its steps on the device
-        owner[p].state[p][key] = t.to(p.device) if key == "step" else like(t.to(p.device, p.dtype), p)
+        owner[p].state[p][key] = t.to(p.device) if key == "step" else shard_like(t.to(p.device, p.dtype), p)
 
 
 def random_state(job):
@@ -120,7 +120,7 @@ def put_random_state(job, tensors, rank):
 
 def model_state(model):
     """Every tensor but the frozen LLM's, whole, a copy on the CPU."""
-    return {n: whole(t).detach().to("cpu", copy=True) for n, t in model.state_dict().items()
+    return {n: full_tensor(t).detach().to("cpu", copy=True) for n, t in model.state_dict().items()
             if not checkpoint.is_frozen_llm(n)}
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def load_model(job, cfg, folder):
     if other:
         raise ValueError(f"{folder} is of a run with " + ", ".join(other) + "; go on with its options, or begin again "
                          "by --restart")
-    load_strictly(job.model, read_tensors(folder / "model.safetensors"), folder, fresh=(checkpoint.LLM_PREFIX,))
+    load_strict(job.model, read_tensors(folder / "model.safetensors"), folder, fresh=(checkpoint.LLM_PREFIX,))
     return read_json(folder / TRAINER)["step"]
 
 
@@ -161,16 +161,16 @@ class Saver:
         """By all processes: what is cut up is put together; the first one writes."""
         self.wait()
         weights, tensors = model_state(self.job.model), optimizer_state(optimizers, self.job.model)
-        for rank, state in enumerate(self.world.everyones(random_state(self.job))):
+        for rank, state in enumerate(self.world.all_gather_object(random_state(self.job))):
             tensors |= {f"random.{rank}.{name}": t for name, t in state.items()}
-        if self.world.first:
+        if self.world.is_main:
             state = {"step": step, "done": False, "options": asdict(self.cfg), "scaler": scaler.state_dict()}
             self.thread = threading.Thread(target=self.write, args=(step, weights, tensors, state))
             self.thread.start()
 
     def write(self, step, weights, tensors, state):
         try:
-            with whole_folder(self.folder / f"{step:06d}") as folder:
+            with atomic_folder(self.folder / f"{step:06d}") as folder:
                 self.job.write(folder, weights)
                 save_tensors(tensors, folder / "trainer.safetensors")
                 files = {path.name: digest(path) for path in sorted(folder.iterdir())}
@@ -209,11 +209,11 @@ def room(folder, tensors):
 def finish(job, cfg, world):
     """Writes the finished checkpoint; what an unfinished run would need is forgotten. OSError on a full disk."""
     weights = model_state(job.model)
-    if world.first:
+    if world.is_main:
         for _, old in sorted(steps_of(job.unfinished).items())[:-1]:
             shutil.rmtree(old)                                 # makes room
         try:
-            with whole_folder(job.folder) as folder:
+            with atomic_folder(job.folder) as folder:
                 job.write(folder, weights)
                 (folder / TRAINER).write_text(json.dumps({"done": True, "options": asdict(cfg)}, indent=2))
         except OSError as error:

@@ -19,16 +19,16 @@ import torch
 import torch.nn as nn
 
 import data
-from infra.files import load_strictly, read_json, read_tensors
+from infra.files import load_strict, read_json, read_tensors
 from llama import Llama
-from model import PRESETS, VideoChat2, lm_loss, set_trainable
+from model import PRESETS, VideoChat2, next_token_loss, set_trainable
 from tokenizer import SentencePiece, WordPiece
 from toy.pretrain import School, Teacher, TeacherData, collate_teacher, collate_text, soft_embed, vocabulary
 from training import feature_cache
 from training.annotations import load_corpus
 from training.recipes import MODEL_OPTIONS, RECIPES, STANDINS, recipe
 from training.resume import newest
-from video import Transform, train_indices
+from video import Transform, train_frame_indices
 from weights import checkpoint
 from weights.hf_llama import DTYPES, llm_config, write_llm
 
@@ -72,10 +72,10 @@ def corpus_file(cfg, name):
 
 
 def clips(cfg, model_cfg, path, frames):
-    """VideoTextData of one corpus file, with the model's frames and pixels."""
+    """VideoTextDataset of one corpus file, with the model's frames and pixels."""
     transform = Transform(model_cfg.vit.img_size, train=True, crop=model_cfg.crop, norm=model_cfg.train_norm,
                           flip=model_cfg.flip)
-    return data.VideoTextData(load_corpus(path), frames, transform, model_cfg.train_choice, seed=cfg.seed)
+    return data.VideoTextDataset(load_corpus(path), frames, transform, model_cfg.frame_sampling, seed=cfg.seed)
 
 
 def toy_vocabulary(cfg):
@@ -102,11 +102,11 @@ def vit_job(cfg, name, world):
     if targets.shape[2] != grid:
         raise ValueError(f"{cfg.data}/targets.npy has {targets.shape[2]} patches a frame, preset {cfg.preset} {grid}; "
                          f"make the toy world again with --patch {48 * config.vit.patch_size // config.vit.img_size}")
-    frames = train_indices(config.train_frames, targets.shape[1], config.train_choice)
+    frames = train_frame_indices(config.train_frames, targets.shape[1], config.frame_sampling)
     model = Teacher(config, [len(meta[key]) for key in ("colours", "shapes", "activities")])
 
     def write(folder, tensors):
-        checkpoint.write_checkpoint(tensors, 0, config, folder, vocab)
+        checkpoint.save_checkpoint(tensors, 0, config, folder, vocab)
 
     videos = clips(cfg, config, corpus_file(cfg, "corpus_clips.json"), config.train_frames)
     dataset = TeacherData(videos, targets, Path(cfg.data) / "annotations.jsonl", frames, epoch_size=100 * cfg.batch)
@@ -120,11 +120,11 @@ def llm_job(cfg, name, world):
     tokenizer_model, _ = toy_vocabulary(cfg)
     model = Llama(config.llama)
     text, tok = Path(cfg.data) / "text.jsonl", SentencePiece(str(tokenizer_model))
-    dataset = School(text, tok, config.style, config.n_query + config.n_extra, epoch_size=300 * cfg.batch)
+    dataset = School(text, tok, config.prompt_style, config.n_query + config.n_extra, epoch_size=300 * cfg.batch)
 
     def loss(batch, _):
         embeds = soft_embed(model, batch["ids"], batch["soft"])                # (B, S, D)
-        return {"lm": lm_loss(model, embeds, batch["labels"], batch["lengths"], batch["targets"])}
+        return {"lm": next_token_loss(model, embeds, batch["labels"], batch["lengths"], batch["targets"])}
 
     def write(folder, tensors):
         write_llm(model, tokenizer_model, folder, tensors)
@@ -200,8 +200,8 @@ def stage_job(cfg, stage, world):
     config.vit.checkpoint_blocks |= "vit" in recompute
     config.qformer.checkpoint_layers |= "qformer" in recompute
     config.llama.checkpoint_layers |= "llm" in recompute
-    model = VideoChat2(config, stage, llm_later=True)
-    load_strictly(model, read_tensors(start / "model.safetensors"), start,
+    model = VideoChat2(config, stage, defer_llm=True)
+    load_strict(model, read_tensors(start / "model.safetensors"), start,
                   fresh=FRESH[stage] + (checkpoint.LLM_PREFIX,), dropped=DROPPED[stage])
     if stage > 1:
         expected, needed_by = (llm, start) if stage == 3 else (begun_with(cfg, folder), folder)
@@ -213,13 +213,13 @@ def stage_job(cfg, stage, world):
     frames, collate, loss = stage_parts(cfg, stage, model, wordpiece, tok, generator, world)
     dataset = clips(cfg, config, corpus, frames)
     if cfg.cache_features:
-        dataset.features = feature_cache.keep(model.vision_encoder, dataset, Path(cfg.out) / "features", world.device,
+        dataset.features = feature_cache.cache_features(model.vision_encoder, dataset, Path(cfg.out) / "features", world.device,
                                          cfg.workers)
     notes = [f"  {part:20} {total:>12,} parameters {trained:>12,} trained" for part, total, trained in
              set_trainable(model, stage, vit=not cfg.cache_features)]
 
     def write(folder, tensors):
-        checkpoint.write_checkpoint(tensors, stage, config, folder, start / "vocab.txt",
+        checkpoint.save_checkpoint(tensors, stage, config, folder, start / "vocab.txt",
                                     checkpoint.llm_record(llm, folder))
 
     # captions alone need no text rows that look both ways; a text without video, or an instruction, no Q-Former's
@@ -232,13 +232,13 @@ def stage_parts(cfg, stage, model, wordpiece, tok, generator, world):
     config = model.cfg
     n_video = config.n_query + config.n_extra
     if stage == 1:
-        return (config.align_frames, data.AlignCollate(wordpiece, config.align_text, config.caption_sep),
-                lambda batch, done: model.align(batch, wordpiece.dec_id, generator, done < cfg.captions_first,
+        return (config.align_frames, data.Stage1Collate(wordpiece, config.align_text, config.caption_sep),
+                lambda batch, done: model.stage1_losses(batch, wordpiece.dec_id, generator, done < cfg.captions_first,
                                                 everyone=world, global_negatives=cfg.global_negatives))
     if stage == 2:
-        collate = data.CaptionCollate(tok, n_video, config.max_text)
-        return config.train_frames, collate, lambda batch, _: {"lm": model.loss(batch)}
-    collate = data.InstructCollate(
-        tok, wordpiece, n_video, config.max_text, config.style, config.question_in_qformer, config.tell_seconds,
+        collate = data.Stage2Collate(tok, n_video, config.max_text)
+        return config.train_frames, collate, lambda batch, _: {"lm": model.lm_loss(batch)}
+    collate = data.Stage3Collate(
+        tok, wordpiece, n_video, config.max_text, config.prompt_style, config.question_in_qformer, config.add_timestamps,
         config.train_separators, max_instruction=min(config.max_text, config.qformer.max_positions))
-    return config.train_frames, collate, lambda batch, _: {"lm": model.loss(batch)}
+    return config.train_frames, collate, lambda batch, _: {"lm": model.lm_loss(batch)}

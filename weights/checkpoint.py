@@ -6,7 +6,7 @@
         vocab.txt            WordPiece words of the Q-Former
 
 Another LLM than the one that a checkpoint was made with gives gibberish, not an error; so its fingerprint is compared,
-and another is refused with both named. Not here: the files themselves (storage.py), the LLM's folder (llm_folder.py),
+and another is refused with both named. Not here: the files themselves (infra/files.py), the LLM's folder (weights/hf_llama.py),
 the official checkpoints (weights.py), the optimizer's state (train.py).
 
 Try:    python -m weights.convert check --ckpt runs/toy/stage3   # tensors, parameters, dtype and norm of each part
@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 
-from infra.files import hash_file, load_strictly, read_json, read_tensors, save_tensors
+from infra.files import hash_file, load_strict, read_json, read_tensors, save_tensors
 from model import Config, VideoChat2
 from tokenizer import WordPiece
-from weights.hf_llama import DTYPES, differences, llm_config, llm_tokenizer, put_llm
+from weights.hf_llama import DTYPES, config_diff, llm_config, llm_tokenizer, load_llm_weights
 
 LLM_PREFIX = "llama_model."
 
@@ -33,7 +33,7 @@ def is_frozen_llm(name):
     return name.startswith(LLM_PREFIX) and "lora_" not in name
 
 
-def write_checkpoint(tensors, stage, cfg, folder, vocab, llm=None):
+def save_checkpoint(tensors, stage, cfg, folder, vocab, llm=None):
     """Writes a checkpoint's files into a folder that the caller makes whole (train.py adds the optimizer's).
 
     llm: {"path", "fingerprint"} of the frozen LLM, where one is known.
@@ -53,7 +53,7 @@ def read_config(folder):
     return Config.from_dict(found["config"]), found
 
 
-def load_model(folder, llm="", device="cpu", dtype=torch.float32, int8=False):
+def load_checkpoint(folder, llm="", device="cpu", dtype=torch.float32, int8=False):
     """A checkpoint folder of stage 1 to 3 -> (VideoChat2, WordPiece, SentencePiece or None), ready to run.
 
     llm: the LLM's folder, if it moved from where config.json says. dtype and int8: of the frozen LLM's weights.
@@ -64,7 +64,7 @@ def load_model(folder, llm="", device="cpu", dtype=torch.float32, int8=False):
         raise ValueError(f"{folder} is of stage {found['stage']}, not a VideoChat2 model of stage 1, 2 or 3")
     with torch.device("meta"):                                 # no memory before the weights are there
         model = VideoChat2(cfg, found["stage"])
-    load_strictly(model, read_tensors(folder / "model.safetensors"), folder, fresh=(LLM_PREFIX,))
+    load_strict(model, read_tensors(folder / "model.safetensors"), folder, fresh=(LLM_PREFIX,))
     tok = None
     if found["stage"] > 1:
         if not found["llm"]:
@@ -81,17 +81,17 @@ def attach_llm(model, where, expected, needed_by, **options):
     """Reads the LLM's folder `where` into the model -> (its tokenizer, {"path", "fingerprint"}).
 
     expected: {"path", "fingerprint"} of the LLM that needed_by was made with, or None; another is a ValueError.
-    options: of llm_folder.put_llm.
+    options: of llm_folder.load_llm_weights.
     """
     tok, sizes = llm_tokenizer(where), llm_config(where)
     if tok.vocab_size > sizes.vocab_size:
         raise ValueError(f"{where}/tokenizer.model has {tok.vocab_size} pieces, but the LLM beside it knows "
                          f"{sizes.vocab_size}: it is another LLM's")
-    other = differences(sizes, model.cfg.llama)
+    other = config_diff(sizes, model.cfg.llama)
     if other:
         raise ValueError(f"{needed_by} was made with another LLM than {where}, whose config.json says "
                          f"{', '.join(other.values())}; name the right one's folder by --llm")
-    mark = put_llm(model.llama_model, where, **options)
+    mark = load_llm_weights(model.llama_model, where, **options)
     if expected and mark != expected["fingerprint"]:
         raise ValueError(f"{needed_by} was made with the LLM {Path(expected['path']).name} (fingerprint "
                          f"{expected['fingerprint']}), but {where} is another one ({mark}), which would give "
@@ -135,10 +135,10 @@ def add_model_options(parser):
     parser.add_argument("--llm-int8", action="store_true", help="keep the LLM's matrices in 8 bits")
 
 
-def open_model(args):
+def load_from_args(args):
     """(model, wordpiece, tok, what computes in args.dtype) by add_model_options; ValueError if it cannot speak."""
     device, dtype = device_of(args), dtype_of(args)
-    model, wordpiece, tok = load_model(args.ckpt, args.llm, device, DTYPES[dtype], args.llm_int8)
+    model, wordpiece, tok = load_checkpoint(args.ckpt, args.llm, device, DTYPES[dtype], args.llm_int8)
     if tok is None:
         raise ValueError(f"{args.ckpt} is of stage 1 and has no LLM: a checkpoint of stage 2 or 3 is needed")
     return model, wordpiece, tok, torch.autocast(

@@ -9,7 +9,7 @@
 
 What is imported is of the highest stage that is named; a later file takes the place of what an earlier one brought, as
 in the official code, which reads them one over another. Not here: what the tensors are called (official.py), how files
-are read (storage.py), the LLM's folder (llm_folder.py), our checkpoint (checkpoint.py).
+are read (infra/files.py), the LLM's folder (weights/hf_llama.py), our checkpoint (checkpoint.py).
 
 Run:    python -m weights.convert import --preset vicuna-7b --llm vicuna-7b-v0 --umt l16_25m.pth --bert bert-base-uncased
                                  --out runs/vicuna-7b/init
@@ -25,11 +25,11 @@ from pathlib import Path
 
 import torch
 
-from infra.files import fits, read_tensors, save_foreign, whole_folder
+from infra.files import atomic_folder, check_state_dict, read_tensors, save_torch_file
 from model import PRESETS, VideoChat2
 from tokenizer import WordPiece
 from weights import checkpoint
-from weights.hf_llama import differences, llm_config, llm_tokenizer, survey
+from weights.hf_llama import config_diff, inspect_llm, llm_config, llm_tokenizer
 from weights.official_names import BERT, DROPPED, DROPPED_BERT, DROPPED_UMT, OFFICIAL, UMT, to_official, to_ours
 
 BERT_VOCAB = Path(__file__).resolve().parent.parent / "assets" / "bert_vocab.txt"  # bert-base-uncased's
@@ -85,8 +85,8 @@ def gather(files, cfg, any_llm=False):
         official = read_bert(path, cfg) if kind == "bert" else read_tensors(path)
         refuse_untied(official, path)
         try:
-            ours, without = to_ours(official, table, own, cfg.style, drop, models[1] | models[3])
-            fits({n: own[n] for n in ours}, ours, path)
+            ours, without = to_ours(official, table, own, cfg.prompt_style, drop, models[1] | models[3])
+            check_state_dict({n: own[n] for n in ours}, ours, path)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         llm_weights |= {n: t for n, t in ours.items() if checkpoint.is_frozen_llm(n)}
@@ -125,7 +125,7 @@ def finish(found, own, files, llm_weights):
     if files.llm:
         names = {n.removeprefix(checkpoint.LLM_PREFIX).replace(".base.", "."): t for n, t in llm_weights.items()}
         llm_tokenizer(files.llm)
-        _, mark = survey(files.llm, names)
+        _, mark = inspect_llm(files.llm, names)
         found.llm = {"path": str(Path(files.llm).resolve()), "fingerprint": mark}
         found.lines.append(f"{files.llm}: the frozen LLM, fingerprint {mark}; it stays where it is")
 
@@ -133,7 +133,7 @@ def finish(found, own, files, llm_weights):
 def checked_llm(folder, cfg, any_llm):
     """LlamaConfig of the folder; ValueError if it is not of the LLM that the preset's checkpoints were made with."""
     sizes = llm_config(folder)
-    other = [text for name, text in differences(sizes, cfg.llama).items() if name != "vocab_size"]
+    other = [text for name, text in config_diff(sizes, cfg.llama).items() if name != "vocab_size"]
     if other and not any_llm:
         theirs = {"vicuna-7b": "Vicuna-7B v0, made from LLaMA-1", "mistral-7b": "Mistral-7B-Instruct-v0.2"}
         hint = ": so do LLaMA-2 and Vicuna v1.5" if sizes.max_positions == 4096 else ""
@@ -212,8 +212,8 @@ def import_files(files, cfg, out, any_llm=False):
         parts = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", n).rpartition(".")[0] or n for n in found.missing)
         print(f"in none of the files, so stage 1 begins with them anew: {len(found.missing)} tensors "
               f"({', '.join(parts)})")
-    with whole_folder(out) as folder:
-        checkpoint.write_checkpoint(found.tensors, found.stage, found.cfg, folder, vocab, found.llm)
+    with atomic_folder(out) as folder:
+        checkpoint.save_checkpoint(found.tensors, found.stage, found.cfg, folder, vocab, found.llm)
     what = f"a checkpoint of stage {found.stage}" if found.stage else "the beginning of stage 1"
     print(f"written to {out}: {what}")
 
@@ -227,7 +227,7 @@ def export(ckpt, out):
     if found["stage"] not in OFFICIAL:
         raise ValueError(f"{ckpt} is of stage {found['stage']}; the official code knows files of stages 1, 2 and 3")
     tensors = to_official(read_tensors(Path(ckpt) / "model.safetensors"), found["stage"], cfg)
-    save_foreign(tensors, out)
+    save_torch_file(tensors, out)
     size = os.path.getsize(out) / 2**20
     print(f"written to {out}: {len(tensors)} tensors of stage {found['stage']}, {size:,.0f} MiB")
     if found["stage"] == 2:
@@ -259,7 +259,7 @@ def check(ckpt):
     if not Path(ckpt).is_file() and found["stage"] in OFFICIAL:
         with torch.device("meta"):
             own = VideoChat2(cfg, found["stage"]).state_dict()
-        fits({n: t for n, t in own.items() if not checkpoint.is_frozen_llm(n)}, tensors, ckpt)
+        check_state_dict({n: t for n, t in own.items() if not checkpoint.is_frozen_llm(n)}, tensors, ckpt)
         print("whole: every tensor of the stage is there, with the right shape")
 
 

@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from infra.files import each_tensor, fits, put, read_json, save_tensors
+from infra.files import check_state_dict, iter_tensors, read_json, save_tensors, set_parameter
 from llama import Llama, LlamaConfig
 from tokenizer import SentencePiece
-from weights.int8 import Int8Linear, use_int8
+from weights.int8 import Int8Linear, quantize_int8
 
 HF_NAMES = {  # LlamaConfig field -> key of config.json
     "vocab_size": "vocab_size", "width": "hidden_size", "depth": "num_hidden_layers", "heads": "num_attention_heads",
@@ -98,7 +98,7 @@ def each_weight(folder):
     files = shards(folder)
     for path in tqdm(files, desc=str(folder), unit="shard", leave=False,
                      disable=len(files) == 1 or not sys.stderr.isatty()):
-        for name, t in each_tensor(path):
+        for name, t in iter_tensors(path):
             if not DROPPED.search(name):
                 yield name, t
 
@@ -126,7 +126,7 @@ def fingerprint(tensors):
     return str(mark)
 
 
-def refuse_delta(folder, name, t):
+def reject_delta(folder, name, t):
     """Vicuna was first given away as its difference to LLaMA, which is no model by itself."""
     if name == "model.norm.weight" and t.float().abs().mean() < 0.2:
         raise ValueError(f"{folder} looks like a raw delta, not like an LLM (the weights of its last norm are "
@@ -134,7 +134,7 @@ def refuse_delta(folder, name, t):
                          "LLaMA-7B that it was made from, with FastChat's apply_delta, and name the sum's folder")
 
 
-def read_through(folder, llama, use):
+def check_and_visit(folder, llama, use):
     """Hands each weight of a folder to use(name, tensor) -> their fingerprint.
 
     ValueError if they are not, by names and shapes, those of the Llama.
@@ -142,15 +142,15 @@ def read_through(folder, llama, use):
     own = {hf: llama.get_parameter(ours) for hf, ours in hf_names(llama).items()}
     mark, found = Fingerprint(), {}
     for name, t in each_weight(folder):
-        refuse_delta(folder, name, t)
+        reject_delta(folder, name, t)
         use(name, t)
         mark.add(name, t)
         found[name] = t.to("meta")
-    fits(own, found, folder, dropped=("lm_head.",) if llama.cfg.tied else ())
+    check_state_dict(own, found, folder, dropped=("lm_head.",) if llama.cfg.tied else ())
     return str(mark)
 
 
-def survey(folder, compare=None):
+def inspect_llm(folder, compare=None):
     """Reads all of a folder and keeps nothing -> (LlamaConfig, fingerprint). ValueError if it is not a whole LLaMA.
 
     compare: {name: tensor} that must be the same in the folder, where given.
@@ -161,10 +161,10 @@ def survey(folder, compare=None):
 
     with torch.device("meta"):
         llama = Llama(llm_config(folder))
-    return llama.cfg, read_through(folder, llama, same)
+    return llama.cfg, check_and_visit(folder, llama, same)
 
 
-def differences(found, expected):
+def config_diff(found, expected):
     """{field: "hidden_size 5120 instead of 4096"}: in what two LlamaConfigs differ, in config.json's words."""
     return {ours: f"{hf} {getattr(found, ours)} instead of {getattr(expected, ours)}" for ours, hf in HF_NAMES.items()
             if getattr(found, ours) != getattr(expected, ours)}
@@ -179,20 +179,20 @@ def hf_names(llama):
     return {n.replace(".base.", "."): n for n in own}
 
 
-def put_llm(llama, folder, dtype=torch.float32, int8=False, device="cpu"):
+def load_llm_weights(llama, folder, dtype=torch.float32, int8=False, device="cpu"):
     """Reads an LLM folder into a Llama, whose parameters may lie on the meta device -> its fingerprint.
 
     dtype: of all weights. int8: those of the layers' matrices in 8 bits, see int8.py. LoRA's are left alone.
     """
     if int8:
-        use_int8(llama)
+        quantize_int8(llama)
     places = hf_names(llama)
 
     def take(name, t):
         if name in places and llama.get_parameter(places[name]).shape == t.shape:
             fill(llama, places[name], t.to(device, dtype))
 
-    mark = read_through(folder, llama, take)
+    mark = check_and_visit(folder, llama, take)
     if llama.cfg.tied:
         llama.tie()
     return mark
@@ -205,14 +205,14 @@ def fill(llama, name, t):
     if isinstance(layer, Int8Linear) and leaf == "weight":
         layer.fill(t)
     else:
-        put(llama, name, t)
+        set_parameter(llama, name, t)
 
 
 def load_llm(folder, dtype=torch.float32):
     """An LLM folder -> (Llama, SentencePiece)."""
     with torch.device("meta"):
         llama = Llama(llm_config(folder))
-    put_llm(llama, folder, dtype)
+    load_llm_weights(llama, folder, dtype)
     return llama, llm_tokenizer(folder)
 
 

@@ -5,8 +5,8 @@ Each row of a weight (out, in), which makes one output channel, is divided by it
     W (out, in)  ->  weight int8 (out, in), scale (out,)        W = weight * scale, nearly
 
 Weights alone are 8 bits wide; inputs, sums and gradients keep their dtype. What it saves is memory, not time: a weight
-is widened each time it is used. Not here: which layers (use_int8: all of the LLM's but lm_head and embeddings, which
-would lose most), reading folders (llm_folder.py), LoRA, which learns beside them (lora.py).
+is widened each time it is used. Not here: which layers (quantize_int8: all of the LLM's but lm_head and embeddings, which
+would lose most), reading folders (weights/hf_llama.py), LoRA, which learns beside them (lora.py).
 
 Source: ours; LLM.int8 (arXiv 2208.07339) treats outliers apart, which plain rounding per channel does not.
     pytest tests/test_int8.py
@@ -67,7 +67,7 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-def use_int8(llama):
+def quantize_int8(llama):
     """Puts an Int8Linear in the place of each Linear of a Llama's layers, LoRA's own excepted."""
     for name, module in list(llama.model["layers"].named_modules()):
         if isinstance(module, nn.Linear) and "lora_" not in name:

@@ -69,9 +69,9 @@ TEXT_HALF = re.compile(  # of the Q-Former, which the official stage 2 deletes
 # ----------------------------------------------------------------------------------------------------- both directions
 
 
-def renamed(name, table, style="vicuna", back=False):
+def renamed(name, table, prompt_style="vicuna", back=False):
     """A name by the first row of the table that fits, from official to ours or back; None if no row fits."""
-    llm = "mistral" if style == "mistral" else "llama"
+    llm = "mistral" if prompt_style == "mistral" else "llama"
     for official, ours in table:
         source, target = (ours, official) if back else (official, ours)
         source, target = (re.sub(r"^LLM", llm, text) for text in (source, target))
@@ -81,7 +81,7 @@ def renamed(name, table, style="vicuna", back=False):
     return None
 
 
-def to_ours(tensors, table, own, style="vicuna", dropped=(), others=()):
+def to_ours(tensors, table, own, prompt_style="vicuna", dropped=(), others=()):
     """Official {name: tensor} -> ({our name: tensor}, {official name: why it was dropped}). ValueError for the unknown.
 
     own: the names that our model has; others: those of the model in other stages, which are dropped.
@@ -89,7 +89,7 @@ def to_ours(tensors, table, own, style="vicuna", dropped=(), others=()):
     ours, without, unknown = {}, {}, []
     for name, t in tensors.items():
         reason = next((why for pattern, why in dropped if re.search(pattern, name)), "")
-        new = renamed(name, table, style)
+        new = renamed(name, table, prompt_style)
         base = re.sub(r"\.(weight|bias)$", r".base.\1", new or "")
         new = base if base in own else new                                 # a layer's own weight, behind LoRA
         if new in own and not reason:
@@ -110,14 +110,14 @@ def to_official(tensors, stage, cfg):
     What the official files repeat (tied weights) or keep although it follows from sizes is written again.
     """
     table = OFFICIAL[stage]
-    official = {renamed(n, table, cfg.style, back=True): t for n, t in tensors.items()
+    official = {renamed(n, table, cfg.prompt_style, back=True): t for n, t in tensors.items()
                 if stage != 2 or not TEXT_HALF.match(n)}                   # which stage 2 does not have
     official["qformer.bert.embeddings.position_ids"] = torch.arange(cfg.qformer.max_positions)[None]
     if stage == 1:
         official["qformer.cls.predictions.decoder.weight"] = tensors[
             "qformer.bert.embeddings.word_embeddings.weight"]
         official["qformer.cls.predictions.decoder.bias"] = tensors["qformer.cls.predictions.bias"]
-    elif cfg.style == "vicuna":                                            # Mistral's are not kept
+    elif cfg.prompt_style == "vicuna":                                            # Mistral's are not kept
         pair = torch.arange(0, cfg.llama.head_size, 2).float()
         inv_freq = 1.0 / (cfg.llama.rope_theta ** (pair / cfg.llama.head_size))
         for i in range(cfg.llama.depth):
