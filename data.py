@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from prompt import CAPTION_INSTRUCTIONS, Prompt, add_packing, caption_prompt, conversation_prompt, pad_batch
+from prompt import CAPTION_INSTRUCTIONS, add_packing, caption_prompt, conversation_prompt, pad_batch, pad_ids
 from training.annotations import AnnotationFile, EntryError, load_annotations, load_corpus
 from video import MediaError, SampleError, read_media, train_frames
 
@@ -194,12 +194,6 @@ def collate_media(samples):
     return batch
 
 
-def pad_ids(rows, wordpiece):
-    """Lists of ids -> ids (B, S), mask (B, S)."""
-    ids, _, mask = pad_batch([Prompt(row, row) for row in rows], wordpiece.pad_id)
-    return ids, mask
-
-
 @dataclass
 class Stage1Collate:
     """Stage 1: the caption for the Q-Former. Adds ids (B, S), mask (B, S)."""
@@ -209,7 +203,7 @@ class Stage1Collate:
 
     def __call__(self, samples):
         rows = [self.wordpiece.encode(s["text"], self.max_length, sep=self.sep) for s in samples]
-        ids, mask = pad_ids(rows, self.wordpiece)
+        ids, mask = pad_ids(rows, self.wordpiece.pad_id)
         return collate_media(samples) | {"ids": ids, "mask": mask}
 
 
@@ -248,7 +242,7 @@ class Stage3Collate:
         ids, labels, mask = pad_batch(prompts, self.tok.eos_id)
         rows = [self.wordpiece.encode(self.instruction(s["qas"][0]), self.max_instruction, sep=True, truncate="left")
                 for s in samples]
-        instruction_ids, instruction_mask = pad_ids(rows, self.wordpiece)
+        instruction_ids, instruction_mask = pad_ids(rows, self.wordpiece.pad_id)
         texts = add_packing({"ids": ids, "labels": labels, "mask": mask})
         return collate_media(samples) | texts | {"instruction_ids": instruction_ids, "instruction_mask": instruction_mask}
 
