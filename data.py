@@ -324,7 +324,7 @@ def media_faults(entries, decode, workers):
     with tqdm(total=len(entries), desc=Path(entries.source.anno).name, unit="file", leave=False,
               disable=not sys.stderr.isatty()) as bar:
         for batch in loader:
-            yield from ((entries.number(i), fault) for i, fault in batch if fault)
+            yield from ((entries.entry_number(i), fault) for i, fault in batch if fault)
             bar.update(len(batch))
 
 

@@ -81,7 +81,7 @@ def cache_features(vit, clips, folder, device, workers=0, batch=32):
     """Features of all clips (a VideoTextDataset) in `folder`: those that lie there if they are these, else made now."""
     first = {clips.path(index): index for index in reversed(range(len(clips)))}    # path -> the first entry with it
     drawn = clips.how == "rand" or clips.transform.crop or clips.transform.flip
-    cut = any(entries.header["cut"] for entries in clips.entries)
+    cut = any(entries.header["has_bounds"] for entries in clips.entries)
     if drawn or cut or any(source.media != "video" for source in clips.sources):
         raise ValueError("--cache-features is for whole videos whose frames and crops are the same each time; "
                          "leave it out")
