@@ -10,7 +10,6 @@ depends on (seed, epoch, index) alone, not on workers or resumes. Shape letters:
 Not here: annotation files (training/annotations.py) and their check (training/check_data.py), how a file becomes
 frames (video.py), how a conversation becomes ids (prompt.py). Source: the official pt_dataset.py and it_dataset.py.
 
-    python train.py --stage 2          # reads its batches from here
     pytest tests/test_data.py
 """
 import random
@@ -65,7 +64,7 @@ class VideoTextDataset(torch.utils.data.Dataset):
 
     def lengths(self, indices):
         """Characters of these samples' texts, (n,), for the Sampler. It reads the index, not the entries."""
-        lengths = np.empty(len(indices), np.int32)
+        lengths = np.empty(len(indices), np.int32)                                       # (n,)
         for entries, start, end in zip(self.entries, self.starts[:-1], self.starts[1:], strict=True):
             inside = (indices >= start) & (indices < end)
             lengths[inside] = entries.chars[indices[inside] - start]
@@ -97,7 +96,7 @@ class VideoTextDataset(torch.utils.data.Dataset):
 
     def sample(self, index):
         """The sample without "bad". Raises MediaError."""
-        # every random choice comes from a generator of this sample: the order of drawing below is part of the seed
+        # every random choice comes from a generator of this sample; another order of drawing is another training run
         rng = random.Random(f"{self.seed} {self.epoch} {index}")
         source, entry = self.entry(index)
         sample = {"idx": index, "medium": source.media, "path": "", "seconds": [], "prompt_choice": rng.random()}
@@ -158,27 +157,23 @@ class Sampler:
 
     def skip_to(self, step):
         """Resumes after `step` steps of training, in the middle of an epoch or not."""
-        epoch, position = divmod(step, len(self))
-        self.set_epoch(epoch, position)
+        self.epoch, self.position = divmod(step, len(self))
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(self.epoch)
 
     def next_epoch(self):
-        self.set_epoch(self.epoch + 1)
-
-    def set_epoch(self, epoch, position=0):
-        self.epoch, self.position = epoch, position
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
+        self.skip_to((self.epoch + 1) * len(self))
 
     def bucket_by_length(self, indices, window=16, step=200):
         """Sorts each `window` batches by text length, in classes of `step` characters.
 
-        So all processes have as much to do, and less of what the Q-Former reads is padding. Random within a class.
+        So all processes have equally much to do, and less of what the Q-Former reads is padding.
         """
         if hasattr(self.dataset, "lengths"):
             classes = self.dataset.lengths(indices) // step
             for start in range(0, len(indices), window * self.batch_size):
                 part = slice(start, start + window * self.batch_size)
-                indices[part] = indices[part][np.argsort(classes[part], kind="stable")]
+                indices[part] = indices[part][np.argsort(classes[part], kind="stable")]  # stable: still random
         return indices
 
     def __iter__(self):
@@ -199,7 +194,7 @@ class Sampler:
         # batches of all media and lengths in random order
         for b in rng.permutation(len(batches))[self.position:]:
             for micro_batch in np.split(batches[b], self.micro_batches):
-                yield micro_batch[self.rank::self.world_size].tolist()
+                yield micro_batch[self.rank::self.world_size].tolist()                   # this rank's samples
 
 
 def make_loader(dataset, sampler, collate, workers=0):
@@ -220,38 +215,39 @@ def collate_media(samples):
              "clips": len({s["idx"] for s in samples}),
              "paths": [s["path"] for s in samples], "bad": [line for s in samples for line in s["bad"]]}
     for key in ("video", "features"):
-        batch[key] = torch.stack([s[key] for s in samples]) if key in samples[0] else None
+        batch[key] = torch.stack([s[key] for s in samples]) if key in samples[0] else None   # (B, T, ...)
     return batch
 
 
 @dataclass
 class Stage1Collate:
     """Stage 1: the Q-Former reads and writes the caption. Adds ids (B, S), mask (B, S)."""
-    qformer_tok: object
-    max_length: int = 32
+    qformer_tok: object                # tokenizer.WordPiece
+    max_length: int = 32               # ids of a caption
     sep: bool = False                  # QUIRK of tokenizer.WordPiece.encode: no [SEP]
 
     def __call__(self, samples):
         rows = [self.qformer_tok.encode(s["text"], self.max_length, sep=self.sep) for s in samples]
-        ids, mask = pad_ids(rows, self.qformer_tok.pad_id)
+        ids, mask = pad_ids(rows, self.qformer_tok.pad_id)                               # (B, S) each
         return collate_media(samples) | {"ids": ids, "mask": mask}
 
 
 @dataclass
 class Stage2Collate:
     """Stage 2: the LLM answers with the caption. Adds ids, labels, mask (B, S), with n_video VIDEO ids in each row."""
-    llm_tok: object
-    n_video: int
-    max_text: int = 512
+    llm_tok: object                    # tokenizer.SentencePiece
+    n_video: int                       # video tokens of a clip: the Q-Former's queries
+    max_text: int = 512                # ids of a caption
 
     def __call__(self, samples):
+        # one of ten instructions for each caption, as the official stage 2 draws them
         prompts = []
         for s in samples:
             instructions = CAPTION_INSTRUCTIONS[s["medium"]]
             instruction = instructions[int(s["prompt_choice"] * len(instructions))]
             prompts.append(caption_prompt(self.llm_tok, s["text"], self.n_video, instruction, s["medium"],
                                           self.max_text))
-        ids, labels, mask = pad_batch(prompts, self.llm_tok.eos_id)
+        ids, labels, mask = pad_batch(prompts, self.llm_tok.eos_id)                      # (B, S) each
         return collate_media(samples) | add_packing({"ids": ids, "labels": labels, "mask": mask})
 
 
@@ -262,8 +258,8 @@ class Stage3Collate:
     llm_tok: object
     qformer_tok: object
     n_video: int
-    max_text: int = 512
-    prompt_style: str = "vicuna"
+    max_text: int = 512                # ids of a conversation, the video's not counted
+    prompt_style: str = "vicuna"       # or "mistral": prompt.conversation_prompt
     question_in_qformer: bool = False  # QUIRK of model.Config
     add_timestamps: bool = True        # tell the LLM at which seconds a video's frames were taken
     train_separators: bool = False     # QUIRK of prompt.vicuna_turns
@@ -279,7 +275,7 @@ class Stage3Collate:
                                                    self.prompt_style, self.max_text, self.train_separators))
             except ValueError as error:
                 raise SampleError(f"{s['path']}: {error}") from None
-        ids, labels, mask = pad_batch(prompts, self.llm_tok.eos_id)
+        ids, labels, mask = pad_batch(prompts, self.llm_tok.eos_id)                      # (B, S) each
 
         # the Q-Former reads the instruction too, so that its queries look for what is asked
         rows = [self.qformer_tok.encode(self.instruction(s["qas"][0]), self.max_instruction, sep=True, truncate="left")
