@@ -46,8 +46,12 @@ def train_frame_indices(num_frames, n_total, sampling="rand", rng=None):
     """
     if sampling == "mvbench":
         return eval_frame_indices(num_frames, n_total - 1, fps=1)
+
+    # equal intervals, in whole frames; no more of them than there are frames
     edges = np.linspace(0, n_total, min(num_frames, n_total) + 1).astype(int).tolist()
     intervals = [range(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+
+    # one frame of each, and the last again until there are num_frames
     if sampling == "middle":
         indices = [(interval.start + interval.stop - 1) // 2 for interval in intervals]
     elif sampling == "rand":

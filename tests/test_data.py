@@ -97,6 +97,13 @@ def test_captions_and_instructions_do_not_mix(world):
         VideoTextDataset(sources, 4, Transform(32))
 
 
+def test_the_official_sampling_and_an_unknown_one(world):
+    sample = clips(world, sampling="official")[3]
+    assert sample["video"].shape == (4, 3, 32, 32) and max(sample["seconds"]) < 7.5    # never the last frame
+    with pytest.raises(ValueError, match="frame_sampling 'random': expected one of rand, middle, official, mvbench"):
+        clips(world, sampling="random")
+
+
 def test_other_keys_and_suffixes(world):
     write(world / "own.json", [{"key": "4", "caption": "four"}])
     source = {"anno": "own.json", "root": "media", "media": "video", "media_key": "key", "suffix": ".gif"}
