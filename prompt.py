@@ -198,27 +198,24 @@ def decode_answer(tok, ids):
 # ---- batches ---------------------------------------------------------------------------------------------------------
 
 def pad_batch(prompts, pad_id, side="right", multiple=8):
-    """Prompts -> ids, labels, mask (1: token, 0: padding), each (B, S) torch.long; S is a multiple of `multiple`.
+    """Prompts -> ids, labels, mask (1: token, 0: padding), each (B, S) torch.long.
 
     Training pads on the right; generation on the left, so that all rows end together.
     """
-    longest = max(len(prompt.ids) for prompt in prompts)
-    length = -(-longest // multiple) * multiple            # tensor cores need multiples of 8
-    ids = torch.full((len(prompts), length), pad_id)       # (B, S)
-    labels = torch.full_like(ids, IGNORE)                  # (B, S)
-    mask = torch.zeros_like(ids)                           # (B, S)
-    for row, prompt in enumerate(prompts):
-        n = len(prompt.ids)
-        columns = slice(n) if side == "right" else slice(length - n, length)
-        ids[row, columns] = torch.tensor(prompt.ids)
-        labels[row, columns] = torch.tensor(prompt.labels)
-        mask[row, columns] = 1
+    ids, mask = pad_ids([prompt.ids for prompt in prompts], pad_id, side, multiple)
+    labels, _ = pad_ids([prompt.labels for prompt in prompts], IGNORE, side, multiple)
     return ids, labels, mask
 
 
-def pad_ids(rows, pad_id):
-    """Lists of ids without labels (for the Q-Former) -> ids (B, S), mask (B, S), padded on the right."""
-    ids, _, mask = pad_batch([Prompt(row, row) for row in rows], pad_id)
+def pad_ids(rows, pad_id, side="right", multiple=8):
+    """Lists of ids -> ids, mask, each (B, S); S is the longest row, rounded up: tensor cores need multiples of 8."""
+    length = -(-max(map(len, rows)) // multiple) * multiple
+    ids = torch.full((len(rows), length), pad_id)           # (B, S)
+    mask = torch.zeros_like(ids)                            # (B, S)
+    for i, row in enumerate(rows):
+        columns = slice(len(row)) if side == "right" else slice(length - len(row), length)
+        ids[i, columns] = torch.tensor(row)
+        mask[i, columns] = 1
     return ids, mask
 
 
