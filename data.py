@@ -29,14 +29,14 @@ from video import SAMPLING, MediaError, SampleError, read_media, train_frame_sel
 class VideoTextDataset(torch.utils.data.Dataset):
     """Samples of a corpus (a list of annotations.Source): captions or conversations. Frames: sampling, see video.py.
 
-        dataset[7] -> {"video": (T, 3, size, size) float, "seconds": [0.3, 0.9, ..], when its frames are,
+        dataset[7] -> {"video": (T, 3, size, size) float, "seconds": [0.3, 0.9, ..],     # when its frames are
                        "text": "A red kite."      or "qas": [{"q": "What moves?", "a": "A red kite."}, ..], shuffled
                        "medium": "video", "path": "clips/kite.mp4", "idx": 7,    # the same clip has the same idx
                        "prompt_choice": 0.42,     # a random number; the collate picks an instruction by it
                        "bad": ["clips/dog.mp4: no such file"]}                   # unreadable media that it replaces
 
-    With `features` set (a training.feature_cache.Features), "features" (T, L, C) replace "video".
-    More than max_bad unreadable media in a row raise MediaError.
+    With `features` set (a feature_cache.Features), "features" (T, L, C) replace "video". More than max_bad unreadable
+    media in a row raise MediaError.
     """
 
     def __init__(self, sources, num_frames, transform, sampling="rand", seed=0, max_bad=10):
@@ -59,14 +59,14 @@ class VideoTextDataset(torch.utils.data.Dataset):
 
     def groups(self):
         """(medium, weight, range of indices) of each source, for the Sampler."""
-        spans = zip(self.starts[:-1], self.starts[1:], strict=True)
-        return [(s.media, s.weight, range(*span)) for s, span in zip(self.sources, spans, strict=True)]
+        spans = map(range, self.starts[:-1], self.starts[1:])
+        return [(source.media, source.weight, span) for source, span in zip(self.sources, spans, strict=True)]
 
     def lengths(self, indices):
         """Characters of these samples' texts, (n,), for the Sampler. It reads the index, not the entries."""
         lengths = np.empty(len(indices), np.int32)                                       # (n,)
-        for entries, start, end in zip(self.entries, self.starts[:-1], self.starts[1:], strict=True):
-            inside = (indices >= start) & (indices < end)
+        for entries, start in zip(self.entries, self.starts, strict=False):              # starts has one more
+            inside = (indices >= start) & (indices < start + len(entries))
             lengths[inside] = entries.chars[indices[inside] - start]
         return lengths
 
@@ -103,8 +103,8 @@ class VideoTextDataset(torch.utils.data.Dataset):
 
         # frames, or what the frozen ViT has made of them
         if source.media != "text":
-            sample["path"] = source.path(entry)
-            sample |= self.features[sample["path"]] if self.features else self.load_video(source, entry, rng)
+            sample["path"] = path = source.path(entry)
+            sample |= self.features[path] if self.features else self.load_video(source, entry, rng)
 
         # one of several captions; the questions in another order each epoch, so that each comes first at times
         if "QA" in entry:

@@ -3,15 +3,10 @@
     corpus.json      [["captions.json", "videos", "video"], ...]        load_corpus -> list of Source
     captions.json    [{"video": "0.mp4", "caption": "A cat."}, ...]     load_annotations(source) -> AnnotationFile
 
-25 million captions as Python objects take many GB in every process. So each file is read once, entry by entry, and the
-place of each entry is written next to it (NAME.index):
-
-    header     JSON, padded to 64 KiB: which file the index is of, how many entries, what was wrong
-    rows       for each good entry: first byte, number of bytes, characters of its text
-    numbers    of the faulty entries, in file order
-
-From then on, opening takes no time, an entry is two small reads, and all processes share the index. An index that is
-torn or does not fit its annotation file is made again. Not here: media, samples and batches (data.py).
+25 million captions as Python objects take many GB in every process. So each file is read once, and the place of each
+entry is written next to it, in NAME.index: a header (JSON, 64 KiB), a row for each good entry, and the numbers of the
+faulty ones. From then on opening takes no time, an entry is two small reads, and all processes share the index. An index that
+is torn or does not fit its annotation file is made again. Not here: media, samples and batches (data.py).
 Source of the formats: the official dataset/__init__.py, pt_dataset.py and it_dataset.py.
 
     pytest tests/test_annotations.py
@@ -49,9 +44,6 @@ class Source:
         return str(Path(self.root) / (entry[self.media_key] + self.suffix))
 
 
-CHOICES = {"media": ("video", "image", "text"), "on_error": ("raise", "skip")}
-
-
 def load_corpus(corpus):
     """Sources of a corpus: a JSON file or a list, of [anno, root], [anno, root, "video" | "text"] or dicts of Source.
 
@@ -66,23 +58,22 @@ def load_corpus(corpus):
     known = {f.name for f in fields(Source)}
     sources = []
     for i, item in enumerate(corpus):
-        # a short form is the first fields in their order
+        # a short form is the first fields in their order; on_error was once called faulty, and its "raise" "stop"
         if isinstance(item, list | tuple) and 2 <= len(item) <= 3:
             item = dict(zip(("anno", "root", "media"), item, strict=False))
-        if isinstance(item, dict) and "faulty" in item:  # the old name of on_error, whose "raise" was "stop"
-            item = dict(item)
-            value = item.pop("faulty")
-            item["on_error"] = "raise" if value == "stop" else value
+        if isinstance(item, dict) and "faulty" in item:
+            item = {"on_error": "raise" if item["faulty"] == "stop" else item["faulty"], **item}
+            del item["faulty"]
 
-        # every field is known and has a value that is
+        # every field is known, and so is its value
         if not isinstance(item, dict) or "anno" not in item or set(item) - known:
             raise ValueError(f"{name}: entry {i}: expected [anno, root], [anno, root, medium] or an object of "
                              f"{', '.join(sorted(known))}, found {str(item)[:80]}")
         source = Source(**item)
-        for key, allowed in CHOICES.items():
-            if getattr(source, key) not in allowed:
-                raise ValueError(f"{name}: entry {i}: {key} {getattr(source, key)!r}: expected "
-                                 f"{', '.join(allowed[:-1])} or {allowed[-1]}")
+        if source.media not in ("video", "image", "text"):
+            raise ValueError(f"{name}: entry {i}: media {source.media!r}: expected video, image or text")
+        if source.on_error not in ("raise", "skip"):
+            raise ValueError(f"{name}: entry {i}: on_error {source.on_error!r}: expected raise or skip")
         source.anno, source.root = str(folder / source.anno), str(folder / source.root)
         source.media_key = source.media_key or source.media
         sources.append(source)
@@ -101,18 +92,18 @@ def entry_error(entry, source):
     # the medium, and the part of it that the text is about
     if not isinstance(entry, dict):
         return EntryError("malformed", f"expected an object, found {type(entry).__name__}")
+    keys = ", ".join(entry) or "nothing"
     if source.media != "text" and not is_text(entry.get(source.media_key)):
-        return EntryError("malformed", f'no "{source.media_key}" with the path of its {source.media}; '
-                                       f'it has {", ".join(entry) or "nothing"}')
+        return EntryError("malformed", f'no "{source.media_key}" with the path of its {source.media}; it has {keys}')
     start, end = entry.get("start"), entry.get("end")
-    if (start, end) != (None, None) and not (isinstance(start, int | float) and isinstance(end, int | float)
-                                             and 0 <= start < end):
+    are_seconds = isinstance(start, int | float) and isinstance(end, int | float) and 0 <= start < end
+    if (start, end) != (None, None) and not are_seconds:
         return EntryError("malformed", f'"start" and "end" must be seconds, start before end; found {start} and {end}')
 
     # captions: one, or several of which each sample draws one
     if "QA" not in entry:
         if "caption" not in entry:
-            return EntryError("malformed", f'neither "caption" nor "QA"; it has {", ".join(entry) or "nothing"}')
+            return EntryError("malformed", f'neither "caption" nor "QA"; it has {keys}')
         captions = entry["caption"] if isinstance(entry["caption"], list) else [entry["caption"]]
         valid = captions and all(map(is_text, captions))
         return None if valid else EntryError("empty text", 'an empty "caption", or one that is not text')
@@ -215,7 +206,7 @@ def scan_value(text, at):
 # ---- the index -------------------------------------------------------------------------------------------------------
 
 HEADER = 1 << 16           # bytes
-ROW = np.dtype([("start", "<i8"), ("length", "<i4"), ("chars", "<i4")])
+ROW = np.dtype([("start", "<i8"), ("length", "<i4"), ("chars", "<i4")])  # first byte, bytes, characters of the text
 BLOCK = 1 << 16            # rows per write
 SHOWN = 100                # faulty entries whose text is in the header
 
@@ -288,11 +279,9 @@ def make_index(source, path):
 
 
 class AnnotationFile:
-    """The good entries of a source: len() and entries[i], read from the file at each access.
-
-    header: how many are conversations ("qa"), have a start and an end ("has_bounds"), and what was faulty.
-    chars: (n,), the text length of each entry, mapped into memory. Nothing else takes memory.
-    """
+    """The good entries of a source: len() and entries[i], read from the file at each access; in memory is next to
+    nothing. header: how many are conversations ("qa"), have a start and an end ("has_bounds"), and what was faulty.
+    chars: (n,), the text length of each entry."""
 
     def __init__(self, source):
         if not Path(source.anno).is_file():
