@@ -139,7 +139,7 @@ class SentencePiece:
         self.special = {"<s>": self.bos_id, "</s>": self.eos_id, "<unk>": self.unk_id}
 
     def encode(self, text, bos=False, eos=False):
-        """Ids of `text`, between <s> and </s> if asked for."""
+        """Ids of `text`; bos, eos: with <s> before it, </s> after it."""
         ids = []
         for chunk in LITERALS.split(text):
             ids += [self.special[chunk]] if chunk in self.special else self.model.encode(chunk) if chunk else []
@@ -147,6 +147,7 @@ class SentencePiece:
 
     def encode_with_ends(self, text):
         """-> ids, and for each the index of its last character in `text`; so labels can follow the text (prompt.py)."""
+        # start: of the chunk in `text`
         ids, ends, start = [], [], 0
         for chunk in LITERALS.split(text):
             if chunk in self.special:

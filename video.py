@@ -130,6 +130,7 @@ def with_timeout(limit, read, path, *args):
     Neither an exception nor Ctrl-C interrupts a decoder in C that hangs on a damaged file. But it does not hold the
     interpreter lock, so the process can continue without it; the thread ends with the process.
     """
+    # the thread's result or its error, whichever comes
     results = queue.SimpleQueue()
 
     def work():
@@ -138,6 +139,7 @@ def with_timeout(limit, read, path, *args):
         except BaseException as error:
             results.put((None, error))
 
+    # a daemon: Python does not wait for it at the end
     threading.Thread(target=work, daemon=True).start()
     try:
         result, error = results.get(timeout=limit)

@@ -5,8 +5,8 @@
 
 25 million captions as Python objects take many GB in every process. So each file is read once, and the place of each
 entry is written next to it, in NAME.index: a header (JSON, 64 KiB), a row for each good entry, and the numbers of the
-faulty ones. From then on opening takes no time, an entry is two small reads, and all processes share the index. An index that
-is torn or does not fit its annotation file is made again. Not here: media, samples and batches (data.py).
+faulty ones. From then on opening takes no time, an entry is two small reads, and all processes share the index. An
+index that is torn or does not fit its annotation file is made again. Not here: media, samples, batches (data.py).
 Source of the formats: the official dataset/__init__.py, pt_dataset.py and it_dataset.py.
 
     pytest tests/test_annotations.py

@@ -48,6 +48,7 @@ class MediaCheck(torch.utils.data.Dataset):
 
 def media_errors(entries, decode, workers):
     """Yields (number in the file, EntryError) of every medium that is missing or, with decode, cannot be read."""
+    # lists of 64, because one at a time would spend more on sending than on a file that is only looked up
     loader = torch.utils.data.DataLoader(MediaCheck(entries, decode), 64, num_workers=workers, collate_fn=list)
     name = Path(entries.source.anno).name
     with tqdm(total=len(entries), desc=name, unit="file", leave=False, disable=None) as bar:
@@ -58,13 +59,13 @@ def media_errors(entries, decode, workers):
 
 def check(corpus, decode=False, workers=0, show=10):
     """Prints for each source how many entries are faulty, of which kinds, and the first `show` -> how many in all."""
-    total = 0
+    total = 0                                              # of all sources
     for source in load_corpus(corpus):
         # what the index knows, then the media; texts have none
         entries = AnnotationFile(source)
         kinds, lines = Counter(entries.header["kinds"]), entries.header["first"][:show]
         has_media = source.media != "text" and len(entries)
-        for number, error in media_errors(entries, decode, workers) if has_media else ():
+        for number, error in media_errors(entries, decode, workers) if has_media else ():    # "missing", "undecodable"
             kinds[error.kind] += 1
             if len(lines) < show:
                 lines.append(f"entry {number}: {error.text}")

@@ -33,9 +33,9 @@ class Features:
     def __getitem__(self, path):
         """-> {"features": (T, L, C) float, "seconds": of its frames}. MediaError for a clip that could not be read."""
         clip = self.clips[path]
-        if "bad" in clip:
+        if "bad" in clip:                                                      # the dataset replaces the sample
             raise MediaError(clip["bad"])
-        features = np.load(self.path, mmap_mode="r")[clip["row"]].astype(np.float32)
+        features = np.load(self.path, mmap_mode="r")[clip["row"]].astype(np.float32)     # (T, L, C)
         return {"features": torch.from_numpy(features), "seconds": clip["seconds"]}
 
 
@@ -92,7 +92,7 @@ def cache_features(vit, dataset, folder, device, workers=0, batch=32):
     vit = vit.to(device).eval()
     print(f"the ViT encodes {len(index_of):,} clips once; their features are written to {folder}", flush=True)
     loader = DataLoader(UniqueClips(dataset, index_of), batch, collate_fn=list, num_workers=workers)
-    clips = {}
+    clips = {}                                                                           # path -> what info.json says
     with atomic_folder(folder) as temporary:
         shape = len(index_of), dataset.num_frames, vit.cfg.grid ** 2, vit.cfg.width      # (clips, T, L, C)
         features = np.lib.format.open_memmap(temporary / "features.npy", "w+", np.float16, shape)
@@ -104,6 +104,6 @@ def cache_features(vit, dataset, folder, device, workers=0, batch=32):
             if readable:
                 rows, videos = zip(*readable, strict=True)
                 features[list(rows)] = vit(torch.stack(videos).to(device)).half().cpu().numpy()  # (len(rows), T, L, C)
-        features.flush()
+        features.flush()                                                                 # before the folder is renamed
         (temporary / "info.json").write_text(json.dumps({"cache_key": key, "clips": clips}))
     return Features(folder)
