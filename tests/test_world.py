@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qagen import generate
+from evaluation.tasks import TASKS
 from toy import draw
 from toy import world as toyworld
+from toy.scenarios import SCENARIOS
 from training import annotations
 
 SMALL = dict(clips=40, questions=4, texts=60)
@@ -47,17 +48,17 @@ def test_the_layout_is_complete(world):
     assert all((world / "videos" / entry["video"]).is_file() for entry in captions + instructions)
     assert len((world / "text.jsonl").read_text().splitlines()) == 60
     assert np.load(world / "targets.npy", mmap_mode="r").shape == (40, 16, 16, 3)  # 48 / 12 = 4 patches a side
-    assert json.loads((world / "meta.json").read_text())["activities"] == list(draw.ACTIVITIES)
+    assert json.loads((world / "meta.json").read_text())["activities"] == list(draw.ACTIVITY_CLASSES)
 
 
 def test_the_benchmark_has_the_official_layout(world):
-    for task, row in generate.TASKS.items():
-        entries = json.loads((world / "mvbench" / "json" / f"{task}.json").read_text())
+    for task in TASKS:
+        entries = json.loads((world / "mvbench" / "json" / f"{task.file}.json").read_text())
         assert len(entries) == 4
         for entry in entries:
-            assert entry["answer"] in entry["candidates"] and ("start" in entry) == ("end" in entry) == row.bound
-            media = world / "mvbench" / "video" / row.folder / entry["video"]
-            if task == "episodic_reasoning":
+            assert entry["answer"] in entry["candidates"] and ("start" in entry) == ("end" in entry) == task.bound
+            media = world / "mvbench" / "video" / task.folder / entry["video"]
+            if task.short == "ER":
                 assert [p.name for p in sorted(media.iterdir())] == [f"{i:05d}.jpg" for i in range(1, 25)]
             else:
                 assert len(decord.VideoReader(str(media))) == 16
@@ -73,7 +74,7 @@ def test_same_seed_same_bytes_whatever_the_workers(world, tmp_path):
 def test_training_never_shows_a_held_out_pair():
     assert [len(set(part)) for part in zip(*toyworld.HELD_OUT, strict=True)] == [6, 6]
     novel = {"train": 0, "test": 0}
-    for task in generate.ROWS:
+    for task in SCENARIOS:
         for split in novel:
             for clip in clips(task, split=split):
                 held = [(one["shape"], one["colour"]) in toyworld.HELD_OUT for one in clip["objects"]]
@@ -81,13 +82,13 @@ def test_training_never_shows_a_held_out_pair():
     assert novel["train"] == 0 and novel["test"] > 100  # of 390: half of the 13 tasks with a coloured hero
 
 
-@pytest.mark.parametrize("task", generate.TASKS)
+@pytest.mark.parametrize("task", [task.file for task in TASKS])
 def test_things_stay_in_view_and_annotations_are_plain(task):
     for clip in clips(task):
         assert json.loads(json.dumps(clip)) == clip
         for one in clip["objects"]:
-            assert one["shape"] in draw.SHAPES and one["colour"] in draw.COLOURS
-            assert set(one["activity"]) <= set(draw.ACTIVITIES)
+            assert one["shape"] in draw.SHAPE_CLASSES and one["colour"] in draw.COLOUR_CLASSES
+            assert set(one["activity"]) <= set(draw.ACTIVITY_CLASSES)
             assert all(len(one[key]) == 16 for key in ("x", "y", "size", "angle", "look", "activity"))
             assert all(1 <= c <= 47 for key in "xy" for c, look in zip(one[key], one["look"], strict=True)
                        if look != "hidden")
