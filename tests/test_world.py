@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 import re
+from functools import partial
 
 import decord
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from evaluation.tasks import TASKS
+from infra.cli import run
 from toy import draw
 from toy import world as toyworld
 from toy.scenarios import SCENARIOS
@@ -22,8 +24,19 @@ SMALL = dict(clips=40, questions=4, texts=60)
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     out = tmp_path_factory.mktemp("world") / "toy"
-    assert toyworld.build(out, **SMALL, workers=2)
+    assert build(out, workers=2)
     return out
+
+
+def build(out, **options):
+    return toyworld.build(toyworld.WorldConfig(str(out), **SMALL, **options))
+
+
+def command(*argv):
+    """The exit code of `python -m toy.world`."""
+    with pytest.raises(SystemExit) as stop:
+        run(partial(toyworld.main, argv), "toy.world")
+    return stop.value.code or 0
 
 
 def clips(task, count=30, split="train"):
@@ -65,9 +78,9 @@ def test_the_benchmark_has_the_official_layout(world):
 
 
 def test_same_seed_same_bytes_whatever_the_workers(world, tmp_path):
-    toyworld.build(tmp_path / "again", **SMALL, workers=1)
+    build(tmp_path / "again", workers=1)
     assert digest(tmp_path / "again") == digest(world)
-    toyworld.build(tmp_path / "other", **SMALL, seed=1, workers=2)
+    build(tmp_path / "other", seed=1, workers=2)
     assert digest(tmp_path / "other") != digest(world)
 
 
@@ -95,11 +108,10 @@ def test_things_stay_in_view_and_annotations_are_plain(task):
 
 
 def test_a_finished_world_is_kept_and_another_is_refused(world, capsys):
-    assert toyworld.build(world, **SMALL) is False
-    assert toyworld.main(["--out", str(world), "--clips", "40", "--questions", "4", "--texts", "60"]) == 0
+    assert build(world) is False
+    assert command("--out", str(world), "--clips", "40", "--questions", "4", "--texts", "60") == 0
     assert capsys.readouterr().out == f"{world}: already there\n"
-    arguments = ["--out", str(world), "--clips", "41", "--questions", "4", "--texts", "60"]
-    assert toyworld.main(arguments) == 2
+    assert command("--out", str(world), "--clips", "41", "--questions", "4", "--texts", "60") == 2
     message = capsys.readouterr().err
     assert "Choose another --out or delete it" in message and message.count("\n") == 1
 
@@ -107,7 +119,7 @@ def test_a_finished_world_is_kept_and_another_is_refused(world, capsys):
 @pytest.mark.parametrize("settings, message", [
     (["--patch", "7"], "--patch 7: expected a divisor of 48"), (["--clips", "0"], "--clips 0: expected 1 or more")])
 def test_settings_that_cannot_be(settings, message, tmp_path, capsys):
-    assert toyworld.main(["--out", str(tmp_path / "toy"), *settings]) == 2
+    assert command("--out", str(tmp_path / "toy"), *settings) == 2
     assert message in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
@@ -115,13 +127,13 @@ def test_a_stopped_run_leaves_nothing(tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
     monkeypatch.setattr(toyworld, "write_world", stop)
-    assert toyworld.main(["--out", str(tmp_path / "toy")]) == 130
+    assert command("--out", str(tmp_path / "toy")) == 130
     assert not any(tmp_path.iterdir())
 
 
 def test_where_nobody_watches_there_are_no_bars_but_the_time(tmp_path, capsys):
     settings = ["--clips", "4", "--questions", "1", "--texts", "2", "--workers", "1"]
-    assert toyworld.main(["--out", str(tmp_path / "toy"), *settings, "--sheet", str(tmp_path / "sheet.png")]) == 0
+    assert command("--out", str(tmp_path / "toy"), *settings, "--sheet", str(tmp_path / "sheet.png")) == 0
     out, err = capsys.readouterr()
     assert re.fullmatch(r".*/toy: written in \d+ s\n", out) and err == ""
     assert Image.open(tmp_path / "sheet.png").width > 1000

@@ -18,8 +18,8 @@ import os
 import random
 import shutil
 import signal
-import sys
 import time
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
@@ -28,6 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from evaluation.tasks import TASKS
+from infra.cli import add_options, option, read_options, run
 from qagen import generate
 from toy import draw
 from toy.scenarios import SCENARIOS
@@ -36,6 +37,18 @@ from toy.things import COLOURS, FPS, FRAMES, SHAPES, UNITS
 PLAIN_BACKGROUNDS = ("light", "cream", "mist")
 HELD_OUT = {("star", "red"), ("circle", "green"), ("cross", "blue"),
             ("triangle", "yellow"), ("square", "purple"), ("diamond", "orange")}  # training never shows these six
+
+
+@dataclass
+class WorldConfig:
+    out: str = option("data/toy", "folder to write; it appears only when it is complete")
+    clips: int = option(32000, "training clips: five in eight show the tasks in turn, the others the playground")
+    questions: int = option(100, "questions for each task of the benchmark")
+    texts: int = option(40000, "documents without video, for the language model")
+    seed: int = option(0, "the same seed writes the same bytes")
+    patch: int = option(12, "side of a patch that has classes; the world is 48 wide")
+    workers: int = option(None, "processes; by default one for each core")
+    sheet: str = option("", "also draw one question of each task into this PNG file")
 
 
 def cast(rng, split, n):
@@ -126,18 +139,16 @@ def write_lines(path, values):
             file.write((value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))) + "\n")
 
 
-def write_world(out, settings, parallel_map):
+def write_world(out, cfg, parallel_map):
     """Everything but meta.json into the folder `out`. parallel_map(function, values, title) shows a progress bar."""
-    seed, patch, count = settings["seed"], settings["patch"], settings["clips"]
-
     # training clips; the patch classes go straight to the disk
-    for i in range(-(-count // 1000)):
+    for i in range(-(-cfg.clips // 1000)):
         (out / "videos" / f"{i:02d}").mkdir(parents=True)
-    shape = count, FRAMES, (UNITS // patch) ** 2, 3                                       # (clips, T, L, 3)
+    shape = cfg.clips, FRAMES, (UNITS // cfg.patch) ** 2, 3                               # (clips, T, L, 3)
     targets = np.lib.format.open_memmap(out / "targets.npy", "w+", np.uint8, shape)
     clips, captions, instructions = [], [], []
-    train = partial(train_clip, count=count, out=out, seed=seed, patch=patch)
-    for i, (clip, caption, talks, target) in enumerate(parallel_map(train, range(count), "clips")):
+    train = partial(train_clip, count=cfg.clips, out=out, seed=cfg.seed, patch=cfg.patch)
+    for i, (clip, caption, talks, target) in enumerate(parallel_map(train, range(cfg.clips), "clips")):
         targets[i] = target
         clips.append(clip)
         captions.append(caption)
@@ -146,36 +157,35 @@ def write_world(out, settings, parallel_map):
     write_lines(out / "annotations.jsonl", clips)
 
     # what the stages read, and the corpus files that list it
-    write_json(out / "captions.json", captions[:n_captioned(count)])
-    write_json(out / "captions_more.json", captions[n_captioned(count):])
+    write_json(out / "captions.json", captions[:n_captioned(cfg.clips)])
+    write_json(out / "captions_more.json", captions[n_captioned(cfg.clips):])
     write_json(out / "instructions.json", instructions)
     for corpus, files in (("clips", ["captions", "captions_more"]), ("caption", ["captions"]),
                           ("instruct", ["instructions"])):
         write_json(out / f"corpus_{corpus}.json", [[f"{name}.json", "videos", "video"] for name in files])
 
     # text for the language model, and the benchmark
-    text = partial(text_document, seed=seed)
-    write_lines(out / "text.jsonl", parallel_map(text, range(settings["texts"]), "texts"))
+    text = partial(text_document, seed=cfg.seed)
+    write_lines(out / "text.jsonl", parallel_map(text, range(cfg.texts), "texts"))
     (out / "mvbench" / "json").mkdir(parents=True)
-    bench = partial(benchmark_task, out=out, seed=seed, questions=settings["questions"])
+    bench = partial(benchmark_task, out=out, seed=cfg.seed, questions=cfg.questions)
     write_lines(out / "mvbench" / "annotations.jsonl",
                 (clip for clips in parallel_map(bench, TASKS, "benchmark") for clip in clips))
 
 
-def build(out, clips=32000, questions=100, texts=40000, seed=0, patch=12, workers=None):
-    """Write a world into the folder `out`, whole or not at all -> False if it is there already, with these settings.
+def build(cfg):
+    """Write a world into the folder cfg.out, whole or not at all -> False if it is there already, with these settings.
 
-    Raises ValueError for impossible settings, FileExistsError if `out` is anything else.
+    Raises ValueError for impossible settings, FileExistsError if cfg.out is anything else.
     """
-    out = Path(out)
-    settings = {"clips": clips, "questions": questions, "texts": texts, "seed": seed, "patch": patch}
-
     # impossible settings, then a folder that is there already
-    for name in ("clips", "questions", "texts", "patch"):
-        if settings[name] < 1:
-            raise ValueError(f"--{name} {settings[name]}: expected 1 or more")
-    if UNITS % patch:
-        raise ValueError(f"--patch {patch}: expected a divisor of {UNITS}, the width of the world")
+    settings = {name: getattr(cfg, name) for name in ("clips", "questions", "texts", "seed", "patch")}
+    for name, value in settings.items():
+        if value < 1 and name != "seed":
+            raise ValueError(f"--{name} {value}: expected 1 or more")
+    if UNITS % cfg.patch:
+        raise ValueError(f"--patch {cfg.patch}: expected a divisor of {UNITS}, the width of the world")
+    out = Path(cfg.out)
     if out.exists():
         meta = out / "meta.json"
         existing = json.loads(meta.read_text())["settings"] if meta.is_file() else None
@@ -189,14 +199,14 @@ def build(out, clips=32000, questions=100, texts=40000, seed=0, patch=12, worker
     part = out.with_name(out.name + ".partial")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    pool = Pool(workers or os.cpu_count(), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    pool = Pool(cfg.workers or os.cpu_count(), signal.signal, (signal.SIGINT, signal.SIG_IGN))
 
     def parallel_map(function, values, title):
         results = pool.imap(function, values, 1 if title == "benchmark" else 32)
-        return tqdm(results, title, len(values), disable=not sys.stderr.isatty())
+        return tqdm(results, title, len(values), disable=None)  # a bar on terminals only
 
     try:
-        write_world(part, settings, parallel_map)
+        write_world(part, cfg, parallel_map)
         write_json(part / "meta.json", {
             "settings": settings, "frames": FRAMES, "fps": FPS, "units": UNITS, "pixels": draw.PIXELS,
             "colours": draw.COLOUR_CLASSES, "shapes": draw.SHAPE_CLASSES, "activities": draw.ACTIVITY_CLASSES,
@@ -218,35 +228,16 @@ def sheet_rows(seed=0):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", default="data/toy", help="folder to write; it appears only when it is complete")
-    parser.add_argument("--clips", type=int, default=32000,
-                        help="training clips: five in eight show the tasks in turn, the others the playground")
-    parser.add_argument("--questions", type=int, default=100, help="questions for each task of the benchmark")
-    parser.add_argument("--texts", type=int, default=40000, help="documents without video, for the language model")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same bytes")
-    parser.add_argument("--patch", type=int, default=12, help="side of a patch that has classes; the world is 48 wide")
-    parser.add_argument("--workers", type=int, default=None, help="processes; by default one for each core")
-    parser.add_argument("--sheet", help="also draw one question of each task into this PNG file")
-    args = vars(parser.parse_args(argv))
-    sheet, started = args.pop("sheet"), time.monotonic()
-
-    # every fault is one line and an exit status; a stop leaves nothing behind
-    try:
-        written = build(**args)
-        if sheet:
-            draw.contact_sheet(list(sheet_rows(args["seed"])), sheet)
-    except KeyboardInterrupt:
-        print("\nstopped; nothing was written", file=sys.stderr)
-        return 130
-    except (OSError, ValueError) as error:
-        print(f"toy.world: {error}", file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_options(parser, WorldConfig)
+    cfg, _ = read_options(parser, WorldConfig, argv)
+    started = time.monotonic()
+    written = build(cfg)
+    if cfg.sheet:
+        draw.contact_sheet(list(sheet_rows(cfg.seed)), cfg.sheet)
     took = f"written in {time.monotonic() - started:.0f} s"
-    print(f"{args['out']}: {took if written else 'already there'}")
-    return 0
+    print(f"{cfg.out}: {took if written else 'already there'}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main, "toy.world", "stopped; nothing was written")
