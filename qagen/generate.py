@@ -2,9 +2,10 @@
 
     annotation --describe--> caption, facts --filter--> --phrase, shuffle--> question, options, answer
 
-Subclass QATask to read one kind of annotation for one task; the rest of this file works on any such object. The 20
-classes of toy/scenarios.py are examples. A reader of CLEVRER, STAR or Perception Test fills in the same row and writes
-the same `describe`. Not here: the tasks' names and media folders (evaluation/tasks.py), simulation and drawing (toy/).
+Subclass QATask to read one kind of annotation for one task; all functions below take an instance of such a class. The
+20 classes of toy/scenarios.py are examples (MovingCount is the shortest). A reader of CLEVRER, STAR or Perception Test
+fills in the same row and writes the same `describe`.
+Not here: the tasks' names and media folders (evaluation/tasks.py), simulation and drawing (toy/).
 
     pytest tests/test_qagen.py
 """
@@ -18,6 +19,15 @@ OPEN = ("Answer the question about the video in a few words.", "Watch the video 
         "Look at the video closely and reply to what is asked.")
 DESCRIBE = ("Describe the video.", "Say what happens in the video.", "Give a short description of the video.")
 OPTION_HINTS = ("no", "yes")  # wrong, right; no other text has these words in lower case
+
+
+def capitalize(text):
+    """The first letter alone: str.capitalize would lower the letters of Character Order."""
+    return text[:1].upper() + text[1:]
+
+
+def excluding(pool, *taken):
+    return [entry for entry in pool if entry not in taken]
 
 
 @dataclass(frozen=True)
@@ -46,8 +56,8 @@ class QATask:
     def describe(self, clip, rng):
         """An annotation, a dict with at least "duration" in seconds -> (caption, list of Fact).
 
-        Stages 1 and 2 learn from captions, so a caption has every answer. It says what is asked before what leads to
-        it: otherwise a language model reads the answer off the words before it and ignores the video. There is one
+        Stages 1 and 2 learn from captions, so a caption contains every answer. It says what is asked before what
+        leads to it: otherwise a language model infers the answer from those words and ignores the video. There is one
         wording per clip, and a lone object is "it": a model cannot see which of two wordings the writer chose.
         """
         raise NotImplementedError
@@ -101,8 +111,13 @@ def as_open_turns(choices, rng):
 
 
 def conversations(task, clip, rng, turns=2):
-    """Conversations for stage 3: questions with options, the same without and, for one clip in two, the caption."""
+    """Conversations for stage 3: questions with options, the same without and, for one clip in two, the caption.
+
+    None for a clip without a fact to ask about.
+    """
     caption, choices = caption_and_questions(task, clip, rng, turns)
+    if not choices:
+        return []
 
     # one conversation in five has the benchmark's long system prompt; without it the others are half as long
     system = SYSTEM if rng.random() < 0.2 else ""
@@ -144,12 +159,3 @@ def benchmark(task, count, draw_clip, rng, trials=24):
         n_asked.update((cell[:1], cell))
         questions.append((clip, multiple_choice(task, fact, rng, position)))
     return questions
-
-
-def capitalize(text):
-    """The first letter alone: str.capitalize would lower the letters of Character Order."""
-    return text[:1].upper() + text[1:]
-
-
-def excluding(pool, *taken):
-    return [entry for entry in pool if entry not in taken]

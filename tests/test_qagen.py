@@ -228,7 +228,9 @@ def test_a_clip_of_another_data_set_needs_only_events():
 
 def test_filters():
     clip, _ = training("action_count")[0]
-    assert generate.caption_and_facts(SCENARIOS["action_count"], {**clip, "duration": 60.0}, random.Random(0))[1] == []
+    task, clip = SCENARIOS["action_count"], {**clip, "duration": 60.0}
+    assert generate.caption_and_facts(task, clip, random.Random(0))[1] == []
+    assert generate.conversations(task, clip, random.Random(0)) == []
 
 
 def test_turns_read_as_the_benchmark_asks():

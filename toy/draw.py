@@ -99,8 +99,8 @@ SCENERY = {  # place -> the ink of its ground and [(ink, corners)] on it, in uni
 
 def paint(canvas, obj, t, scale, ink=None):
     """Draw an object as it is in frame t, in its own inks, or all of it in the ink number `ink`."""
-    look = obj["look"][t]
-    if look == "hidden":
+    appearance = obj["look"][t]
+    if appearance == "hidden":
         return
 
     # from units of its radius to pixels: turned, scaled, moved
@@ -112,12 +112,12 @@ def paint(canvas, obj, t, scale, ink=None):
         return [(x + stretch * (u * cos - v * sin), y + stretch * (u * sin + v * cos)) for u, v in points]
 
     # its inks by role, its outlines, its lines
-    inks = {"fill": INK["yellow" if look == "lit" else obj["colour"]], "dot": INK["white"], "black": INK["black"]}
+    inks = {"fill": INK["yellow" if appearance == "lit" else obj["colour"]], "dot": INK["white"], "black": INK["black"]}
     if ink is not None:
         inks = dict.fromkeys(inks, ink)
     for role, corners in OUTLINES.get(obj["shape"], ()):
         canvas.polygon(to_pixels(corners), fill=inks[role], outline=inks["dot" if role == "dot" else "black"])
-        if look == "hollow" and role == "fill":
+        if appearance == "hollow" and role == "fill":
             canvas.polygon(to_pixels(corners, 0.6), fill=inks["dot"])
     for line in STROKES.get(obj["shape"], ()):
         canvas.line(to_pixels(line), fill=inks["fill"], width=round(radius * (.3 if obj["shape"] in GLYPHS else .17)))

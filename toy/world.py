@@ -90,14 +90,14 @@ def train_clip(index, count, out, seed, patch):
     """Write training clip `index` of `count` -> its annotation, caption entry, instruction entries, patch classes."""
     rng, video = random.Random(f"{seed}/train/{index}"), f"{index // 1000:02d}/{index:05d}.gif"
     name = scenario_name(index, playground=index >= 5 * count / 8)
-    task, clip = SCENARIOS[name], {"id": video} | simulate(name, rng)
+    scenario, clip = SCENARIOS[name], {"id": video} | simulate(name, rng)
     draw.write_gif(draw.render(clip), out / "videos" / video)
 
     # stage 3 is for the tasks; it sees every second clip of the playground that has a caption
     talks = []
     if name != "playground" or index < n_captioned(count) and index % 2 == 0:
-        talks = [{"video": video, "QA": turns} for turns in generate.conversations(task, clip, rng)]
-    caption, _ = generate.caption_and_facts(task, clip, rng)
+        talks = [{"video": video, "QA": turns} for turns in generate.conversations(scenario, clip, rng)]
+    caption, _ = generate.caption_and_facts(scenario, clip, rng)
     return clip, {"video": video, "caption": caption}, talks, draw.token_targets(clip, patch)
 
 
