@@ -210,8 +210,8 @@ class VideoChat2(nn.Module):
         if self.training or instruction_ids is None or len(instruction_ids) > 1:
             query = query.expand(len(vision), -1, -1)                                                   # (B, Q, E)
         # subtle: in training the last layer's text rows have a gradient of zeros, and so weight decay, as officially
-        texts = None if torch.is_grad_enabled() else 0
-        hidden = self.qformer(query=query, ids=instruction_ids, mask=instruction_mask, vision=vision, texts=texts)        # (B, Q + S, E)
+        n_text_out = None if torch.is_grad_enabled() else 0
+        hidden = self.qformer(query, instruction_ids, instruction_mask, vision, n_text_out=n_text_out)  # (B, Q + S, E)
         return self.llama_proj(hidden[:, :query.shape[1]])                                              # (B, Q, D)
 
     def insert_video_tokens(self, ids, video_tokens=None):

@@ -1,8 +1,7 @@
-"""
-The video ViT: pixels (B, T, 3, H, W) -> patch features (B, T, L, C). model.py explains these letters.
+"""The video ViT: pixels (B, T, 3, H, W) -> patch features (B, T, L, C). model.py explains these letters.
 
-UMT-L/16, a plain ViT in which every patch of every frame attends to every other (joint space-time attention).
-An image is a video of one frame.
+UMT-L/16, a plain ViT: every patch of every frame attends to every other (joint space-time attention). An image is a
+video of one frame.
 
     frames -> patches -> + position -> [ x + attention(norm(x)); x + mlp(norm(x)) ] x depth -> features
 
@@ -48,8 +47,7 @@ class ViTConfig:
 
     @property
     def grid(self):
-        """Patches along one side of a frame; L is its square."""
-        return self.img_size // self.patch_size
+        return self.img_size // self.patch_size     # patches along one side of a frame; L is its square
 
 # ----------------------------------------------------------------------------------------------------------------------
 # positions: fixed tables, not weights
@@ -67,8 +65,7 @@ def sinusoid(n, width):
 @lru_cache(maxsize=16)            # and no buffer, so that a model built on the meta device has its positions, too
 @torch.no_grad()
 def position_table(frames, grid, width, pos_table, T, device):
-    """
-    Positions (T, L, C) of T frames of grid x grid patches, from a table that is made for `frames` frames.
+    """Positions (T, L, C) of T frames of grid x grid patches, from a table that is made for `frames` frames.
     subtle: they are one long line. Frame 1 begins at position L, where frame 0 ended: a patch's row, column and time
     are not encoded separately.
     """
