@@ -51,26 +51,20 @@ class LlamaConfig:
 # the parts
 
 class KVCache:
-    """Keys and values of all tokens so far, and the padding mask (B, S) that belongs to them.
+    """Keys and values of all tokens so far, and the padding mask that belongs to them.
 
-    Per layer (B, kv_heads, room, hs), of which the first S columns are in use. To hide a token from all later ones,
-    zero its column of the mask; to forget the last tokens, shorten the mask.
+    To hide a token from all later ones, zero its column of the mask; to forget the last tokens, shorten the mask.
     """
     def __init__(self, depth):
-        self.layers = [None] * depth
-        self.mask = None          # (B, S) 1 = token
-
-    def append_mask(self, mask):
-        """The mask (B, s) of new tokens -> the mask (B, S) of all. Call it before append."""
-        self.mask = mask if self.mask is None else torch.cat((self.mask, mask), dim=1)      # (B, S)
-        return self.mask
+        self.layers = [None] * depth    # k, v (B, kv_heads, room, hs) each, of which the first S columns are in use
+        self.mask = None                # (B, S) 1 = token
 
     def append(self, layer_idx, k, v):
-        """New k, v (B, kv_heads, s, hs) of one layer -> all of its k, v (B, kv_heads, S, hs)."""
-        S = self.mask.shape[1]
-        start, layer = S - k.shape[2], self.layers[layer_idx]
+        """New k, v (B, kv_heads, s, hs) of one layer -> all of its k, v (B, kv_heads, S, hs). The mask comes first."""
+        S, layer = self.mask.shape[1], self.layers[layer_idx]
+        start = S - k.shape[2]
 
-        # make room, for 64 tokens more than needed
+        # make room, for 64 more tokens than needed
         if layer is None or layer[0].shape[2] < S:
             wider = tuple(t.new_empty(*t.shape[:2], S + 64, t.shape[3]) for t in (k, v))
             for new, old in zip(wider, layer or (), strict=False):
@@ -248,16 +242,19 @@ class Llama(nn.Module):
         With a KVCache, embeds and mask are those of the new tokens. logits_to_keep: return the last tokens only; the
         last layer then computes no others, with 0 it only fills the cache. ValueError beyond cfg.max_positions tokens.
         """
-        # mask and positions of the new tokens; padding is not counted
-        s, n_out = embeds.shape[1], embeds.shape[1] if logits_to_keep is None else logits_to_keep
+        # the mask of all tokens so far, and the positions of the new ones; padding is not counted
+        s = embeds.shape[1]
         if mask is None:
             mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)     # (B, s)
         if cache is not None:
-            mask = cache.append_mask(mask)                                      # (B, S)
+            mask = mask if cache.mask is None else torch.cat((cache.mask, mask), dim=1)     # (B, S)
+            cache.mask = mask
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -s:]            # (B, s)
-        if mask.shape[1] > self.cfg.max_positions:                              # only then ask a GPU
+        if mask.shape[1] > self.cfg.max_positions:                              # else no need to sync a GPU
             self._check_length(mask.sum(1).max().item())
 
+        # the last layer may compute fewer tokens, whose mask is another
+        n_out = s if logits_to_keep is None else logits_to_keep
         masks = {n: attention_mask(mask, n, embeds.dtype) for n in {s, n_out}}  # (B or 1, 1, n, S) or None
         return self._layers(embeds, positions, n_out, masks, cache=cache)       # (B, n_out, D)
 
@@ -278,7 +275,7 @@ class Llama(nn.Module):
         """x (B, s, D) at positions (B, s) through all layers; the last one computes n_out tokens only. masks[n]: for n
         queries, see attention_mask; packed texts have lengths instead.
         """
-        rope = rope_cos_sin(positions, self.cfg.head_size, self.cfg.rope_theta, x.dtype)
+        rope = rope_cos_sin(positions, self.cfg.head_size, self.cfg.rope_theta, x.dtype)    # (B, s, 1, hs) each
         recompute = self.cfg.checkpoint_layers and self.training and torch.is_grad_enabled()
         for i, layer in enumerate(self.model["layers"]):
             is_last = i == self.cfg.depth - 1
