@@ -16,7 +16,7 @@ import mvbench
 import train
 from evaluation.tasks import TASKS
 from infra import files
-from model import VideoChat2, micro_config, set_trainable
+from model import PRESETS, VideoChat2, set_trainable
 from toy import probe
 from training import optim, recipes
 from vit_video import VisionTransformer
@@ -125,7 +125,7 @@ def test_chat_answers_the_same_question_with_the_same_words(world, runs):
 
 
 def test_each_parameter_has_its_optimizer_and_its_rate():
-    config = micro_config()
+    config = PRESETS["micro"]()
     config.llama.vocab_size = config.qformer.vocab_size = 50
     model = VideoChat2(config, 3)
     set_trainable(model, 3)
@@ -230,7 +230,7 @@ def test_one_part_of_stage_0_alone(world, tmp_path, capsys):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_blocks_compute_the_same():
-    vit = VisionTransformer(micro_config().vit)
+    vit = VisionTransformer(PRESETS["micro"]().vit)
     video = torch.randn(1, 4, 3, 64, 64)
     expected = vit(video)
     names = list(vit.state_dict())
