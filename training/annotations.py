@@ -92,9 +92,9 @@ def entry_error(entry, source):
     # the medium, and the part of it that the text is about
     if not isinstance(entry, dict):
         return EntryError("malformed", f"expected an object, found {type(entry).__name__}")
-    keys = ", ".join(entry) or "nothing"
     if source.media != "text" and not is_text(entry.get(source.media_key)):
-        return EntryError("malformed", f'no "{source.media_key}" with the path of its {source.media}; it has {keys}')
+        return EntryError("malformed", f'no "{source.media_key}" with the path of its {source.media}; '
+                                       f'it has {", ".join(entry) or "nothing"}')
     start, end = entry.get("start"), entry.get("end")
     are_seconds = isinstance(start, int | float) and isinstance(end, int | float) and 0 <= start < end
     if (start, end) != (None, None) and not are_seconds:
@@ -103,7 +103,7 @@ def entry_error(entry, source):
     # captions: one, or several of which each sample draws one
     if "QA" not in entry:
         if "caption" not in entry:
-            return EntryError("malformed", f'neither "caption" nor "QA"; it has {keys}')
+            return EntryError("malformed", f'neither "caption" nor "QA"; it has {", ".join(entry) or "nothing"}')
         captions = entry["caption"] if isinstance(entry["caption"], list) else [entry["caption"]]
         valid = captions and all(map(is_text, captions))
         return None if valid else EntryError("empty text", 'an empty "caption", or one that is not text')
