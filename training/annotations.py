@@ -195,7 +195,7 @@ def scan_value(text, at):
     try:
         value, end = SCAN(text, at)
         if not (raw := text[at:end]).isascii():
-            value = json.loads(raw.encode("latin-1").decode())
+            value, _ = SCAN(raw.encode("latin-1").decode(), 0)
         return value, end, NEXT.match(text, end), ""
     except UnicodeDecodeError as error:
         return None, at, None, f"not UTF-8 ({error.reason})"
