@@ -203,7 +203,7 @@ def fill(llama, name, t):
     layer, _, leaf = name.rpartition(".")
     layer = llama.get_submodule(layer)
     if isinstance(layer, Int8Linear) and leaf == "weight":
-        layer.fill(t)
+        layer.quantize(t)
     else:
         set_parameter(llama, name, t)
 
