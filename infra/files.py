@@ -23,6 +23,7 @@ import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+
 @contextmanager
 def atomic_folder(folder, replace=True):
     """Yields a temporary folder to fill; it becomes `folder` only if the block ends without an error.

@@ -19,7 +19,7 @@ from lora import replace_module
 
 
 def dequantize(weight, scale, dtype):
-    """weight int8 (out, in) * scale (out,) -> (out, in). subtle: scaling x @ weight.T instead would overflow float16."""
+    """weight int8 (out, in) * scale (out,) -> (out, in). subtle: scaling after the product would overflow float16."""
     return (weight * scale[:, None]).to(dtype)
 
 
