@@ -126,7 +126,7 @@ def check_and_visit(folder, llama, visit):
 
     ValueError if their names and shapes are not those of the Llama.
     """
-    # subtle: listed before visit fills the Llama: a tied lm_head is no parameter of its own until its weight is replaced
+    # subtle: listed before visit fills the Llama, because replacing a tied weight makes two parameters of it
     expected = {hf: llama.get_parameter(ours) for hf, ours in hf_names(llama).items()}
     shapes, files = {}, shards(folder)
 
