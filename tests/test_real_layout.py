@@ -131,7 +131,7 @@ def test_system_answer_prompt_and_question_in_the_qformer(tree, ckpt):
     """The notebook's settings: what the LLM and the Q-Former read under each."""
     (q,) = mvbench.load_questions(tree, ["State Change"], limit=1)
     shown = []
-    for protocol in ({}, {"system": ""}, {"answer_prefix": ""}, {"question_in_qformer": True}):
+    for protocol in ({}, {"system": ""}, {"answer_prompt": ""}, {"question_in_qformer": True}):
         model = answerer(ckpt, **protocol)
         ids, seen = [], []
         model.model.llama_model.embed = noting(ids, model.model.llama_model.embed)
