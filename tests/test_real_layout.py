@@ -137,7 +137,7 @@ def test_system_answer_prompt_and_question_in_the_qformer(tree, ckpt):
         model.model.llama_model.embed = noting(ids, model.model.llama_model.embed)
         model.model.video_tokens = noting(seen, model.model.video_tokens)
         vision = torch.randn(1, 16, model.model.cfg.vit.width)
-        model.answer([q], model.input_embeds(vision, [q]))
+        model.answer([q], model.read(vision, [q]))
         _, instruction_ids, instruction_mask = seen[0]
         head, common, rest = (call[0][0].tolist() for call in ids[:3])     # what the LLM reads, part by part
         text = model.tok.decode(head + common + rest)
