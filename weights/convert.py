@@ -55,27 +55,79 @@ class OfficialFiles:
         return max((n for n in (1, 2, 3) if getattr(self, f"stage{n}")), default=0)
 
 
-def import_files(files, cfg, out, any_llm=False):
-    """OfficialFiles -> a checkpoint folder; prints what became of every file. cfg: the preset's Config."""
-    # what can be refused before gigabytes are read: a vocabulary of another size, a folder with other things in it
-    out, vocab = Path(out), Path(files.bert) / "vocab.txt" if files.bert else BERT_VOCAB
-    n_words = WordPiece.load(vocab).vocab_size
-    if n_words != cfg.qformer.vocab_size:
-        raise ValueError(f"{vocab} has {n_words} words, [DEC] included, but the Q-Former {cfg.qformer.vocab_size}: use "
-                         "the vocabulary of bert-base-uncased")
-    present = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    other = sorted(present - {"config.json", "model.safetensors", "vocab.txt"})
-    if other or present and "config.json" not in present:
-        raise ValueError(f"{out} holds more than an import ({', '.join(other[:3])}), and would be replaced: name "
-                         "another --out")
+def check_llm_config(folder, cfg, any_llm):
+    """LlamaConfig of the folder; ValueError if it differs from the preset's, except in the size of the vocabulary."""
+    llama_cfg = llm_config(folder)
+    differences = [text for field, text in config_diff(llama_cfg, cfg.llama).items() if field != "vocab_size"]
+    if differences and not any_llm:
+        llm = {"vicuna-7b": "Vicuna-7B v0, made from LLaMA-1", "mistral-7b": "Mistral-7B-Instruct-v0.2"}
+        hint = ", as those of LLaMA-2 and Vicuna v1.5 do" if llama_cfg.max_positions == 4096 else ""
+        raise ValueError(f"{folder} is another LLM than preset {cfg.preset}'s ({llm.get(cfg.preset, cfg.preset)}): its "
+                         f"config.json says {', '.join(differences)}{hint}. Released checkpoints give gibberish with "
+                         "it; to train with it from stage 2 on, add --any-llm")
+    return llama_cfg
 
-    cfg, tensors, llm, missing = collect(files, cfg, any_llm)
-    if missing:
-        layers = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", n).rpartition(".")[0] or n for n in missing)
-        print(f"in none of the files, so stage 1 initialises them: {len(missing)} tensors ({', '.join(layers)})")
-    with atomic_folder(out) as folder:
-        save_checkpoint(tensors, files.stage, cfg, folder, vocab, llm)
-    print(f"written to {out}: {f'a checkpoint of stage {files.stage}' if files.stage else 'what stage 1 starts from'}")
+
+def read_bert(folder, cfg):
+    """A BERT folder -> {BERT's name: tensor}, with a row for [DEC], and with query layers copied from the text's.
+
+    Source: blip2.py, init_Qformer: layers named _query are copied from BERT, cross-attention starts at random.
+    """
+    folder = Path(folder)
+    files = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()]
+    if not files:
+        raise FileNotFoundError(f"{folder} holds neither model.safetensors nor pytorch_model.bin of bert-base-uncased")
+
+    # old spellings, and the bare BertModel without its prefix
+    tensors = {n.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): t
+               for n, t in read_tensors(files[0]).items()}
+    if not any(n.startswith("bert.") for n in tensors):
+        tensors = {f"bert.{n}": t for n, t in tensors.items()}
+
+    # [DEC] is one word more than BERT has; the decoder is tied to the words and would now be a row short
+    words, bias = "bert.embeddings.word_embeddings.weight", "cls.predictions.bias"
+    if words in tensors and len(tensors[words]) == cfg.qformer.vocab_size - 1:
+        generator = torch.Generator().manual_seed(0)
+        row = torch.empty(1, tensors[words].shape[1]).normal_(std=0.02, generator=generator)
+        tensors[words] = torch.cat((tensors[words].float(), row))
+        if bias in tensors:
+            tensors[bias] = torch.cat((tensors[bias].float(), torch.zeros(1)))
+        tensors.pop("cls.predictions.decoder.weight", None)
+        tensors.pop("cls.predictions.decoder.bias", None)
+
+    # "layer.3.output." is also "layer.3.output_query."
+    for name in list(tensors):
+        query = re.sub(r"(\.layer\.\d+\.(?:intermediate|output))\.", r"\1_query.", name)
+        tensors.setdefault(query, tensors[name].clone())
+    return tensors
+
+
+def read_official(kind, path, cfg, expected, other_names, replaced):
+    """Reads one file -> {our name: tensor}; prints what was dropped and why. ValueError names what does not match."""
+    table, drop_rules = TABLES[kind]
+    if kind == "umt":                                          # VideoChat2 leaves out UMT's last block
+        unused = "|".join(str(i) for i in range(cfg.vit.depth, 100))
+        drop_rules = [*drop_rules, (rf"\.blocks\.({unused})\.", "after the last block that VideoChat2 uses")]
+    official = read_bert(path, cfg) if kind == "bert" else read_tensors(path)
+
+    # tied copies are dropped, so they must be copies
+    cls = "qformer.cls.predictions"
+    for copy, source in ((f"{cls}.decoder.weight", "qformer.bert.embeddings.word_embeddings.weight"),
+                         (f"{cls}.decoder.bias", f"{cls}.bias")):
+        if copy in official and not official[copy].is_meta and not torch.equal(official[copy], official[source]):
+            raise ValueError(f"{path}: {copy} differs from {source}, to which it should be tied")
+
+    ours, dropped = from_official(official, path, table, expected, cfg.prompt_style, drop_rules, other_names)
+    check_state_dict({n: expected[n] for n in ours}, ours, path)
+
+    # the report: how many tensors were used, and for each reason how many were not
+    n_again = len(ours.keys() & replaced.keys())
+    print(f"{path}: {len(official)} tensors, {len(ours)} imported"
+          + (f", {n_again} of which replace an earlier file's" if n_again else ""))
+    for reason in dict.fromkeys(dropped.values()):
+        names = [n for n, why in dropped.items() if why == reason]
+        print(f"  {len(names):4} dropped: {reason} ({names[0]}{', ...' if len(names) > 1 else ''})")
+    return ours
 
 
 def collect(files, cfg, any_llm=False):
@@ -121,76 +173,27 @@ def collect(files, cfg, any_llm=False):
     return cfg, tensors, llm, missing
 
 
-def check_llm_config(folder, cfg, any_llm):
-    """LlamaConfig of the folder; ValueError if it differs from the preset's, except in the size of the vocabulary."""
-    llama_cfg = llm_config(folder)
-    differences = [text for field, text in config_diff(llama_cfg, cfg.llama).items() if field != "vocab_size"]
-    if differences and not any_llm:
-        llm = {"vicuna-7b": "Vicuna-7B v0, made from LLaMA-1", "mistral-7b": "Mistral-7B-Instruct-v0.2"}
-        hint = ", as those of LLaMA-2 and Vicuna v1.5 do" if llama_cfg.max_positions == 4096 else ""
-        raise ValueError(f"{folder} is another LLM than preset {cfg.preset}'s ({llm.get(cfg.preset, cfg.preset)}): its "
-                         f"config.json says {', '.join(differences)}{hint}. Released checkpoints give gibberish with "
-                         "it; to train with it from stage 2 on, add --any-llm")
-    return llama_cfg
+def import_files(files, cfg, out, any_llm=False):
+    """OfficialFiles -> a checkpoint folder; prints what became of every file. cfg: the preset's Config."""
+    # what can be refused before gigabytes are read: a vocabulary of another size, a folder with other things in it
+    out, vocab = Path(out), Path(files.bert) / "vocab.txt" if files.bert else BERT_VOCAB
+    n_words = WordPiece.load(vocab).vocab_size
+    if n_words != cfg.qformer.vocab_size:
+        raise ValueError(f"{vocab} has {n_words} words, [DEC] included, but the Q-Former {cfg.qformer.vocab_size}: use "
+                         "the vocabulary of bert-base-uncased")
+    present = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    other = sorted(present - {"config.json", "model.safetensors", "vocab.txt"})
+    if other or present and "config.json" not in present:
+        raise ValueError(f"{out} holds more than an import ({', '.join(other[:3])}), and would be replaced: name "
+                         "another --out")
 
-
-def read_official(kind, path, cfg, expected, other_names, replaced):
-    """Reads one file -> {our name: tensor}; prints what was dropped and why. ValueError names what does not match."""
-    table, drop_rules = TABLES[kind]
-    if kind == "umt":                                          # VideoChat2 leaves out UMT's last block
-        unused = "|".join(str(i) for i in range(cfg.vit.depth, 100))
-        drop_rules = [*drop_rules, (rf"\.blocks\.({unused})\.", "after the last block that VideoChat2 uses")]
-    official = read_bert(path, cfg) if kind == "bert" else read_tensors(path)
-
-    # tied copies are dropped, so they must be copies
-    cls = "qformer.cls.predictions"
-    for copy, source in ((f"{cls}.decoder.weight", "qformer.bert.embeddings.word_embeddings.weight"),
-                         (f"{cls}.decoder.bias", f"{cls}.bias")):
-        if copy in official and not official[copy].is_meta and not torch.equal(official[copy], official[source]):
-            raise ValueError(f"{path}: {copy} differs from {source}, to which it should be tied")
-
-    ours, dropped = from_official(official, path, table, expected, cfg.prompt_style, drop_rules, other_names)
-    check_state_dict({n: expected[n] for n in ours}, ours, path)
-    n_again = len(ours.keys() & replaced.keys())
-    print(f"{path}: {len(official)} tensors, {len(ours)} imported"
-          + (f", {n_again} of which replace an earlier file's" if n_again else ""))
-    for reason in dict.fromkeys(dropped.values()):
-        names = [n for n, why in dropped.items() if why == reason]
-        print(f"  {len(names):4} dropped: {reason} ({names[0]}{', ...' if len(names) > 1 else ''})")
-    return ours
-
-
-def read_bert(folder, cfg):
-    """A BERT folder -> {BERT's name: tensor}, with a row for [DEC], and with query layers copied from the text's.
-
-    Source: blip2.py, init_Qformer: layers named _query are copied from BERT, cross-attention starts at random.
-    """
-    folder = Path(folder)
-    files = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()]
-    if not files:
-        raise FileNotFoundError(f"{folder} holds neither model.safetensors nor pytorch_model.bin of bert-base-uncased")
-
-    # old spellings, and the bare BertModel without its prefix
-    tensors = {n.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): t
-               for n, t in read_tensors(files[0]).items()}
-    if not any(n.startswith("bert.") for n in tensors):
-        tensors = {f"bert.{n}": t for n, t in tensors.items()}
-
-    # [DEC] is one word more than BERT has; the decoder is tied to the words and would now be a row short
-    words, bias = "bert.embeddings.word_embeddings.weight", "cls.predictions.bias"
-    if words in tensors and len(tensors[words]) == cfg.qformer.vocab_size - 1:
-        generator = torch.Generator().manual_seed(0)
-        row = torch.empty(1, tensors[words].shape[1]).normal_(std=0.02, generator=generator)
-        tensors[words] = torch.cat((tensors[words].float(), row))
-        if bias in tensors:
-            tensors[bias] = torch.cat((tensors[bias].float(), torch.zeros(1)))
-        tensors.pop("cls.predictions.decoder.weight", None)
-        tensors.pop("cls.predictions.decoder.bias", None)
-
-    for name in list(tensors):
-        query = re.sub(r"(\.layer\.\d+\.(?:intermediate|output))\.", r"\1_query.", name)
-        tensors.setdefault(query, tensors[name].clone())
-    return tensors
+    cfg, tensors, llm, missing = collect(files, cfg, any_llm)
+    if missing:
+        layers = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", n).rpartition(".")[0] or n for n in missing)
+        print(f"in none of the files, so stage 1 initialises them: {len(missing)} tensors ({', '.join(layers)})")
+    with atomic_folder(out) as folder:
+        save_checkpoint(tensors, files.stage, cfg, folder, vocab, llm)
+    print(f"written to {out}: {f'a checkpoint of stage {files.stage}' if files.stage else 'what stage 1 starts from'}")
 
 # ----------------------------------------------------------------------------------------------------- export and check
 
@@ -201,6 +204,8 @@ def export(ckpt, out):
     stage = record["stage"]
     if stage not in OFFICIAL:
         raise ValueError(f"{ckpt} is of stage {stage}; the official code has files of stages 1, 2 and 3")
+
+    # a flat dict, as umt_l16_qformer.pth has to be
     tensors = to_official(read_tensors(Path(ckpt) / "model.safetensors"), stage, cfg)
     with atomic_file(out) as temporary:
         save_tensors(tensors, temporary)
@@ -214,7 +219,7 @@ def check(ckpt):
     ckpt, stage = Path(ckpt), None
     if not ckpt.exists():
         raise FileNotFoundError(f"{ckpt}: no such checkpoint folder or file")
-    if ckpt.is_file():
+    if ckpt.is_file():                                         # an official one: its own names, no config
         tensors = read_tensors(ckpt)
     else:
         cfg, record = read_config(ckpt)
@@ -239,6 +244,7 @@ def check(ckpt):
             raise ValueError(f"{ckpt}: {module} holds NaN or infinite values")
     print(f"  {'all':32} {len(tensors):7} {sum(t.numel() for t in tensors.values()):13,}")
 
+    # a checkpoint of stage 0 has what stage 1 starts from, which is less than a model
     if stage in OFFICIAL:
         with torch.device("meta"):
             expected = VideoChat2(cfg, stage).state_dict()
