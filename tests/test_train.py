@@ -15,7 +15,7 @@ import chat
 import mvbench
 import train
 from infra import files
-from model import VideoChat2, micro_config, set_trainable
+from model import PRESETS, VideoChat2, set_trainable
 from qagen import generate
 from toy import probe
 from training import optim, recipes
@@ -146,7 +146,7 @@ def test_a_conversation_ends_quietly(world, runs, monkeypatch, capsys):
 
 
 def test_each_parameter_has_its_optimizer_and_its_rate():
-    config = micro_config()
+    config = PRESETS["micro"]()
     config.llama.vocab_size = config.qformer.vocab_size = 50
     model = VideoChat2(config, 3)
     set_trainable(model, 3)
@@ -251,7 +251,7 @@ def test_one_part_of_stage_0_alone(world, tmp_path, capsys):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_blocks_compute_the_same():
-    vit = VisionTransformer(micro_config().vit)
+    vit = VisionTransformer(PRESETS["micro"]().vit)
     video = torch.randn(1, 4, 3, 64, 64)
     expected = vit(video)
     names = list(vit.state_dict())
