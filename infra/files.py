@@ -24,6 +24,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 
+def flush_to_disk(path):
+    """Waits until the bytes of a file are on the disk. Folders are skipped."""
+    if path.is_file():
+        with open(path, "rb+") as f:
+            os.fsync(f.fileno())
+
+
 @contextmanager
 def atomic_folder(folder, replace=True):
     """Yields a temporary folder to fill; it becomes `folder` only if the block ends without an error.
@@ -57,20 +64,13 @@ def atomic_file(path):
     """Yields a temporary path to write; the file becomes `path` only if the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")   # save_tensors reads the suffix
     try:
         yield temporary
         flush_to_disk(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def flush_to_disk(path):
-    """Waits until the bytes of a file are on the disk. Folders are skipped."""
-    if path.is_file():
-        with open(path, "rb+") as f:
-            os.fsync(f.fileno())
 
 
 @contextmanager
@@ -110,48 +110,13 @@ def read_json(path):
 
 # ------------------------------------------------------------------------------------------------------ named tensors
 
-def iter_tensors(path):
-    """Yields (name, tensor) one by one from .safetensors; a PyTorch file (.bin, .pth, .pt) is loaded whole first.
-
-    ValueError names a damaged or foreign file. Of a pickle, only the tensors are loaded.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    if path.suffix != ".safetensors":
-        yield from read_torch_file(path).items()
-        return
-    try:
-        with safe_open(path, "pt") as f:
-            for name in f.keys():
-                yield name, f.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file ({error}); copy or make it again") from None
-
-
-def read_tensors(path):
-    """Reads a file of iter_tensors's kinds -> {name: tensor}."""
-    return dict(iter_tensors(path))
-
-
-def save_tensors(tensors, path):
-    """Writes {name: tensor}, views too and from any device, as .safetensors, or else as a PyTorch file, by the suffix.
-
-    OSError names the file.
-    """
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    try:
-        save_file(tensors, path) if Path(path).suffix == ".safetensors" else torch.save(tensors, path)
-    except (SafetensorError, RuntimeError) as error:           # RuntimeError: what torch.save raises on a full disk
-        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}; is there room on the disk?") from None
-
-
 def read_torch_file(path):
     """A PyTorch file of somebody else -> {name: tensor}; a dict under "model", "module" or "state_dict" is unpacked."""
     # files of torch before 1.6 are not zip archives and cannot be mapped into memory: read those the plain way
     errors = []
     for mmap in (True, False):
         try:
+            # weights_only: a pickle may run any code, so only tensors and plain Python values are accepted
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
             break
         except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
@@ -174,6 +139,43 @@ def read_torch_file(path):
     if not tensors:
         raise ValueError(f"{path} holds {', '.join(map(str, list(content)[:4]))}, but no tensors by those names")
     return tensors
+
+
+def iter_tensors(path):
+    """Yields (name, tensor) one by one from .safetensors; a PyTorch file (.bin, .pth, .pt) is loaded whole first.
+
+    ValueError names a damaged or foreign file. Of a pickle, only the tensors are loaded.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    if path.suffix != ".safetensors":
+        yield from read_torch_file(path).items()               # mapped into memory if the format allows it
+        return
+    try:
+        with safe_open(path, "pt") as f:
+            for name in f.keys():
+                yield name, f.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file ({error}); copy or make it again") from None
+
+
+def read_tensors(path):
+    """Reads a file of iter_tensors's kinds -> {name: tensor}."""
+    return dict(iter_tensors(path))
+
+
+def save_tensors(tensors, path):
+    """Writes {name: tensor}, views too and from any device, as .safetensors, or else as a PyTorch file, by the suffix.
+
+    OSError names the file.
+    """
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    save = save_file if Path(path).suffix == ".safetensors" else torch.save
+    try:
+        save(tensors, path)
+    except (SafetensorError, RuntimeError) as error:           # RuntimeError: what torch.save raises on a full disk
+        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}; is there room on the disk?") from None
 
 
 def hash_file(path, digest):
