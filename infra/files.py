@@ -110,6 +110,7 @@ def read_json(path):
 
 # ------------------------------------------------------------------------------------------------------ named tensors
 
+
 def read_torch_file(path):
     """A PyTorch file of somebody else -> {name: tensor}; a dict under "model", "module" or "state_dict" is unpacked."""
     # files of torch before 1.6 are not zip archives and cannot be mapped into memory: read those the plain way
@@ -133,7 +134,7 @@ def read_torch_file(path):
     for key in ("model", "module", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not content:
         raise ValueError(f"{path} holds a {type(content).__name__}, not named tensors")
     tensors = {name: t for name, t in content.items() if isinstance(name, str) and torch.is_tensor(t)}
     if not tensors:
