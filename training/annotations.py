@@ -279,9 +279,11 @@ def make_index(source, path):
 
 
 class AnnotationFile:
-    """The good entries of a source: len() and entries[i], read from the file at each access; in memory is next to
-    nothing. header: how many are conversations ("qa"), have a start and an end ("has_bounds"), and what was faulty.
-    chars: (n,), the text length of each entry."""
+    """The good entries of a source: len() and entries[i], read from the file at each access.
+
+    header: how many are conversations ("qa"), have a start and an end ("has_bounds"), and what was faulty.
+    chars: (n,), the text length of each entry. It is mapped into memory, and nothing else is in memory.
+    """
 
     def __init__(self, source):
         if not Path(source.anno).is_file():
