@@ -190,8 +190,7 @@ def get_frames(reader, indices):
 
 def read_gif(path, select):
     """As read_video, but by Pillow, in half of decord's time; so does the official code (mvbench.ipynb, read_gif)."""
-    errors = (*IMAGE_ERRORS, EOFError, struct.error, IndexError)
-    with decode_errors(path, "a GIF", *errors), Image.open(path) as image:
+    with decode_errors(path, "a GIF", *IMAGE_ERRORS, EOFError, struct.error, IndexError), Image.open(path) as image:
         # each frame builds on those before it, so all are decoded
         frames, seconds = [], 0.0
         for i, frame in enumerate(ImageSequence.Iterator(image), 1):
