@@ -9,9 +9,9 @@ the frames (vit_video.py). Source: the official dataset/video_utils.py and, for 
 
     pytest tests/test_video.py
 """
-import queue
 import struct
 import threading
+from concurrent.futures import Future, TimeoutError
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -130,24 +130,20 @@ def with_timeout(limit, read, path, *args):
     Neither an exception nor Ctrl-C interrupts a decoder in C that hangs on a damaged file. But it does not hold the
     interpreter lock, so the process can continue without it; the thread ends with the process.
     """
-    # the thread's result or its error, whichever comes
-    results = queue.SimpleQueue()
+    future = Future()
 
     def work():
         try:
-            results.put((read(path, *args), None))
+            future.set_result(read(path, *args))
         except BaseException as error:
-            results.put((None, error))
+            future.set_exception(error)
 
-    # a daemon: Python does not wait for it at the end
+    # a daemon, unlike the threads of an executor: Python does not wait for it at the end
     threading.Thread(target=work, daemon=True).start()
     try:
-        result, error = results.get(timeout=limit)
-    except queue.Empty:
+        return future.result(timeout=limit)
+    except TimeoutError:  # of concurrent.futures; Python 3.11 made it the built-in one
         raise MediaError(f"{path}: decoding takes more than {limit:g} seconds") from None
-    if error:
-        raise error
-    return result
 
 
 @contextmanager
