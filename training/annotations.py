@@ -154,8 +154,9 @@ def each_entry(path):
             raise ValueError(f"{path}: not JSON: entry 0, at byte {base}: {problem}" if problem else
                              f"{path}: expected a JSON list, found {type(value).__name__}")
         delimiter = next_char(f)
-        base, text, at, number = f.tell() - (delimiter not in ("", "]")), "", 0, 0
-        f.seek(base)
+        if delimiter not in ("", "]"):
+            f.seek(-1, os.SEEK_CUR)                        # it is the first value's
+        base, text, at, number = f.tell(), "", 0, 0
 
         # subtle: Latin-1 makes one character of each byte, so text[at] is byte base + at of the file; only the , or ]
         # after a value shows that it is complete, because "12" at the end of a chunk may become "1234"
