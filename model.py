@@ -30,6 +30,7 @@ from vit_video import VisionTransformer, ViTConfig
 # ---------------------------------------------------------------------------------------------------------------- sizes
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OLD_FIELDS = {"style": "prompt_style", "tell_seconds": "add_timestamps", "train_choice": "frame_sampling"}
 
 
@@ -183,18 +184,15 @@ class VideoChat2(nn.Module):
             time = time[:, :1]                                             # else broadcasting repeats the image
         return self.vision_layernorm((x + time).flatten(1, 2))             # (B, N, C)
 
-    def stage1_losses(self, batch, dec_id, generator=None, captions_only=False, **options):
-        """Stage 1: {"vtc", "vtm", "vtg"} of video (B, T, 3, H, W) and caption ids, mask (B, S), idx (B,).
-
-        dec_id: id of [DEC], which opens a caption to be generated. generator: draws the hard negatives.
-        captions_only: "vtg" alone. options: of Stage1Heads.losses, for several processes.
-        """
-        if not captions_only and not options.get("global_negatives") and batch.get("clips", 2) < 2:
+    def stage1_losses(self, batch, dec_id, dist, generator=None, vtg_only=False, global_negatives=False):
+        """Stage 1: {"vtc", "vtm", "vtg"} of video (B, T, 3, H, W) and caption ids, mask (B, S), idx (B,)."""
+        if not vtg_only and not global_negatives and batch.get("clips", 2) < 2:
             raise ValueError("matching (VTM) needs for each clip another one in the batch, but a batch of "
                              f"{len(batch['idx'])} holds a single clip: choose a larger --batch for each process")
         vision = self.encode_video_stage1(batch["video"], batch.get("features"))  # (B, N, C)
         return self.aligner.losses(self.qformer, self.query_tokens, vision, batch["ids"], batch["mask"], batch["idx"],
-                                   dec_id, generator=generator, captions_only=captions_only, **options)
+                                   dec_id, generator=generator, captions_only=vtg_only, everyone=dist,
+                                   global_negatives=global_negatives)
 
     # ---- stages 2 and 3
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from infra.files import check_state_dict, iter_tensors, read_json, save_tensors, set_parameter
 from llama import Llama, LlamaConfig
+from model import DTYPES
 from tokenizer import SentencePiece
 from weights.int8 import Int8Linear, quantize_int8
 
@@ -33,7 +34,6 @@ HF_NAMES = {  # LlamaConfig field -> key of config.json
     "attention_bias": "attention_bias", "mlp_bias": "mlp_bias"}
 OPTIONAL = {"kv_heads", "rope_theta", "head_dim", "tied", "attention_bias", "mlp_bias"}
 DROPPED = re.compile(r"\.rotary_emb\.inv_freq$")  # follows from rope_theta
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # --------------------------------------------------------------------------------------------------------- config.json
 
