@@ -64,7 +64,7 @@ class TrainConfig:
     out: str = option("", "folder of the run (default runs/PRESET); stage N writes OUT/stageN", RUN)
     init: str = option("", "checkpoint to start from (default: the stage before, in OUT)", RUN)
     llm: str = option("", "the LLM's folder (default: the one the stage before knows, or OUT/llm)", RUN)
-    resume: bool = option(True, "resume an interrupted run; --no-resume or --restart trains from the start", RUN)
+    resume: bool = option(True, "resume an interrupted run; --no-resume or --restart starts again", RUN)
     seed: int = option(0, "the same seed gives the same run", RUN)
     device: str = option("", "cpu, cuda or cuda:N (default: cuda where there is one)", RUN)
 
@@ -146,7 +146,7 @@ def parse(argv=None, config_class=TrainConfig, command="train.py", description=_
     """Command line -> (config, names of the options that were typed). Wrong values exit as argparse does, code 2."""
     parser = argparse.ArgumentParser(
         prog=command, usage=f"{command} [options]", description=description,
-        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=120))
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=38, width=120))
     if parts:
         parser.add_argument("part", nargs="?", choices=parts, default=MISSING, help="train this one (default: both)")
     add_options(parser, config_class)
@@ -428,7 +428,8 @@ def train_stage(build, cfg, dist):
     stage = dist.main_process_first(lambda: build(cfg, dist))
 
     # subtle: a run that was restarted and then interrupted resumes, although the old result is still there
-    if cfg.resume and stage.folder.is_dir() and resume.is_finished(stage.folder) and not resume.saved_steps(stage.unfinished):
+    finished = stage.folder.is_dir() and resume.is_finished(stage.folder)
+    if finished and cfg.resume and not resume.saved_steps(stage.unfinished):
         if dist.is_main:
             print(f"{stage.name}: already trained, in {stage.folder} (--restart trains it again)")
         return

@@ -19,7 +19,6 @@ from model import PRESETS, Config, VideoChat2, set_trainable
 from prompt import CAPTION_INSTRUCTIONS, IGNORE, SYSTEM, conversation_prompt
 from qformer import QFormerConfig
 from tokenizer import SentencePiece
-from training import recipes
 from vit_video import ViTConfig
 from weights import checkpoint, convert, official_names
 from weights.hf_llama import write_llm
@@ -511,14 +510,14 @@ def plain(imported, corpora, tmp_path_factory):
 
 @pytest.mark.parametrize("flags", [
     ["--no-bos-ones"], ["--no-train-separators"], ["--no-question-in-qformer"], ["--train-norm", "clip"], ["--flip"],
-    ["--no-tell-seconds"], ["--train-frames", "2"], ["--llm-int8"], ["--dtype", "bf16"], ["--dtype", "fp16"]])
+    ["--no-add-timestamps"], ["--train-frames", "2"], ["--llm-int8"], ["--dtype", "bf16"], ["--dtype", "fp16"]])
 def test_each_oddity_is_one_flag_away(imported, corpora, plain, tmp_path, flags):
     """Every flag changes what is learned, and is written into the checkpoint's config where it is the model's."""
     changed = train_stage(corpora, tmp_path, 3, "--init", str(imported / "stage3"), "--max-text", "120", *flags)
     assert not torch.equal(changed["llama_proj.weight"], plain["llama_proj.weight"])
     assert all(t.isfinite().all() and t.dtype == torch.float32 for t in changed.values())
     option = flags[0].removeprefix("--").removeprefix("no-").replace("-", "_")
-    if option in recipes.MODEL_OPTIONS:
+    if option in train.MODEL_OPTIONS:
         cfg, _ = checkpoint.read_config(tmp_path / "stage3")
         value = flags[1] if len(flags) > 1 else not flags[0].startswith("--no-")
         assert str(getattr(cfg, option)) == str(value)

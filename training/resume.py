@@ -1,6 +1,6 @@
 """What an interrupted run resumes from, bit for bit: all that changes in training, saved every few hundred steps.
 
-    runs/toy/stage1.unfinished/000400/      after 400 steps; the last --keep-checkpoints stay until the stage is finished
+    runs/toy/stage1.unfinished/000400/      after 400 steps; the last few stay until the stage is finished
         config.json, model.safetensors ...  the checkpoint at that step, which mvbench.py and chat.py can read
         trainer.safetensors                 the optimizers' moments, the states of each process's random generators
         trainer.json                        step, options, and size and hash of every file in the folder
