@@ -7,21 +7,19 @@
 
 Each starts from the one before: OUT/init -> OUT/stage1 -> OUT/stage2 -> OUT/stage3. OUT/init is what the paper takes
 ready-made, ViT and BERT: `python -m weights.convert import` makes it of the official files, `python -m toy.pretrain`
-trains the toy's. The LLM stays frozen. From top to bottom: options, recipes, stages, the loop, the command.
-
-Not here: the losses (qformer.py, model.py), batches (data.py), optimizers (training/optim.py), what a stopped run
-resumes from (training/resume.py). Source: paper section 4, table 10; official tasks/train_{qformer,pt,it}.py.
+trains the toy's. The LLM stays frozen. Not here: the losses (qformer.py, model.py), batches (data.py), optimizers and
+what a stopped run resumes from (training/). Source: paper section 4, table 10; official tasks/train_{qformer,pt,it}.py.
 
     python train.py --stage 1                              # the toy; resumes where it stopped
     torchrun --nproc_per_node 8 train.py --stage 1 --preset vicuna-7b --data ... --out ...
 """
 import argparse
+import math
 import os
 import re
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -31,15 +29,8 @@ import torch.nn as nn
 
 import data
 from infra.cli import add_options, option, read_options, run
-from infra.distributed import (
-    blocks_of,
-    init_distributed,
-    raise_together,
-    set_gradient_sync,
-    sync_unsharded_grads,
-    wrap_model,
-)
-from infra.files import load_strict, lock_folder, read_tensors
+from infra.distributed import blocks_of, init_distributed, set_gradient_sync, sync_unsharded_grads, wrap_model
+from infra.files import load_strict, read_tensors
 from model import DTYPES, PRESETS, VideoChat2, set_trainable
 from tokenizer import WordPiece
 from training import feature_cache, resume
@@ -50,9 +41,7 @@ from video import Transform
 from weights import checkpoint
 from weights.hf_llama import llm_config
 
-# ------------------------------------------------------------------------------------------------------------- options
-
-RUN, DATA, OPTIM, SPEED, LOG = "run", "data", "optimization", "memory and speed", "logging and saving"
+RUN, DATA, OPTIM, SPEED, LOG = "run", "data", "optimization", "memory and speed", "logging and saving"   # in --help
 MODEL = "the model, and quirks of the official code (default: the preset's)"
 
 
@@ -87,15 +76,13 @@ class TrainConfig:
     beta2: float = option(0.999, "AdamW's second beta", OPTIM)
     grad_clip: float = option(1.0, "largest norm of the gradient", OPTIM, aliases=("--clip",))
     max_bad_steps: int = option(10, "skip steps without a finite gradient; stop after this many in a row", OPTIM)
-    vtg_only: float = option(0.0, "stage 1: first share of the steps, captioning only", OPTIM,
-                             aliases=("--captions-first",))
+    vtg_only: float = option(0.0, "share of stage 1 with captioning alone", OPTIM, aliases=("--captions-first",))
     global_negatives: bool = option(False, "stage 1: matching draws negatives from all processes' clips", OPTIM)
 
     dtype: str = option("fp32", "of the computation and of the frozen LLM", SPEED, choices=tuple(DTYPES))
     llm_int8: bool = option(False, "keep the frozen LLM's matrices in 8 bits: half of bf16's memory", SPEED)
     shard: bool = option(False, "under torchrun: FSDP2 instead of DDP", SPEED)
-    grad_checkpoint: str = option("", "blocks to recompute in the backward pass: vit,qformer,llm", SPEED,
-                                  aliases=("--recompute",))
+    grad_checkpoint: str = option("", "recompute blocks backward: vit,qformer,llm", SPEED, aliases=("--recompute",))
     compile: bool = option(False, "torch.compile the blocks of ViT, Q-Former and LLM", SPEED)
 
     log_every: int = option(20, "steps between two lines of the log", LOG)
@@ -116,9 +103,9 @@ class TrainConfig:
 
 MODEL_OPTIONS = [f.name for f in fields(TrainConfig) if f.metadata["group"] == MODEL]    # fields of model.Config too
 
-TOY_PRESETS = ("toy", "micro")
 RECIPES = {  # preset -> stage -> what differs from TrainConfig's defaults
     "toy": {
+        # 24,000, 24,000 and 43,200 clips; the first 92 % of stage 1 teach the queries to see, by captioning alone
         1: dict(steps=3000, batch=8, lr=3e-4, muon_lr_scale=3.0, constant_until=0.5, beta2=0.99, vtg_only=0.92,
                 cache_features=True, log_every=100),
         2: dict(steps=3000, batch=8, lr=3e-4, constant_until=0.5, beta2=0.99, cache_features=True, log_every=100),
@@ -135,11 +122,8 @@ RECIPES = {  # preset -> stage -> what differs from TrainConfig's defaults
     },
 }
 
-
-AT_LEAST = dict(steps=0, epochs=1, batch=0, grad_accum=1, lr=0, lr_end=0, warmup=0, constant_until=0, muon_lr_scale=0,
-                weight_decay=0, grad_clip=1e-9, max_bad_steps=1, vtg_only=0, workers=0, log_every=1, save_every=1,
-                keep_checkpoints=1)
-AT_MOST = dict(warmup=1, constant_until=1, vtg_only=1)
+AT_LEAST_1 = ("epochs", "grad_accum", "max_bad_steps", "log_every", "save_every", "keep_checkpoints")
+SHARES = ("warmup", "constant_until", "vtg_only")                          # between 0 and 1
 
 
 def parse(argv=None, config_class=TrainConfig, command="train.py", description=__doc__, parts=()):
@@ -153,12 +137,13 @@ def parse(argv=None, config_class=TrainConfig, command="train.py", description=_
     parser.add_argument("--restart", dest="resume", action="store_false", default=MISSING, help="same as --no-resume")
     cfg, explicit = read_options(parser, config_class, argv)
 
-    # what argparse does not check
+    # what argparse does not check: numbers are 0 or more, some at least or at most 1; combinations
     for name, value in vars(cfg).items():
-        low, high = AT_LEAST.get(name), AT_MOST.get(name)
-        if low is not None and value < low or high is not None and value > high:
-            expected = f"{low} to {high}" if high else f"{low} or more"
-            parser.error(f"--{name.replace('_', '-')} {value}: expected {expected}")
+        low, high = int(name in AT_LEAST_1), 1 if name in SHARES else math.inf
+        if type(value) in (int, float) and not low <= value <= high:
+            parser.error(f"--{name.replace('_', '-')} {value}: expected {low} to {high}")
+    if cfg.grad_clip == 0:
+        parser.error("--grad-clip 0 leaves no gradient: expected more than 0")
     if not re.fullmatch(r"(cpu|cuda(:\d+)?)?", cfg.device):
         parser.error(f"--device {cfg.device}: expected cpu, cuda or cuda:N")
     if set(cfg.grad_checkpoint.split(",")) - {"", "vit", "qformer", "llm"}:
@@ -177,8 +162,6 @@ def apply_recipe(cfg, explicit, recipe):
     """The recipe's values, except for options that were typed."""
     return replace(cfg, **{name: value for name, value in recipe.items() if name not in explicit})
 
-# --------------------------------------------------------------------------------------------------- what a stage is
-
 
 @dataclass
 class Stage:
@@ -186,7 +169,7 @@ class Stage:
     name: str                       # "stage 1", in the log
     folder: Path                    # of the finished checkpoint
     model: nn.Module
-    dataset: object
+    dataset: object                 # of samples; data.Sampler draws their indices
     collate: Callable               # samples -> batch
     loss: Callable                  # batch, share of the steps done -> {name: scalar}; their sum is minimized
     write: Callable                 # folder, {name: tensor} of the model -> None; writes a checkpoint's files
@@ -208,16 +191,21 @@ DROPPED = {1: ("norm.", "heads."),                                         # of 
 
 def build_stage(cfg, dist):
     """Stage 1, 2 or 3: its model, filled from the stage before, its data and its loss."""
-    corpus = corpus_file(cfg, "corpus_instruct.json" if cfg.stage == 3 else "corpus_caption.json")
-    start, folder = init_checkpoint(cfg), Path(cfg.out) / f"stage{cfg.stage}"
-    model, llm_tok, llm = build_model(cfg, start)
-    config, qformer_tok = model.cfg, WordPiece.load(start / "vocab.txt")
-    generator = torch.Generator().manual_seed(cfg.seed)
+    # the checkpoint before decides the sizes; what the command line can change is typed or the preset's
+    start = resume.init_checkpoint(cfg)
+    config, saved = checkpoint.read_config(start)
+    if config.preset != cfg.preset:
+        raise ValueError(f"{start} is of preset {config.preset}, not {cfg.preset}; choose another --preset or --init")
+    preset, typed = PRESETS[cfg.preset](), {n: getattr(cfg, n) for n in MODEL_OPTIONS if getattr(cfg, n) is not None}
+    config = replace(config, **{name: getattr(preset, name) for name in MODEL_OPTIONS} | typed)
 
-    # what the stages differ in: frames of a clip, text of a batch, loss
-    n_video, num_frames = config.n_query + config.n_extra, config.train_frames
+    # captions for stages 1 and 2, instructions for stage 3
+    corpus = "corpus_instruct.json" if cfg.stage == 3 else "corpus_caption.json"
+    dataset = load_clips(cfg, config, corpus, config.align_frames if cfg.stage == 1 else config.train_frames)
+    model, llm_tok, llm = build_model(cfg, config, start, saved["llm"])
+    qformer_tok, n_video = WordPiece.load(start / "vocab.txt"), config.n_query + config.n_extra
+    generator = torch.Generator().manual_seed(cfg.seed)                # draws the hard negatives of matching
     if cfg.stage == 1:
-        num_frames = config.align_frames
         collate = data.Stage1Collate(qformer_tok, config.align_text, config.caption_sep)
     elif cfg.stage == 2:
         collate = data.Stage2Collate(llm_tok, n_video, config.max_text)
@@ -236,8 +224,7 @@ def build_stage(cfg, dist):
         checkpoint.save_checkpoint(tensors, cfg.stage, config, folder, start / "vocab.txt",
                                    checkpoint.llm_record(llm, folder))
 
-    # a frozen ViT sees the same clip the same way each time: it can run once per clip, before training
-    dataset = load_clips(cfg, config, corpus, num_frames)
+    # a ViT that stays frozen gives a clip the same features each time, so it can run once per clip, before training
     if cfg.cache_features:
         dataset.features = feature_cache.cache_features(
             model.vision_encoder, dataset, Path(cfg.out) / "features", dist.device, cfg.workers)
@@ -245,30 +232,22 @@ def build_stage(cfg, dist):
              for part, total, trained in set_trainable(model, cfg.stage, vit=not cfg.cache_features)]
 
     # captioning alone uses no bidirectional text rows; a text without video uses no Q-Former
-    find_unused = cfg.vtg_only > 0 or cfg.stage == 3
-    return Stage(f"stage {cfg.stage}", folder, model, dataset, collate, loss, write, notes, generator, find_unused)
+    return Stage(f"stage {cfg.stage}", Path(cfg.out) / f"stage{cfg.stage}", model, dataset, collate, loss, write, notes,
+                 generator, find_unused=cfg.vtg_only > 0 or cfg.stage == 3)
 
 
-def build_model(cfg, start):
-    """-> (VideoChat2 with the weights of the checkpoint `start`, the LLM's tokenizer, its {"path", "fingerprint"})."""
-    # sizes are the checkpoint's; options of one stage do not leak into the next: they are typed, or the preset's
-    config, saved = checkpoint.read_config(start)
-    if config.preset != cfg.preset:
-        raise ValueError(f"{start} is of preset {config.preset}, not {cfg.preset}; choose another --preset or --init")
-    preset = PRESETS[cfg.preset]()
-    typed = {name: getattr(cfg, name) for name in MODEL_OPTIONS if getattr(cfg, name) is not None}
-    config = replace(config, **{name: getattr(preset, name) for name in MODEL_OPTIONS} | typed)
-    blocks = cfg.grad_checkpoint.split(",")
-    config.vit.checkpoint_blocks |= "vit" in blocks
-    config.qformer.checkpoint_layers |= "qformer" in blocks
-    config.llama.checkpoint_layers |= "llm" in blocks
+def build_model(cfg, config, start, llm):
+    """-> (VideoChat2 with the weights of the checkpoint `start`, the LLM's tokenizer, which LLM it is).
+
+    llm: {"path", "fingerprint"} of the LLM that `start` knows, or None. config is completed by the LLM's sizes.
+    """
+    config.vit.checkpoint_blocks |= "vit" in cfg.grad_checkpoint
+    config.qformer.checkpoint_layers |= "qformer" in cfg.grad_checkpoint
+    config.llama.checkpoint_layers |= "llm" in cfg.grad_checkpoint
 
     # stage 2 may choose its LLM, whose folder then decides its sizes
-    llm = saved["llm"]
     if cfg.stage > 1:
-        llm_folder = Path(cfg.llm or Path(cfg.out) / "llm")
-        if llm and not cfg.llm:
-            llm_folder = checkpoint.find_llm(start, llm["path"])
+        llm_folder = cfg.llm or (checkpoint.find_llm(start, llm["path"]) if llm else Path(cfg.out) / "llm")
     if cfg.stage == 2:
         config.llama = replace(llm_config(llm_folder), init_std=config.llama.init_std,
                                checkpoint_layers=config.llama.checkpoint_layers)
@@ -277,51 +256,28 @@ def build_model(cfg, start):
     model = VideoChat2(config, cfg.stage, defer_llm=True)
     load_strict(model, read_tensors(start / "model.safetensors"), start,
                 fresh=NEW[cfg.stage] + (checkpoint.LLM_PREFIX,), dropped=DROPPED[cfg.stage])
-    if cfg.stage == 1:                                     # it has no LLM, and passes on which one is known
+    if cfg.stage == 1:                                                 # it has no LLM, and passes on which one is known
         return model, None, llm and llm | {"path": str(cfg.llm or start / llm["path"])}
 
-    # stage 3 takes no other LLM than stage 2, and a stage 2 that resumes no other than it began with
+    # stage 3 takes no other LLM than stage 2 had, and a stage 2 that resumes no other than it began with
     expected, needed_by = llm, start
     if cfg.stage == 2:
         needed_by = Path(cfg.out) / "stage2"
         last = cfg.resume and resume.latest(f"{needed_by}.unfinished", lambda line: None, ["config.json"])
         expected = checkpoint.read_config(last)[1]["llm"] if last else None
-    llm_tok, llm = checkpoint.attach_llm(model, llm_folder, expected, needed_by, dtype=DTYPES[cfg.dtype],
+    return model, *checkpoint.attach_llm(model, Path(llm_folder), expected, needed_by, dtype=DTYPES[cfg.dtype],
                                          int8=cfg.llm_int8)
-    return model, llm_tok, llm
-
-
-def init_checkpoint(cfg):
-    """Folder of the checkpoint that a stage starts from. FileNotFoundError names the command that makes it."""
-    folder = Path(cfg.init or Path(cfg.out) / ("init" if cfg.stage == 1 else f"stage{cfg.stage - 1}"))
-    if (folder / "config.json").is_file() and resume.is_finished(folder):
-        return folder
-    command = f"python train.py --stage {cfg.stage - 1} --preset {cfg.preset} --out {cfg.out}"
-    if cfg.stage == 1:
-        command = f"python -m weights.convert import --preset {cfg.preset} --out {folder} ... (see --help)"
-        if cfg.preset in TOY_PRESETS:
-            command = f"python -m toy.pretrain --preset {cfg.preset} --out {cfg.out}"
-        if (Path(cfg.out) / "stage0").is_dir():
-            command += f", or copy an older version's {cfg.out}/stage0/vit to init and {cfg.out}/stage0/llm to llm"
-    state = "is not finished" if folder.is_dir() else "is missing"
-    raise FileNotFoundError(f"stage {cfg.stage} starts from {folder}, which {state}; run: {command}")
-
-
-def corpus_file(cfg, name):
-    """--corpus, or the file of this name in the data folder. FileNotFoundError says how to get it."""
-    path = Path(cfg.corpus or Path(cfg.data) / name)
-    if path.is_file():
-        return path
-    hint = "it lists your annotation files (docs/data.md): name it with --corpus, or its folder with --data"
-    if cfg.preset in TOY_PRESETS:
-        hint = f"make the toy world: python -m toy.world --out {cfg.data}"
-    raise FileNotFoundError(f"{path} does not exist; {hint}")
 
 
 def load_clips(cfg, config, corpus, num_frames):
-    """The samples of a corpus file, with the model's frames and pixels."""
+    """The samples of --corpus, or of this file in the data folder, with the model's frames and pixels."""
+    path = Path(cfg.corpus or Path(cfg.data) / corpus)
+    if not path.is_file():
+        hint = f"make the toy world: python -m toy.world --out {cfg.data}" if cfg.preset in resume.TOY_PRESETS else (
+            "it lists your annotation files (docs/data.md): name it with --corpus, or its folder with --data")
+        raise FileNotFoundError(f"{path} does not exist; {hint}")
     transform = Transform(config.vit.img_size, train=True, crop=config.crop, norm=config.train_norm, flip=config.flip)
-    return data.VideoTextDataset(load_corpus(corpus), num_frames, transform, config.frame_sampling, seed=cfg.seed)
+    return data.VideoTextDataset(load_corpus(path), num_frames, transform, config.frame_sampling, seed=cfg.seed)
 
 # ------------------------------------------------------------------------------------------------------------ the loop
 
@@ -333,32 +289,31 @@ def fit(stage, cfg, dist):
     cfg.steps = cfg.steps or cfg.epochs * len(sampler)
     last = dist.broadcast(resume.latest(stage.unfinished) if dist.is_main else None) if cfg.resume else None
 
-    # weights first; then compile and distribute; then the state of optimizers and generators
+    # weights first; then compile and distribute; then the state of optimizers and random generators
     first_step = resume.load_weights(stage, cfg, last) if last else 0
-    if cfg.compile:
-        for block in blocks_of(stage.model):               # blocks are alike, so few of them are compiled
-            block.compile()
+    for block in blocks_of(stage.model) if cfg.compile else ():        # blocks are alike, so few of them are compiled
+        block.compile()
     forward = wrap_model(stage.model.train(), stage.loss, dist, cfg.shard, stage.find_unused)
-    optimizers = make_optimizers(stage.model, cfg)
+    optimizers = make_optimizers(stage.model, cfg)                     # AdamW, or AdamW and Muon
     scaler = torch.amp.GradScaler(torch.device(dist.device).type, enabled=cfg.dtype == "fp16")
-    torch.manual_seed(cfg.seed + dist.rank)
+    torch.manual_seed(cfg.seed + dist.rank)                            # of dropout
     if last:
         resume.load_trainer(stage, optimizers, scaler, last, dist)
-    sampler.skip_to(first_step)
+
+    sampler.skip_to(first_step)                                        # epoch and position follow from the step
     batches = cycle(data.make_loader(stage.dataset, sampler, stage.collate, cfg.workers), sampler)
     log, saver = TrainLog(stage, cfg, dist, first_step), resume.AsyncSaver(stage, cfg, dist)
-
     with GracefulStop(single_process=dist.size == 1) as stop:
         for step in range(first_step, cfg.steps):
             # the batches of one step; each log line says which share of the time went into waiting for them
             with log.data_wait():
                 micro_batches = [next(batches) for _ in range(cfg.grad_accum)]
 
-            # forward and backward. All processes also learn whether one of them was asked to stop
+            # forward and backward; all processes also learn whether one of them was asked to stop
             n_targets, stopping = dist.all_reduce_sum([sum(map(count_targets, micro_batches)), stop.signal_number > 0])
             losses = forward_backward(stage, forward, micro_batches, n_targets, step / cfg.steps, scaler, cfg, dist)
 
-            # update; a gradient that is not finite changes nothing. The log reads this step after the next: no GPU sync
+            # update; a gradient that is not finite changes nothing. The log reads a step one step later: no GPU sync
             grad_norm = clip_gradients(stage.model, optimizers, scaler, cfg.grad_clip)
             optimizer_step(optimizers, get_lr(step, cfg), scaler, grad_norm)
             log.step(step, losses, grad_norm, micro_batches)
@@ -370,13 +325,10 @@ def fit(stage, cfg, dist):
                 saver.save(step + 1, optimizers, scaler)
             if stopping:
                 log.close()
-                saver.close()
-                again = "the same command" if cfg.resume else "the same command without --restart"
-                log.print_main(f"\nstopped; {again} resumes from step {step + 1}")
+                saver.close()                              # OSError if the checkpoint cannot be written
+                command = "the same command" + ("" if cfg.resume else " without --restart")
+                log.print_main(f"\nstopped; {command} resumes from step {step + 1}")
                 sys.exit(128 + (stop.signal_number or signal.SIGTERM))
-            if saver.error:
-                log.print_main(saver.pop_error())
-
     log.close()
     saver.wait()
     resume.finish(stage, cfg, dist)
@@ -400,9 +352,9 @@ def forward_backward(stage, forward, micro_batches, n_targets, progress, scaler,
         weights = {name: count_targets(batch) / max(1, n_targets) * dist.size if name in ("lm", "vtg") else
                    1 / cfg.grad_accum for name in batch_losses}
         weighted = {name: weights[name] * loss for name, loss in batch_losses.items()}
-        scaler.scale(sum(weighted.values())).backward()
+        scaler.scale(sum(weighted.values())).backward()                # without fp16 the scale is 1
         losses = {name: losses.get(name, 0) + loss.detach() for name, loss in weighted.items()}
-    sync_unsharded_grads(stage.model, dist)
+    sync_unsharded_grads(stage.model, dist)                            # FSDP leaves the temperature whole
     return losses
 
 
@@ -419,30 +371,18 @@ def cycle(loader, sampler):
         yield from loader
         sampler.next_epoch()
 
-# --------------------------------------------------------------------------------------------------------- the command
-
 
 def train_stage(build, cfg, dist):
-    """fit(build(cfg, dist)), unless that stage is finished. The run's folder is locked against other processes."""
+    """fit(build(cfg, dist)), unless that stage is finished."""
     torch.manual_seed(cfg.seed)                            # of the new weights
     stage = dist.main_process_first(lambda: build(cfg, dist))
 
     # subtle: a run that was restarted and then interrupted resumes, although the old result is still there
-    finished = stage.folder.is_dir() and resume.is_finished(stage.folder)
-    if finished and cfg.resume and not resume.saved_steps(stage.unfinished):
+    if cfg.resume and resume.is_finished(stage.folder) and not resume.saved_steps(stage.unfinished):
         if dist.is_main:
             print(f"{stage.name}: already trained, in {stage.folder} (--restart trains it again)")
         return
-
-    problem = None
-    with ExitStack() as lock:
-        try:
-            if dist.is_main:
-                lock.enter_context(lock_folder(stage.unfinished))
-                resume.remove_partial(stage, cfg)
-        except OSError as error:
-            problem = error
-        raise_together(problem, dist)
+    with resume.locked(stage, cfg, dist):
         fit(stage, cfg, dist)
 
 

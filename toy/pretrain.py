@@ -26,20 +26,11 @@ from infra.distributed import init_distributed
 from infra.files import atomic_folder, read_json
 from llama import Llama
 from model import PRESETS, next_token_loss
-from prompt import (
-    CAPTION_INSTRUCTIONS,
-    SYSTEM,
-    VIDEO,
-    Prompt,
-    add_packing,
-    caption_prompt,
-    conversation_prompt,
-    pad_batch,
-)
+from prompt import CAPTION_INSTRUCTIONS, SYSTEM, VIDEO, add_packing, caption_prompt, conversation_prompt, pad_batch
 from qagen.generate import MARKS as OPTION_HINTS
 from qagen.generate import STRAIGHT, as_turn
 from tokenizer import SentencePiece, WordPiece, train_sentencepiece, train_wordpiece
-from train import MODEL_OPTIONS, Stage, TrainConfig, apply_recipe, corpus_file, load_clips, parse, train_stage
+from train import MODEL_OPTIONS, Stage, TrainConfig, apply_recipe, load_clips, parse, train_stage
 from video import train_frame_indices
 from vit_video import VisionTransformer
 from weights.checkpoint import save_checkpoint
@@ -142,9 +133,11 @@ def collate_patches(samples):
 
 
 @dataclass
-class CaptionedPrompt(Prompt):
-    """A conversation whose caption is where the video's tokens will be."""
-    noisy: range = range(0)     # the positions that noisy_embeds blurs
+class CaptionedPrompt:
+    """As prompt.Prompt, with a caption in the slot of the video."""
+    ids: list
+    labels: list
+    noisy: range        # positions that noisy_embeds blurs
 
 
 def fill_slot(prompt, ids, places=None):
@@ -217,10 +210,10 @@ class TextCurriculum(torch.utils.data.Dataset):
             prompt = conversation_prompt(self.tok, turns, length, prompt_style=self.prompt_style)
 
         # the caption takes the place of the video, and hints are learnt too
+        noisy_ids = range(prompt.slot, prompt.slot + length * noisy)
+        fill_slot(prompt, words, sorted(rng.sample(range(length), len(words))))
         labels = [i if i in self.hint_ids else label for i, label in zip(prompt.ids, prompt.labels, strict=True)]
-        result = CaptionedPrompt(prompt.ids, labels, noisy=range(prompt.slot, prompt.slot + length * noisy))
-        fill_slot(result, words, sorted(rng.sample(range(length), len(words))))
-        return result
+        return CaptionedPrompt(prompt.ids, labels, noisy_ids)
 
     def document(self, rng, is_open):
         """-> (caption, turns): without options, or with them; their hints are rare from phase 13 on."""
@@ -328,7 +321,7 @@ def vit_stage(cfg, dist):
         raise ValueError(f"{cfg.data}/targets.npy has {targets.shape[2]} patches per frame, preset {cfg.preset} needs "
                          f"{config.vit.grid ** 2}; make the toy world again with --patch {48 // config.vit.grid}")
 
-    clips = load_clips(cfg, config, corpus_file(cfg, "corpus_clips.json"), config.train_frames)
+    clips = load_clips(cfg, config, "corpus_clips.json", config.train_frames)
     frames = train_frame_indices(config.train_frames, targets.shape[1], config.frame_sampling)
     dataset = PatchLabels(clips, targets, Path(cfg.data) / "annotations.jsonl", frames, epoch_size=100 * cfg.batch)
     model = PatchClassifier(config, [len(meta[key]) for key in ("colours", "shapes", "activities")])

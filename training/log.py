@@ -112,7 +112,7 @@ class TrainLog:
         return n_nonfinite == 0 and self.overflows <= MAX_OVERFLOWS
 
     def report_bad_step(self, step, losses, grad_norm, micro_batches):
-        """Prints where a bad step's first non-finite value was, and its files. ValueError if it is one too many in a row."""
+        """Prints where the first non-finite value was, and the step's files. ValueError if it is one too many."""
         self.bad_steps += 1
         files = sorted({path for batch in micro_batches for path in batch.get("paths", ()) if path})
         module = first_nonfinite_module(self.stage, micro_batches, step / self.cfg.steps, self.dist.device)

@@ -1,4 +1,4 @@
-"""What an interrupted run resumes from, bit for bit: all that changes in training, saved every few hundred steps.
+"""What a run starts from: the stage before it or, after an interruption, its own last state, bit for bit.
 
     runs/toy/stage1.unfinished/000400/      after 400 steps; the last few stay until the stage is finished
         config.json, model.safetensors ...  the checkpoint at that step, which mvbench.py and chat.py can read
@@ -15,16 +15,18 @@ import hashlib
 import json
 import shutil
 import threading
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from infra.distributed import full_tensor, shard_like
-from infra.files import atomic_folder, hash_file, load_strict, read_json, read_tensors, save_tensors
+from infra.distributed import full_tensor, raise_together, shard_like
+from infra.files import atomic_folder, hash_file, load_strict, lock_folder, read_json, read_tensors, save_tensors
 from weights import checkpoint
 
 TRAINER = "trainer.json"
+TOY_PRESETS = ("toy", "micro")                                 # their ViT and LLM are trained by toy.pretrain
 MUST_MATCH = ("stage", "preset", "batch", "grad_accum", "steps", "seed", "corpus", "data", "muon_lr_scale",
               "cache_features", "dtype")                       # options that a run cannot change when it resumes
 OLD_OPTIONS = {"accumulate": "grad_accum", "muon": "muon_lr_scale"}   # as older versions called them in trainer.json
@@ -36,9 +38,9 @@ def saved_steps(folder):
 
 
 def is_finished(folder):
-    """False for a checkpoint of an unfinished run. One without trainer.json was imported."""
-    path = Path(folder) / TRAINER
-    return not path.is_file() or read_json(path)["done"]
+    """Whether there is a checkpoint, and not one of an unfinished run. Without trainer.json, it was imported."""
+    trainer = Path(folder) / TRAINER
+    return (Path(folder) / "config.json").is_file() and (not trainer.is_file() or read_json(trainer)["done"])
 
 
 def size_and_hash(path):
@@ -52,6 +54,8 @@ def verify(folder, names=None):
             path = folder / name
             if names and name not in names:
                 continue
+
+            # the cheap checks first; hashing reads the whole file
             if not path.is_file():
                 return f"{path} is missing"
             if path.stat().st_size != expected[0]:
@@ -78,6 +82,38 @@ def remove_partial(stage, cfg):
     for path in stage.unfinished.iterdir():
         if path.is_dir() and (not cfg.resume or path.name.startswith(".")):
             shutil.rmtree(path)
+
+
+@contextmanager
+def locked(stage, cfg, dist):
+    """Within it, no other run writes into the folder of the unfinished run."""
+    problem = None
+    with ExitStack() as stack:
+        try:
+            if dist.is_main:
+                stack.enter_context(lock_folder(stage.unfinished))
+                remove_partial(stage, cfg)
+        except OSError as error:
+            problem = error
+        raise_together(problem, dist)
+        yield
+
+
+def init_checkpoint(cfg):
+    """Folder of the checkpoint that a stage starts from. FileNotFoundError names the command that makes it."""
+    folder = Path(cfg.init or Path(cfg.out) / ("init" if cfg.stage == 1 else f"stage{cfg.stage - 1}"))
+    if is_finished(folder):
+        return folder
+
+    command = f"python train.py --stage {cfg.stage - 1} --preset {cfg.preset} --out {cfg.out}"
+    if cfg.stage == 1:
+        command = f"python -m weights.convert import --preset {cfg.preset} --out {folder} ... (see --help)"
+        if cfg.preset in TOY_PRESETS:
+            command = f"python -m toy.pretrain --preset {cfg.preset} --out {cfg.out}"
+        if (Path(cfg.out) / "stage0").is_dir():
+            command += f", or copy an older version's {cfg.out}/stage0/vit to init and {cfg.out}/stage0/llm to llm"
+    state = "is not finished" if folder.is_dir() else "is missing"
+    raise FileNotFoundError(f"stage {cfg.stage} starts from {folder}, which {state}; run: {command}")
 
 # -------------------------------------------------------------------------------------------------- the state of a run
 
@@ -161,7 +197,7 @@ class AsyncSaver:
     """Writes checkpoints in a thread, one at a time, and deletes all but the last keep_checkpoints."""
 
     def __init__(self, stage, cfg, dist):
-        self.stage, self.cfg, self.dist, self.thread, self.error = stage, cfg, dist, None, ""
+        self.stage, self.cfg, self.dist, self.thread, self.error = stage, cfg, dist, None, None
 
     def save(self, step, optimizers, scaler):
         """All processes call it, to put together what is sharded; the main one writes."""
@@ -175,7 +211,7 @@ class AsyncSaver:
             self.thread.start()
 
     def write(self, step, weights, tensors, info):
-        target = self.stage.unfinished / f"{step:06d}"
+        target, self.error = self.stage.unfinished / f"{step:06d}", None
         try:
             with atomic_folder(target) as folder:
                 self.stage.write(folder, weights)
@@ -185,8 +221,8 @@ class AsyncSaver:
             for _, old in sorted(saved_steps(target.parent).items())[:-self.cfg.keep_checkpoints]:
                 shutil.rmtree(old, ignore_errors=True)
         except Exception as error:                             # most likely a full disk: no reason to stop training
-            self.error = (f"{target} cannot be written ({error}): {disk_message(target.parent, tensors | weights)}; "
-                          "the checkpoints before it are intact, and training continues")
+            self.error = f"{target} cannot be written ({error}): {disk_message(target.parent, tensors | weights)}"
+            print(f"{self.error}; the checkpoints before it are intact, and training continues", flush=True)
 
     def wait(self):
         """Until the last checkpoint is written."""
@@ -198,12 +234,7 @@ class AsyncSaver:
         """wait, and OSError if the last checkpoint could not be written."""
         self.wait()
         if self.error:
-            raise OSError(self.pop_error())
-
-    def pop_error(self):
-        """What went wrong since the last call, or ""."""
-        error, self.error = self.error, ""
-        return error
+            raise OSError(self.error)
 
 
 def disk_message(folder, tensors):
