@@ -41,9 +41,10 @@ from bench import reference, train_step
 from data import Sampler, VideoTextDataset
 from evaluation.engine import letter_ids
 from evaluation.tasks import TASKS, load_questions
+from infra.distributed import Distributed
 from infra.files import atomic_folder, read_json
 from llama import Llama, LlamaConfig
-from model import PRESETS, Config, VideoChat2, set_trainable
+from model import DTYPES, PRESETS, Config, VideoChat2, set_trainable
 from prompt import ANSWER_PROMPT, QUESTION_PROMPT, SYSTEM, VIDEO
 from qformer import QFormerConfig
 from tokenizer import SentencePiece, train_sentencepiece
@@ -52,7 +53,7 @@ from train import TrainConfig
 from training.optim import make_optimizers
 from vit_video import VisionTransformer, ViTConfig
 from weights.checkpoint import is_frozen_llm, load_checkpoint, save_checkpoint
-from weights.hf_llama import DTYPES, inspect_llm, write_llm
+from weights.hf_llama import inspect_llm, write_llm
 from weights.int8 import quantize_int8
 
 GIB = 2 ** 30
@@ -330,10 +331,8 @@ def loss_of(model, step, batch):
     if step.stage > 1:
         return model.lm_loss(batch)
     others = torch.arange(step.batch).roll(1)
-    vision = model.encode_video_stage1(batch["video"])
-    texts = batch["ids"], batch["mask"], batch["idx"]
-    return sum(model.aligner.losses(model.qformer, model.query_tokens, vision, *texts, dec_id=0,
-                                    negatives=(others, others)).values())
+    with mock.patch("qformer.hard_negatives", return_value=(others, others)):
+        return sum(model.stage1_losses(batch, 0, Distributed()).values())
 
 
 def memory(args):
