@@ -15,10 +15,10 @@ import torch
 import chat
 import mvbench
 import train
+from evaluation.tasks import TASKS
 from infra import files
 from infra.distributed import blocks_of
 from model import PRESETS, VideoChat2, set_trainable
-from qagen import generate
 from toy import pretrain, probe
 from training import optim, resume
 from training.resume import is_finished
@@ -57,7 +57,8 @@ def test_every_stage_leaves_a_checkpoint_and_its_losses(runs):
 
 def test_the_probe_asks_every_part_of_a_run(runs, world, tmp_path, capsys):
     table = probe.probe(runs, world, count=2)
-    assert set(table) == set(probe.COLUMNS) and all(list(column) == list(generate.TASKS) for column in table.values())
+    tasks = [task.file for task in TASKS]
+    assert set(table) == set(probe.COLUMNS) and all(list(column) == tasks for column in table.values())
     assert all(0 <= share <= 1 for column in table.values() for share in column.values())
     for part in ("init", "llm"):
         shutil.copytree(runs / part, tmp_path / "half" / part)

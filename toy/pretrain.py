@@ -27,9 +27,9 @@ from infra.files import atomic_folder, read_json
 from llama import Llama
 from model import PRESETS, next_token_loss
 from prompt import CAPTION_INSTRUCTIONS, SYSTEM, VIDEO, add_packing, caption_prompt, conversation_prompt, pad_batch
-from qagen.generate import MARKS as OPTION_HINTS
-from qagen.generate import STRAIGHT, as_turn
+from qagen.generate import OPTION_HINTS, as_turn
 from tokenizer import SentencePiece, WordPiece, train_sentencepiece, train_wordpiece
+from toy.things import STRAIGHT
 from train import MODEL_OPTIONS, Stage, TrainConfig, apply_recipe, load_clips, parse, train_stage
 from video import train_frame_indices
 from vit_video import VisionTransformer

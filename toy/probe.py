@@ -24,12 +24,15 @@ import numpy as np
 import torch
 
 from evaluation.engine import letter_ids
+from evaluation.tasks import TASKS
 from infra.cli import run
 from infra.files import load_strict, read_json, read_tensors
 from prompt import CAPTION_INSTRUCTIONS, IGNORE, caption_prompt, decode_answer, is_finished, mvbench_prompt, pad_batch
-from qagen import generate
-from toy.draw import ACTIVITIES, COLOURS, FPS, FRAMES, SHAPES, UNITS, token_targets
+from qagen.generate import caption_and_facts
+from toy.draw import ACTIVITY_CLASSES, COLOUR_CLASSES, SHAPE_CLASSES, token_targets
 from toy.pretrain import PatchClassifier, fill_slot
+from toy.scenarios import SCENARIOS
+from toy.things import FPS, FRAMES, UNITS
 from video import eval_frame_indices, load_eval_clip
 from weights import checkpoint
 from weights.hf_llama import load_llm
@@ -40,7 +43,7 @@ MAX_WORDS = 60    # of a caption
 
 def benchmark_clips(data, count):
     """{task: its first `count` annotations}."""
-    clips = {task: [] for task in generate.TASKS}
+    clips = {task.file: [] for task in TASKS}
     for line in open(Path(data) / "mvbench" / "annotations.jsonl"):
         clip = json.loads(line)
         if len(clips[clip["scenario"]]) < count:
@@ -56,13 +59,13 @@ def load_videos(cfg, data, clips):
 
 def sampled_frames(task, count):
     """Frames of the simulation that the benchmark samples: a folder of JPEGs has them at 3 per second, from 1 on."""
-    if generate.TASKS[task].folder.startswith("tvqa"):
+    if task == "episodic_reasoning":
         return [(i - 1) * FPS // 3 for i in eval_frame_indices(count, FRAMES * 3 // FPS, 3, first_idx=1)]
     return eval_frame_indices(count, FRAMES - 1, FPS)
 
 
 def true_caption(clip):
-    return generate.caption(clip, random.Random(0))
+    return caption_and_facts(SCENARIOS[clip["scenario"]], clip, random.Random(0))[0]
 
 
 def alike(queries):
@@ -78,7 +81,7 @@ def alike(queries):
 def probe_vit(folder, data, clips_of):
     """Colour, shape, activity: share of covered patches that are right."""
     cfg, _ = checkpoint.read_config(folder)
-    vit = PatchClassifier(cfg, [len(COLOURS), len(SHAPES), len(ACTIVITIES)]).eval()
+    vit = PatchClassifier(cfg, [len(COLOUR_CLASSES), len(SHAPE_CLASSES), len(ACTIVITY_CLASSES)]).eval()
     load_strict(vit, read_tensors(folder / "model.safetensors"), folder)
     for task, clips in clips_of.items():
         frames = sampled_frames(task, cfg.eval_frames)
@@ -165,7 +168,7 @@ def main(argv=None):
     table = probe(args.run, args.data, args.clips)
 
     print(f"{'':26}" + "".join(f"{name:>16}" for name in COLUMNS))
-    rows = {row.name: {name: shares[task] for name, shares in table.items()} for task, row in generate.TASKS.items()}
+    rows = {task.name: {name: shares[task.file] for name, shares in table.items()} for task in TASKS}
     rows["mean"] = {name: np.nanmean(list(shares.values())) for name, shares in table.items()}
     for title, shares in rows.items():
         print(f"{title:26}" + "".join(f"{100 * shares[c]:16.0f}" if c in shares else f"{'':16}" for c in COLUMNS))
