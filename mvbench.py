@@ -27,12 +27,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import ignore_signals
 from evaluation import report
 from evaluation.engine import CONTROLS, DECODES, Engine, Protocol, clip_seed
 from evaluation.predictions import Predictions, key_of
 from evaluation.scorers import is_right
 from evaluation.tasks import TASKS, TVBENCH, describe, letter_of, load_questions, missing_media
+from infra.cli import ignore_signals
 from infra.distributed import init_distributed, raise_together
 from infra.files import lock_folder
 from lora import merge_lora

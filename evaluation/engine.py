@@ -25,7 +25,6 @@ from dataclasses import dataclass
 
 import torch
 
-from data import pad_ids
 from evaluation.tasks import LETTERS
 from llama import KVCache
 from prompt import (
@@ -38,6 +37,7 @@ from prompt import (
     mvbench_prompt,
     mvbench_question,
     pad_batch,
+    pad_ids,
 )
 
 CONTROLS = {
@@ -172,7 +172,7 @@ class Engine:
                 texts = [self.protocol.system + mvbench_question(q["question"], q["candidates"]) for q in questions]
             length = min(self.model.cfg.max_text, self.model.cfg.qformer.max_positions)
             rows = [self.wordpiece.encode(text, length, sep=True, truncate="left") for text in texts]
-            instruction_ids, instruction_mask = (t.to(vision.device) for t in pad_ids(rows, self.wordpiece))   # (B, S)
+            instruction_ids, instruction_mask = (t.to(vision.device) for t in pad_ids(rows, self.wordpiece.pad_id))   # (B, S)
             return self.model.video_tokens(vision, instruction_ids, instruction_mask)
 
     # ---- prompts
