@@ -21,32 +21,32 @@ demo: .venv/runtime
 	@echo "  runs/toy/stage3/mvbench            every answer, and report.html with what they mean: open it in a browser"
 	@echo "  runs/toy/metrics.jsonl             the losses of every stage"
 	@echo "What to try next"
-	@echo "  $(PY) chat.py --ckpt runs/toy/stage3 --video $$(find data/toy/videos -name '*.gif' | sort | head -n 1) --ask \"What happens in the video?\""
-	@echo "  $(PY) mvbench.py --ckpt runs/toy/stage2"
-	@echo "  $(PY) -m toy.probe                 # which part understands what"
-	@echo "  $(PY) train.py --help"
+	@echo "  .venv/bin/python chat.py --ckpt runs/toy/stage3 --video $$(find data/toy/videos -name '*.gif' | sort | head -n 1)"
+	@echo "  .venv/bin/python mvbench.py --ckpt runs/toy/stage2"
+	@echo "  .venv/bin/python -m toy.probe                 # which part understands what"
+	@echo "  .venv/bin/python train.py --help"
 
-# The steps of the demo, by the file that each of them writes last. A step is done if its file exists: only what is
-# missing runs, and what does not need each other runs side by side (-j2), LLM | ViT and stage 1. These lanes have one
-# thread each, and no progress bars, which would overwrite each other: cat makes their output no terminal. Ctrl-C reaches
-# python itself, which saves; cat ignores it, so that python can still print.
-step = @echo; echo '$$ python $(1)'; $(PY) $(1)
-lane = @echo '$$ python $(1)'; OMP_NUM_THREADS=1 $(PY) $(1) 2>&1 | (trap "" INT; cat)
+# The steps of the demo, by the file that each of them writes last. A step is done if its file exists (| says that its
+# age does not count), so only what is missing runs, and what does not need each other runs side by side (-j2): the LLM
+# in one lane, ViT and stage 1 in the other. A lane has one thread and no progress bars, which would overwrite each
+# other: a pipe is no terminal. Ctrl-C makes python save and say so, therefore cat ignores it.
+LANE = OMP_NUM_THREADS=1 2>&1
+PIPE = (trap "" INT; cat)
 
 data/toy/meta.json:
-	$(call step,-m toy.world --out data/toy)
+	$(PY) -m toy.world --out data/toy
 runs/toy/llm/config.json: | data/toy/meta.json
-	$(call lane,-m toy.pretrain llm)
+	$(LANE) $(PY) -m toy.pretrain llm | $(PIPE)
 runs/toy/init/config.json: | data/toy/meta.json
-	$(call lane,-m toy.pretrain vit)
+	$(LANE) $(PY) -m toy.pretrain vit | $(PIPE)
 runs/toy/stage1/config.json: | runs/toy/init/config.json
-	$(call lane,train.py --stage 1)
+	$(LANE) $(PY) train.py --stage 1 | $(PIPE)
 runs/toy/stage2/config.json: | runs/toy/stage1/config.json runs/toy/llm/config.json
-	$(call step,train.py --stage 2)
+	$(PY) train.py --stage 2
 runs/toy/stage3/config.json: | runs/toy/stage2/config.json
-	$(call step,train.py --stage 3)
+	$(PY) train.py --stage 3
 runs/toy/stage3/mvbench/report.html: | runs/toy/stage3/config.json
-	$(call step,mvbench.py --ckpt runs/toy/stage3 --controls all)
+	$(PY) mvbench.py --ckpt runs/toy/stage3 --controls all
 
 # Ctrl-C must not delete what a step has just finished
 .PRECIOUS: data/toy/meta.json runs/toy/llm/config.json runs/toy/init/config.json runs/toy/stage1/config.json

@@ -102,7 +102,6 @@ class TrainConfig:
 
 
 MODEL_OPTIONS = [f.name for f in fields(TrainConfig) if f.metadata["group"] == MODEL]    # fields of model.Config too
-
 RECIPES = {  # preset -> stage -> what differs from TrainConfig's defaults
     "toy": {
         # 24,000, 24,000 and 43,200 clips; the first 92 % of stage 1 teach the queries to see, by captioning alone
@@ -133,7 +132,7 @@ def parse(argv=None, config_class=TrainConfig, command="train.py", description=_
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=38, width=120))
     if parts:
         parser.add_argument("part", nargs="?", choices=parts, default=MISSING, help="train this one (default: both)")
-    add_options(parser, config_class)
+    add_options(parser, config_class)                                      # one for each field made by option()
     parser.add_argument("--restart", dest="resume", action="store_false", default=MISSING, help="same as --no-resume")
     cfg, explicit = read_options(parser, config_class, argv)
 
@@ -179,8 +178,7 @@ class Stage:
 
     @property
     def unfinished(self):
-        """Where training/resume.py keeps the checkpoints of a run that is not finished."""
-        return self.folder.with_name(f"{self.folder.name}.unfinished")
+        return self.folder.with_name(f"{self.folder.name}.unfinished")     # what an interrupted run resumes from
 
 
 NEW = {1: ("query_tokens", "qformer.", "vision_temp_embed", "aligner.", "vision_layernorm."),   # start at random,
@@ -192,7 +190,7 @@ DROPPED = {1: ("norm.", "heads."),                                         # of 
 def build_stage(cfg, dist):
     """Stage 1, 2 or 3: its model, filled from the stage before, its data and its loss."""
     # the checkpoint before decides the sizes; what the command line can change is typed or the preset's
-    start = resume.init_checkpoint(cfg)
+    start = resume.init_checkpoint(cfg)                                    # OUT/init, OUT/stage1 or OUT/stage2
     config, saved = checkpoint.read_config(start)
     if config.preset != cfg.preset:
         raise ValueError(f"{start} is of preset {config.preset}, not {cfg.preset}; choose another --preset or --init")
@@ -202,7 +200,7 @@ def build_stage(cfg, dist):
     # captions for stages 1 and 2, instructions for stage 3
     corpus = "corpus_instruct.json" if cfg.stage == 3 else "corpus_caption.json"
     dataset = load_clips(cfg, config, corpus, config.align_frames if cfg.stage == 1 else config.train_frames)
-    model, llm_tok, llm = build_model(cfg, config, start, saved["llm"])
+    model, llm_tok, llm = build_model(cfg, config, start, saved["llm"])    # stage 1 has no llm_tok
     qformer_tok, n_video = WordPiece.load(start / "vocab.txt"), config.n_query + config.n_extra
     generator = torch.Generator().manual_seed(cfg.seed)                # draws the hard negatives of matching
     if cfg.stage == 1:
@@ -216,7 +214,7 @@ def build_stage(cfg, dist):
 
     def loss(batch, progress):
         if cfg.stage > 1:
-            return {"lm": model.lm_loss(batch)}
+            return {"lm": model.lm_loss(batch)}                            # mean over the target tokens
         return model.stage1_losses(batch, qformer_tok.dec_id, dist, generator, vtg_only=progress < cfg.vtg_only,
                                    global_negatives=cfg.global_negatives)
 
@@ -241,6 +239,7 @@ def build_model(cfg, config, start, llm):
 
     llm: {"path", "fingerprint"} of the LLM that `start` knows, or None. config is completed by the LLM's sizes.
     """
+    # blocks whose inside the backward pass computes again: less memory, more time
     config.vit.checkpoint_blocks |= "vit" in cfg.grad_checkpoint
     config.qformer.checkpoint_layers |= "qformer" in cfg.grad_checkpoint
     config.llama.checkpoint_layers |= "llm" in cfg.grad_checkpoint
@@ -286,7 +285,7 @@ def fit(stage, cfg, dist):
     """Trains a stage to its last step and writes stage.folder. Resumes from the last whole checkpoint, bit for bit."""
     # (seed, step) decide which samples are in a step, so a run can resume at any of them
     sampler = data.Sampler(stage.dataset, cfg.batch, cfg.seed, dist.rank, dist.size, cfg.grad_accum)
-    cfg.steps = cfg.steps or cfg.epochs * len(sampler)
+    cfg.steps = cfg.steps or cfg.epochs * len(sampler)                 # a sampler's length is one epoch
     last = dist.broadcast(resume.latest(stage.unfinished) if dist.is_main else None) if cfg.resume else None
 
     # weights first; then compile and distribute; then the state of optimizers and random generators
@@ -327,7 +326,7 @@ def fit(stage, cfg, dist):
                 log.close()
                 saver.close()                              # OSError if the checkpoint cannot be written
                 command = "the same command" + ("" if cfg.resume else " without --restart")
-                log.print_main(f"\nstopped; {command} resumes from step {step + 1}")
+                log.print_main(f"\n{stage.name}: stopped; {command} resumes from step {step + 1}")
                 sys.exit(128 + (stop.signal_number or signal.SIGTERM))
     log.close()
     saver.wait()
@@ -344,8 +343,9 @@ def forward_backward(stage, forward, micro_batches, n_targets, progress, scaler,
     for i, batch in enumerate(micro_batches):
         # processes exchange gradients once per step, after the last micro-batch
         set_gradient_sync(forward, stage.model, last=i + 1 == len(micro_batches))
+        # the forward pass computes matrix products in cfg.dtype; weights and optimizer stay in fp32
         with torch.autocast(device_type, DTYPES[cfg.dtype], enabled=cfg.dtype != "fp32"):
-            batch_losses = forward(to_device(batch, dist.device), progress)
+            batch_losses = forward(to_device(batch, dist.device), progress)    # {name: scalar}
 
         # a mean over tokens counts by its share of the step's tokens, times the number of processes, over which
         # gradients are averaged: k micro-batches in n processes then give the gradient of the joint batch
