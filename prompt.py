@@ -45,18 +45,11 @@ ANSWER_PROMPT = "Best option:("  # the answer's beginning, so the next token is 
 class Prompt:
     ids: list     # ids of the LLM's tokenizer, VIDEO where a video token goes
     labels: list  # as long as ids: the id itself where it is to be learnt, else IGNORE
-    soft: range = range(0)  # the toy's: where words replace a video's tokens and get noise (toy/pretrain.py)
 
     @property
     def slot(self):
         """Index of the first video token; ValueError in a prompt without video."""
         return self.ids.index(VIDEO)
-
-    def fill(self, ids, places=None):
-        """The toy's: puts a text's ids into the slot, at these places of it, or one after another from its start."""
-        start = self.slot
-        for place, i in zip(range(len(ids)) if places is None else places, ids, strict=True):
-            self.ids[start + place] = i
 
 
 def encode_spans(tok, spans):

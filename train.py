@@ -197,12 +197,14 @@ def build_stage(cfg, dist):
     preset, typed = PRESETS[cfg.preset](), {n: getattr(cfg, n) for n in MODEL_OPTIONS if getattr(cfg, n) is not None}
     config = replace(config, **{name: getattr(preset, name) for name in MODEL_OPTIONS} | typed)
 
-    # captions for stages 1 and 2, instructions for stage 3
+    # stages 1 and 2 learn from captions, stage 3 from instructions
     corpus = "corpus_instruct.json" if cfg.stage == 3 else "corpus_caption.json"
     dataset = load_clips(cfg, config, corpus, config.align_frames if cfg.stage == 1 else config.train_frames)
+
+    # the text of a batch is for the Q-Former in stage 1, for the LLM in stage 2, for both in stage 3
     model, llm_tok, llm = build_model(cfg, config, start, saved["llm"])    # stage 1 has no llm_tok
     qformer_tok, n_video = WordPiece.load(start / "vocab.txt"), config.n_query + config.n_extra
-    generator = torch.Generator().manual_seed(cfg.seed)                # draws the hard negatives of matching
+    generator = torch.Generator().manual_seed(cfg.seed)                    # draws the hard negatives of matching
     if cfg.stage == 1:
         collate = data.Stage1Collate(qformer_tok, config.align_text, config.caption_sep)
     elif cfg.stage == 2:
@@ -235,10 +237,7 @@ def build_stage(cfg, dist):
 
 
 def build_model(cfg, config, start, llm):
-    """-> (VideoChat2 with the weights of the checkpoint `start`, the LLM's tokenizer, which LLM it is).
-
-    llm: {"path", "fingerprint"} of the LLM that `start` knows, or None. config is completed by the LLM's sizes.
-    """
+    """-> (VideoChat2 filled from the checkpoint `start`, the LLM's tokenizer, the LLM's {"path", "fingerprint"})."""
     # blocks whose inside the backward pass computes again: less memory, more time
     config.vit.checkpoint_blocks |= "vit" in cfg.grad_checkpoint
     config.qformer.checkpoint_layers |= "qformer" in cfg.grad_checkpoint
