@@ -62,15 +62,15 @@ class TrainConfig:
     workers: int = option(1, "processes that decode ahead of the model; 0: none", DATA)
     cache_features: bool = option(False, "run the ViT once per clip, keep its features on disk, leave it frozen", DATA)
 
-    steps: int = option(0, "optimizer steps; 0: as many as --epochs takes", OPTIM)
-    epochs: int = option(1, "passes over the data; a source of weight 0.5 gives a random half of itself", OPTIM)
-    batch: int = option(0, "clips per step, of all processes together", OPTIM)
+    steps: int = option(0, "optimizer steps (default: the recipe's, or as many as --epochs takes)", OPTIM)
+    epochs: int = option(1, "passes over the data; a source of weight 0.5 gives half of itself", OPTIM)
+    batch: int = option(0, "clips per step, of all processes together (default: the recipe's)", OPTIM)
     grad_accum: int = option(1, "micro-batches per step: less memory, same gradient", OPTIM, aliases=("--accumulate",))
-    lr: float = option(0.0, "peak learning rate", OPTIM)
+    lr: float = option(0.0, "peak learning rate (default: the recipe's)", OPTIM)
     lr_end: float = option(0.01, "the cosine ends at lr * lr_end", OPTIM)
     warmup: float = option(0.02, "share of the steps in which the learning rate rises from 0", OPTIM)
     constant_until: float = option(0.0, "share of the steps before the cosine starts", OPTIM, aliases=("--hold",))
-    muon_lr_scale: float = option(0.0, "above 0: Muon trains the layers, at this times lr", OPTIM, aliases=("--muon",))
+    muon_lr_scale: float = option(0.0, "above 0: Muon trains the layers, at X times lr", OPTIM, aliases=("--muon",))
     lora_lr_scale: float = option(1.0, "LoRA's learning rate as a multiple of lr", OPTIM, aliases=("--lora-lr",))
     weight_decay: float = option(0.02, "of matrices; not of biases, norms, queries, temperature", OPTIM)
     beta2: float = option(0.999, "AdamW's second beta", OPTIM)
@@ -287,7 +287,7 @@ def fit(stage, cfg, dist):
     cfg.steps = cfg.steps or cfg.epochs * len(sampler)                 # a sampler's length is one epoch
     last = dist.broadcast(resume.latest(stage.unfinished) if dist.is_main else None) if cfg.resume else None
 
-    # weights first; then compile and distribute; then the state of optimizers and random generators
+    # weights first; then compile and distribute; then the state of optimizers and random generators; then the data
     first_step = resume.load_weights(stage, cfg, last) if last else 0
     for block in blocks_of(stage.model) if cfg.compile else ():        # blocks are alike, so few of them are compiled
         block.compile()
@@ -297,7 +297,6 @@ def fit(stage, cfg, dist):
     torch.manual_seed(cfg.seed + dist.rank)                            # of dropout
     if last:
         resume.load_trainer(stage, optimizers, scaler, last, dist)
-
     sampler.skip_to(first_step)                                        # epoch and position follow from the step
     batches = cycle(data.make_loader(stage.dataset, sampler, stage.collate, cfg.workers), sampler)
     log, saver = TrainLog(stage, cfg, dist, first_step), resume.AsyncSaver(stage, cfg, dist)

@@ -87,7 +87,7 @@ class TrainLog:
         if event:
             event.synchronize()                                # waits for this step, not for the one after it
         grad_norm = losses.pop("grad_norm")
-        for line in (line for batch in micro_batches for line in batch["bad"]):
+        for line in (line for batch in micro_batches for line in batch["bad"]):    # by every process, of its own clips
             self.bar.write(f"unreadable, replaced by another sample: {line}")
 
         # a step whose gradient is not finite has changed nothing (optim.optimizer_step)
@@ -113,6 +113,7 @@ class TrainLog:
 
     def report_bad_step(self, step, losses, grad_norm, micro_batches):
         """Prints where the first non-finite value was, and the step's files. ValueError if it is one too many."""
+        # every process has other files, and perhaps another module
         self.bad_steps += 1
         files = sorted({path for batch in micro_batches for path in batch.get("paths", ()) if path})
         module = first_nonfinite_module(self.stage, micro_batches, step / self.cfg.steps, self.dist.device)
@@ -170,19 +171,22 @@ def first_nonfinite_module(stage, micro_batches, progress, device):
     The state of all generators is restored. All processes must call it together, for some modules exchange rows.
     """
     generator_state = stage.generator.get_state() if stage.generator else None
-    names = []
+    names = []                                                 # of modules, in the order in which they compute
 
     def check_output(name, output):
         tensors = output if isinstance(output, tuple | list) else (output,)
         if not all(t.isfinite().all() for t in tensors if torch.is_tensor(t) and t.is_floating_point()):
             names.append(name)
 
+    # the same batches again, without gradients; every module's output is checked
     hooks = [module.register_forward_hook(lambda _module, _args, output, name=name: check_output(name, output))
              for name, module in stage.model.named_modules() if name]
     with torch.random.fork_rng(), torch.no_grad():
         for batch in micro_batches:
             losses = stage.loss(to_device(batch, device), progress)
             names += [f"loss {name}" for name, loss in losses.items() if not loss.isfinite()]
+
+    # as if nothing had happened
     for hook in hooks:
         hook.remove()
     if stage.generator:

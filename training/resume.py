@@ -68,7 +68,7 @@ def verify(folder, names=None):
 
 
 def latest(folder, report=print, names=None):
-    """The last checkpoint that verify accepts, or None; reports each damaged one."""
+    """The last checkpoint that verify accepts, or None; reports each damaged one. names: of the files that matter."""
     for _, path in sorted(saved_steps(folder).items(), reverse=True):
         problem = verify(path, names)
         if not problem:
@@ -95,16 +95,18 @@ def locked(stage, cfg, dist):
                 remove_partial(stage, cfg)
         except OSError as error:
             problem = error
-        raise_together(problem, dist)
+        raise_together(problem, dist)                          # or the other processes would wait for this one
         yield
 
 
 def init_checkpoint(cfg):
     """Folder of the checkpoint that a stage starts from. FileNotFoundError names the command that makes it."""
+    # --init, OUT/init, OUT/stage1 or OUT/stage2
     folder = Path(cfg.init or Path(cfg.out) / ("init" if cfg.stage == 1 else f"stage{cfg.stage - 1}"))
     if is_finished(folder):
         return folder
 
+    # the command that makes it
     command = f"python train.py --stage {cfg.stage - 1} --preset {cfg.preset} --out {cfg.out}"
     if cfg.stage == 1:
         command = f"python -m weights.convert import --preset {cfg.preset} --out {folder} ... (see --help)"
@@ -140,7 +142,7 @@ def load_optimizer_state(optimizers, model, tensors, where):
                     for p in group["params"]}
     for name, t in tensors.items():
         name, _, key = name.removeprefix("optimizer.").rpartition(".")
-        p = parameters.get(name)
+        p = parameters.get(name)                               # None if the model has no such parameter
         if p not in optimizer_of:
             raise ValueError(f"{where} was trained with other options: {name} does not train now; resume with those "
                              "options, or start again with --restart")
@@ -172,6 +174,7 @@ def load_rng_state(stage, tensors, rank):
 
 def load_weights(stage, cfg, folder):
     """Fills the model from a checkpoint, before it is distributed -> the step. ValueError if it is another run's."""
+    # an option that a checkpoint of an older version does not have is not compared
     saved = {OLD_OPTIONS.get(name, name): value for name, value in read_json(folder / TRAINER)["options"].items()}
     current = asdict(cfg)
     differing = [f"{name} {saved[name]} instead of {current[name]}" for name in MUST_MATCH
@@ -201,6 +204,7 @@ class AsyncSaver:
 
     def save(self, step, optimizers, scaler):
         """All processes call it, to put together what is sharded; the main one writes."""
+        # copies, which the thread can write while training changes the originals
         self.wait()
         weights, tensors = model_state(self.stage.model), optimizer_state(optimizers, self.stage.model)
         for rank, state in enumerate(self.dist.all_gather_object(rng_state(self.stage))):
@@ -216,6 +220,7 @@ class AsyncSaver:
             with atomic_folder(target) as folder:
                 self.stage.write(folder, weights)
                 save_tensors(tensors, folder / "trainer.safetensors")
+                # trainer.json comes last, for it has the hashes of all other files
                 files = {path.name: size_and_hash(path) for path in sorted(folder.iterdir())}
                 (folder / TRAINER).write_text(json.dumps(info | {"files": files}, indent=2))
             for _, old in sorted(saved_steps(target.parent).items())[:-self.cfg.keep_checkpoints]:
@@ -244,7 +249,7 @@ def disk_message(folder, tensors):
 
 def finish(stage, cfg, dist):
     """Writes the finished checkpoint and removes the unfinished run. OSError on a full disk."""
-    weights = model_state(stage.model)
+    weights = model_state(stage.model)                         # all processes: it puts together what is sharded
     if dist.is_main:
         for _, old in sorted(saved_steps(stage.unfinished).items())[:-1]:
             shutil.rmtree(old)                                 # makes room; writing may still need the last one
@@ -256,4 +261,4 @@ def finish(stage, cfg, dist):
             raise OSError(f"{stage.folder} cannot be written ({error}): {disk_message(stage.folder, weights)}; make "
                           "room, and the same command resumes from the last checkpoint") from None
         shutil.rmtree(stage.unfinished, ignore_errors=True)
-    dist.barrier()
+    dist.barrier()                                             # nobody starts the next stage before it is written
