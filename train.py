@@ -1,6 +1,6 @@
 """The three training stages of VideoChat2, and the loop that trains each of them: python train.py --stage N
 
-    stage        what trains                             data          loss                                 peak rate
+    stage        what trains                             data          loss                                 paper's rate
     1 align      Q-Former, queries                       captions      contrastive + matching + captioning  1e-4
     2 connect    + ViT, projection, extra queries        captions      next token of the caption            1e-4
     3 instruct   + the Q-Former's text half, LoRA        instructions  next token of the answers            2e-5
