@@ -1,361 +1,399 @@
-"""One loop for every stage: python train.py --stage N
+"""The three training stages of VideoChat2, and the loop that trains each of them: python train.py --stage N
 
-    stage 0   stand-ins for what the real system takes ready-made: the video ViT (UMT-L) and the LLM (Vicuna)
-    stage 1   align:    the Q-Former learns to see, with the ViT frozen            contrastive + matching + captioning
-    stage 2   connect:  its queries become words of the frozen LLM                 captions
-    stage 3   tune:     instructions, with LoRA in the LLM                         answers
+    stage        what trains                             data          loss                                 paper's rate
+    1 align      Q-Former, queries                       captions      contrastive + matching + captioning  1e-4
+    2 connect    + ViT, projection, extra queries        captions      next token of the caption            1e-4
+    3 instruct   + the Q-Former's text half, LoRA        instructions  next token of the answers            2e-5
 
-This file is the loop and knows none of the stages: what one trains, on which data and with which loss is a Job of
-stages.py. Options: recipes.py. Going on after an interruption: resume.py. Several processes: parallel.py. How weights
-move: optim.py. Source: paper section 4 and table 10; official tasks/train_{qformer,pt,it}.py.
+Each starts from the one before: OUT/init -> OUT/stage1 -> OUT/stage2 -> OUT/stage3. OUT/init is what the paper takes
+ready-made, ViT and BERT: `python -m weights.convert import` makes it of the official files, `python -m toy.pretrain`
+trains the toy's. The LLM stays frozen. Not here: the losses (qformer.py, model.py), batches (data.py), optimizers and
+what a stopped run resumes from (training/). Source: paper section 4, table 10; official tasks/train_{qformer,pt,it}.py.
 
-Run:    python train.py --stage 1          # the toy preset; goes on where an interrupted run stopped
-        torchrun --nproc_per_node 8 train.py --stage 1 --preset vicuna-7b ...
+    python train.py --stage 1                              # the toy; resumes where it stopped
+    torchrun --nproc_per_node 8 train.py --stage 1 --preset vicuna-7b --data ... --out ...
 """
-import json
+import argparse
 import math
+import os
+import re
 import signal
 import sys
-import time
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+import torch.nn as nn
 
 import data
-from infra.distributed import (
-    blocks_of,
-    init_distributed,
-    raise_together,
-    set_gradient_sync,
-    sync_unsharded_grads,
-    wrap_model,
-)
-from infra.files import lock_folder
-from model import DTYPES
-from training import resume
-from training.optim import grad_norm, learning_rate, make_optimizers, optimizer_step
-from training.recipes import parse
-from training.stages import finished, jobs
+from infra.cli import add_options, option, read_options, run
+from infra.distributed import blocks_of, init_distributed, set_gradient_sync, sync_unsharded_grads, wrap_model
+from infra.files import load_strict, read_tensors
+from model import DTYPES, PRESETS, VideoChat2, set_trainable
+from tokenizer import WordPiece
+from training import feature_cache, resume
+from training.annotations import load_corpus
+from training.log import GracefulStop, TrainLog, to_device
+from training.optim import clip_gradients, get_lr, make_optimizers, optimizer_step
+from video import Transform
+from weights import checkpoint
+from weights.hf_llama import llm_config
 
-# ------------------------------------------------------------------------------------------------------------- the loop
+RUN, DATA, OPTIM, SPEED, LOG = "run", "data", "optimization", "memory and speed", "logging and saving"   # in --help
+MODEL = "the model, and quirks of the official code (default: the preset's)"
 
 
-def fit(job, cfg, world):
-    """Trains a job to the end; an interrupted one goes on where its last whole checkpoint stands."""
-    sampler = data.Sampler(job.dataset, cfg.batch, cfg.seed, world.rank, world.size, cfg.accumulate)
-    cfg.steps = cfg.steps or cfg.epochs * len(sampler)
-    last = None if cfg.restart else world.broadcast(resume.newest(job.unfinished) if world.is_main else None)
-    first = resume.load_model(job, cfg, last) if last else 0
-    if cfg.compile:
-        compile_blocks(job.model)
-    forward = wrap_model(job.model.train(), job.loss, world, cfg.shard, job.idle)
-    optimizers = make_optimizers(job.model, cfg)
-    torch.manual_seed(cfg.seed + world.rank)
-    # without fp16 it does nothing
-    scaler = torch.amp.GradScaler(torch.device(world.device).type, enabled=cfg.dtype == "fp16")
+@dataclass
+class TrainConfig:
+    """Every option of the command line. A recipe replaces what was not typed. No default is anywhere else."""
+    stage: int = option(None, "1 align, 2 connect, 3 instruct", RUN)
+    preset: str = option("toy", "model sizes and recipe", RUN, choices=tuple(PRESETS))
+    out: str = option("", "folder of the run (default runs/PRESET); stage N writes OUT/stageN", RUN)
+    init: str = option("", "checkpoint to start from (default: the stage before, in OUT)", RUN)
+    llm: str = option("", "the LLM's folder (default: the one the stage before knows, or OUT/llm)", RUN)
+    resume: bool = option(True, "resume an interrupted run; --no-resume or --restart starts again", RUN)
+    seed: int = option(0, "the same seed gives the same run", RUN)
+    device: str = option("", "cpu, cuda or cuda:N (default: cuda where there is one)", RUN)
+
+    data: str = option("data/toy", "folder with corpus_caption.json and corpus_instruct.json", DATA)
+    corpus: str = option("", "the stage's corpus file (default: the one in DATA)", DATA)
+    workers: int = option(1, "processes that decode ahead of the model; 0: none", DATA)
+    cache_features: bool = option(False, "run the ViT once per clip, keep its features on disk, leave it frozen", DATA)
+
+    steps: int = option(0, "optimizer steps (default: the recipe's, or as many as --epochs takes)", OPTIM)
+    epochs: int = option(1, "passes over the data; a source of weight 0.5 gives half of itself", OPTIM)
+    batch: int = option(0, "clips per step, of all processes together (default: the recipe's)", OPTIM)
+    grad_accum: int = option(1, "micro-batches per step: less memory, same gradient", OPTIM, aliases=("--accumulate",))
+    lr: float = option(0.0, "peak learning rate (default: the recipe's)", OPTIM)
+    lr_end: float = option(0.01, "the cosine ends at lr * lr_end", OPTIM)
+    warmup: float = option(0.02, "share of the steps in which the learning rate rises from 0", OPTIM)
+    constant_until: float = option(0.0, "share of the steps before the cosine starts", OPTIM, aliases=("--hold",))
+    muon_lr_scale: float = option(0.0, "above 0: Muon trains the layers, at X times lr", OPTIM, aliases=("--muon",))
+    lora_lr_scale: float = option(1.0, "LoRA's learning rate as a multiple of lr", OPTIM, aliases=("--lora-lr",))
+    weight_decay: float = option(0.02, "of matrices; not of biases, norms, queries, temperature", OPTIM)
+    beta2: float = option(0.999, "AdamW's second beta", OPTIM)
+    grad_clip: float = option(1.0, "largest norm of the gradient", OPTIM, aliases=("--clip",))
+    max_bad_steps: int = option(10, "skip steps without a finite gradient; stop after this many in a row", OPTIM)
+    vtg_only: float = option(0.0, "share of stage 1 with captioning alone", OPTIM, aliases=("--captions-first",))
+    global_negatives: bool = option(False, "stage 1: matching draws negatives from all processes' clips", OPTIM)
+
+    dtype: str = option("fp32", "of the computation and of the frozen LLM", SPEED, choices=tuple(DTYPES))
+    llm_int8: bool = option(False, "keep the frozen LLM's matrices in 8 bits: half of bf16's memory", SPEED)
+    shard: bool = option(False, "under torchrun: FSDP2 instead of DDP", SPEED)
+    grad_checkpoint: str = option("", "recompute blocks backward: vit,qformer,llm", SPEED, aliases=("--recompute",))
+    compile: bool = option(False, "torch.compile the blocks of ViT, Q-Former and LLM", SPEED)
+
+    log_every: int = option(20, "steps between two lines of the log", LOG)
+    save_every: int = option(200, "steps between two checkpoints", LOG)
+    keep_checkpoints: int = option(2, "checkpoints to keep until the stage is finished", LOG, aliases=("--keep",))
+
+    train_frames: int = option(None, "stages 2, 3: frames of a clip (stage 2: 4 in the paper, 8 in its code)", MODEL)
+    max_text: int = option(None, "stages 2, 3: tokens of a prompt (stage 2: 32 in the paper, 512 in its code)", MODEL)
+    add_timestamps: bool = option(None, "stage 3: say when frames were taken", MODEL, aliases=("--tell-seconds",))
+    flip: bool = option(None, "mirror half of the clips, as the official code does: left is then called right", MODEL)
+    train_norm: str = option(None, "pixels: imagenet (official training) or clip (official evaluation)", MODEL)
+    bos_ones: bool = option(None, "stage 3: ones instead of <s>, as the official code does", MODEL)
+    train_separators: bool = option(None, "stage 3: also learn ###Human:, ###Assistant:, as the official code", MODEL)
+    question_in_qformer: bool = option(None, "stage 3: the Q-Former reads the question (paper: better without)", MODEL)
+    caption_sep: bool = option(None, "stage 1: captions end in [SEP], which the official code forgets", MODEL)
+    repeat_image: bool = option(None, "stage 1: repeat an image for each temporal embedding", MODEL)
+
+
+MODEL_OPTIONS = [f.name for f in fields(TrainConfig) if f.metadata["group"] == MODEL]    # fields of model.Config too
+RECIPES = {  # preset -> stage -> what differs from TrainConfig's defaults
+    "toy": {
+        # 24,000, 24,000 and 43,200 clips; the first 92 % of stage 1 teach the queries to see, by captioning alone
+        1: dict(steps=3000, batch=8, lr=3e-4, muon_lr_scale=3.0, constant_until=0.5, beta2=0.99, vtg_only=0.92,
+                cache_features=True, log_every=100),
+        2: dict(steps=3000, batch=8, lr=3e-4, constant_until=0.5, beta2=0.99, cache_features=True, log_every=100),
+        3: dict(steps=5400, batch=8, lr=2e-4, lora_lr_scale=6.0, constant_until=0.5, beta2=0.99, cache_features=True,
+                log_every=100),
+    },
+    "micro": dict.fromkeys((1, 2, 3), dict(steps=4, batch=4, lr=1e-3, muon_lr_scale=1.0, lora_lr_scale=2.0, log_every=1,
+                                           save_every=2, workers=0, cache_features=True)),
+    "paper": {
+        # stage 1 warms up for 0.2 of ten epochs in the official config, for a whole one in the paper
+        1: dict(epochs=10, batch=2048, lr=1e-4, warmup=0.02, dtype="bf16", workers=8),
+        2: dict(epochs=1, batch=512, lr=1e-4, warmup=0.2, dtype="bf16", workers=8),
+        3: dict(epochs=3, batch=128, lr=2e-5, lr_end=0.25, warmup=0.2, dtype="bf16", workers=8),
+    },
+}
+
+AT_LEAST_1 = ("epochs", "grad_accum", "max_bad_steps", "log_every", "save_every", "keep_checkpoints")
+SHARES = ("warmup", "constant_until", "vtg_only")                          # between 0 and 1
+
+
+def parse(argv=None, config_class=TrainConfig, command="train.py", description=__doc__, parts=()):
+    """Command line -> (config, names of the options that were typed). Wrong values exit as argparse does, code 2."""
+    parser = argparse.ArgumentParser(
+        prog=command, usage=f"{command} [options]", description=description,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=38, width=120))
+    if parts:
+        parser.add_argument("part", nargs="?", choices=parts, default=MISSING, help="train this one (default: both)")
+    add_options(parser, config_class)                                      # one for each field made by option()
+    parser.add_argument("--restart", dest="resume", action="store_false", default=MISSING, help="same as --no-resume")
+    cfg, explicit = read_options(parser, config_class, argv)
+
+    # what argparse does not check: numbers are 0 or more, some at least or at most 1; combinations
+    for name, value in vars(cfg).items():
+        low, high = int(name in AT_LEAST_1), 1 if name in SHARES else math.inf
+        if type(value) in (int, float) and not low <= value <= high:
+            parser.error(f"--{name.replace('_', '-')} {value}: expected {low} to {high}")
+    if cfg.grad_clip == 0:
+        parser.error("--grad-clip 0 leaves no gradient: expected more than 0")
+    if not re.fullmatch(r"(cpu|cuda(:\d+)?)?", cfg.device):
+        parser.error(f"--device {cfg.device}: expected cpu, cuda or cuda:N")
+    if set(cfg.grad_checkpoint.split(",")) - {"", "vit", "qformer", "llm"}:
+        parser.error(f"--grad-checkpoint {cfg.grad_checkpoint}: expected vit, qformer, llm, or several with commas")
+    if cfg.shard and (cfg.stage == 0 or cfg.dtype == "fp16" or cfg.llm_int8):
+        parser.error("--shard is for stages 1 to 3, in fp32 or bf16, without --llm-int8")
+    if cfg.shard and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        parser.error("--shard needs several processes: torchrun --nproc_per_node 2 train.py ...")
+
+    cfg.out = cfg.out or f"runs/{cfg.preset}"
+    cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return cfg, explicit
+
+
+def apply_recipe(cfg, explicit, recipe):
+    """The recipe's values, except for options that were typed."""
+    return replace(cfg, **{name: value for name, value in recipe.items() if name not in explicit})
+
+
+@dataclass
+class Stage:
+    """What fit trains: a model, where its batches come from, its loss, and how the result is written."""
+    name: str                       # "stage 1", in the log
+    folder: Path                    # of the finished checkpoint
+    model: nn.Module
+    dataset: object                 # of samples; data.Sampler draws their indices
+    collate: Callable               # samples -> batch
+    loss: Callable                  # batch, share of the steps done -> {name: scalar}; their sum is minimized
+    write: Callable                 # folder, {name: tensor} of the model -> None; writes a checkpoint's files
+    notes: list = field(default_factory=list)   # lines that the log begins with
+    generator: torch.Generator = None           # of the loss, where it draws (hard negatives)
+    find_unused: bool = False                   # whether a step may leave some of what trains unused (DDP must know)
+
+    @property
+    def unfinished(self):
+        return self.folder.with_name(f"{self.folder.name}.unfinished")     # what an interrupted run resumes from
+
+
+NEW = {1: ("query_tokens", "qformer.", "vision_temp_embed", "aligner.", "vision_layernorm."),   # start at random,
+       2: ("extra_query_tokens", "llama_proj."), 3: ()}                    # if the checkpoint before does not have them
+DROPPED = {1: ("norm.", "heads."),                                         # of the toy ViT's pretraining
+           2: ("aligner.", "vision_temp_embed", "qformer.cls."), 3: ()}    # of stage 1's losses
+
+
+def build_stage(cfg, dist):
+    """Stage 1, 2 or 3: its model, filled from the stage before, its data and its loss."""
+    # the checkpoint before decides the sizes; what the command line can change is typed or the preset's
+    start = resume.init_checkpoint(cfg)                                    # OUT/init, OUT/stage1 or OUT/stage2
+    config, saved = checkpoint.read_config(start)
+    if config.preset != cfg.preset:
+        raise ValueError(f"{start} is of preset {config.preset}, not {cfg.preset}; choose another --preset or --init")
+    preset, typed = PRESETS[cfg.preset](), {n: getattr(cfg, n) for n in MODEL_OPTIONS if getattr(cfg, n) is not None}
+    config = replace(config, **{name: getattr(preset, name) for name in MODEL_OPTIONS} | typed)
+
+    # stages 1 and 2 learn from captions, stage 3 from instructions
+    corpus = "corpus_instruct.json" if cfg.stage == 3 else "corpus_caption.json"
+    dataset = load_clips(cfg, config, corpus, config.align_frames if cfg.stage == 1 else config.train_frames)
+
+    # the text of a batch is for the Q-Former in stage 1, for the LLM in stage 2, for both in stage 3
+    model, llm_tok, llm = build_model(cfg, config, start, saved["llm"])    # stage 1 has no llm_tok
+    qformer_tok, n_video = WordPiece.load(start / "vocab.txt"), config.n_query + config.n_extra
+    generator = torch.Generator().manual_seed(cfg.seed)                    # draws the hard negatives of matching
+    if cfg.stage == 1:
+        collate = data.Stage1Collate(qformer_tok, config.align_text, config.caption_sep)
+    elif cfg.stage == 2:
+        collate = data.Stage2Collate(llm_tok, n_video, config.max_text)
+    else:
+        collate = data.Stage3Collate(
+            llm_tok, qformer_tok, n_video, config.max_text, config.prompt_style, config.question_in_qformer,
+            config.add_timestamps, config.train_separators, min(config.max_text, config.qformer.max_positions))
+
+    def loss(batch, progress):
+        if cfg.stage > 1:
+            return {"lm": model.lm_loss(batch)}                            # mean over the target tokens
+        return model.stage1_losses(batch, qformer_tok.dec_id, dist, generator, vtg_only=progress < cfg.vtg_only,
+                                   global_negatives=cfg.global_negatives)
+
+    def write(folder, tensors):
+        checkpoint.save_checkpoint(tensors, cfg.stage, config, folder, start / "vocab.txt",
+                                   checkpoint.llm_record(llm, folder))
+
+    # a ViT that stays frozen gives a clip the same features each time, so it can run once per clip, before training
+    if cfg.cache_features:
+        dataset.features = feature_cache.cache_features(
+            model.vision_encoder, dataset, Path(cfg.out) / "features", dist.device, cfg.workers)
+    notes = [f"  {part:20} {total:>12,} parameters {trained:>12,} trained"
+             for part, total, trained in set_trainable(model, cfg.stage, vit=not cfg.cache_features)]
+
+    # captioning alone uses no bidirectional text rows; a text without video uses no Q-Former
+    return Stage(f"stage {cfg.stage}", Path(cfg.out) / f"stage{cfg.stage}", model, dataset, collate, loss, write, notes,
+                 generator, find_unused=cfg.vtg_only > 0 or cfg.stage == 3)
+
+
+def build_model(cfg, config, start, llm):
+    """-> (VideoChat2 filled from the checkpoint `start`, the LLM's tokenizer, the LLM's {"path", "fingerprint"})."""
+    # blocks whose inside the backward pass computes again: less memory, more time
+    config.vit.checkpoint_blocks |= "vit" in cfg.grad_checkpoint
+    config.qformer.checkpoint_layers |= "qformer" in cfg.grad_checkpoint
+    config.llama.checkpoint_layers |= "llm" in cfg.grad_checkpoint
+
+    # stage 2 may choose its LLM, whose folder then decides its sizes
+    if cfg.stage > 1:
+        llm_folder = cfg.llm or (checkpoint.find_llm(start, llm["path"]) if llm else Path(cfg.out) / "llm")
+    if cfg.stage == 2:
+        config.llama = replace(llm_config(llm_folder), init_std=config.llama.init_std,
+                               checkpoint_layers=config.llama.checkpoint_layers)
+
+    # every weight is the checkpoint's, new in this stage, or the LLM's
+    model = VideoChat2(config, cfg.stage, defer_llm=True)
+    load_strict(model, read_tensors(start / "model.safetensors"), start,
+                fresh=NEW[cfg.stage] + (checkpoint.LLM_PREFIX,), dropped=DROPPED[cfg.stage])
+    if cfg.stage == 1:                                                 # it has no LLM, and passes on which one is known
+        return model, None, llm and llm | {"path": str(cfg.llm or start / llm["path"])}
+
+    # stage 3 takes no other LLM than stage 2 had, and a stage 2 that resumes no other than it began with
+    expected, needed_by = llm, start
+    if cfg.stage == 2:
+        needed_by = Path(cfg.out) / "stage2"
+        last = cfg.resume and resume.latest(f"{needed_by}.unfinished", lambda line: None, ["config.json"])
+        expected = checkpoint.read_config(last)[1]["llm"] if last else None
+    return model, *checkpoint.attach_llm(model, Path(llm_folder), expected, needed_by, dtype=DTYPES[cfg.dtype],
+                                         int8=cfg.llm_int8)
+
+
+def load_clips(cfg, config, corpus, num_frames):
+    """The samples of --corpus, or of this file in the data folder, with the model's frames and pixels."""
+    path = Path(cfg.corpus or Path(cfg.data) / corpus)
+    if not path.is_file():
+        hint = f"make the toy world: python -m toy.world --out {cfg.data}" if cfg.preset in resume.TOY_PRESETS else (
+            "it lists your annotation files (docs/data.md): name it with --corpus, or its folder with --data")
+        raise FileNotFoundError(f"{path} does not exist; {hint}")
+    transform = Transform(config.vit.img_size, train=True, crop=config.crop, norm=config.train_norm, flip=config.flip)
+    return data.VideoTextDataset(load_corpus(path), num_frames, transform, config.frame_sampling, seed=cfg.seed)
+
+# ------------------------------------------------------------------------------------------------------------ the loop
+
+
+def fit(stage, cfg, dist):
+    """Trains a stage to its last step and writes stage.folder. Resumes from the last whole checkpoint, bit for bit."""
+    # (seed, step) decide which samples are in a step, so a run can resume at any of them
+    sampler = data.Sampler(stage.dataset, cfg.batch, cfg.seed, dist.rank, dist.size, cfg.grad_accum)
+    cfg.steps = cfg.steps or cfg.epochs * len(sampler)                 # a sampler's length is one epoch
+    last = dist.broadcast(resume.latest(stage.unfinished) if dist.is_main else None) if cfg.resume else None
+
+    # weights first; then compile and distribute; then the state of optimizers and random generators; then the data
+    first_step = resume.load_weights(stage, cfg, last) if last else 0
+    for block in blocks_of(stage.model) if cfg.compile else ():        # blocks are alike, so few of them are compiled
+        block.compile()
+    forward = wrap_model(stage.model.train(), stage.loss, dist, cfg.shard, stage.find_unused)
+    optimizers = make_optimizers(stage.model, cfg)                     # AdamW, or AdamW and Muon
+    scaler = torch.amp.GradScaler(torch.device(dist.device).type, enabled=cfg.dtype == "fp16")
+    torch.manual_seed(cfg.seed + dist.rank)                            # of dropout
     if last:
-        resume.load_trainer(job, optimizers, scaler, last, world)
-    sampler.skip_to(first)
-    batches = forever(data.make_loader(job.dataset, sampler, job.collate, cfg.workers), sampler)
-    log, saver = Log(job, cfg, world, first), resume.Saver(job, cfg, world)
-    log.head(first)
-    with StopSignal(alone=world.size == 1) as stop:
-        for step in range(first, cfg.steps):
-            with log.waiting():
-                parts = [next(batches) for _ in range(cfg.accumulate)]
-            words, stopped = world.all_reduce_sum([sum(map(words_in, parts)), float(stop.number > 0)])
-            losses = backward(job, forward, parts, words, step / cfg.steps, scaler, cfg, world)
-            norm = grad_norm(job.model, optimizers, scaler, cfg.clip)
-            optimizer_step(optimizers, learning_rate(step, cfg), scaler, norm)
-            log.step(step, losses, norm, parts)
+        resume.load_trainer(stage, optimizers, scaler, last, dist)
+    sampler.skip_to(first_step)                                        # epoch and position follow from the step
+    batches = cycle(data.make_loader(stage.dataset, sampler, stage.collate, cfg.workers), sampler)
+    log, saver = TrainLog(stage, cfg, dist, first_step), resume.AsyncSaver(stage, cfg, dist)
+    with GracefulStop(single_process=dist.size == 1) as stop:
+        for step in range(first_step, cfg.steps):
+            # the batches of one step; each log line says which share of the time went into waiting for them
+            with log.data_wait():
+                micro_batches = [next(batches) for _ in range(cfg.grad_accum)]
+
+            # forward and backward; all processes also learn whether one of them was asked to stop
+            n_targets, stopping = dist.all_reduce_sum([sum(map(count_targets, micro_batches)), stop.signal_number > 0])
+            losses = forward_backward(stage, forward, micro_batches, n_targets, step / cfg.steps, scaler, cfg, dist)
+
+            # update; a gradient that is not finite changes nothing. The log reads a step one step later: no GPU sync
+            grad_norm = clip_gradients(stage.model, optimizers, scaler, cfg.grad_clip)
+            optimizer_step(optimizers, get_lr(step, cfg), scaler, grad_norm)
+            log.step(step, losses, grad_norm, micro_batches)
+
+            # save every few hundred steps, in a thread, and when asked to stop: Ctrl-C, SIGTERM, on any machine
             if step + 1 == cfg.steps:
                 break
-            if stopped or (step + 1) % cfg.save_every == 0:
+            if stopping or (step + 1) % cfg.save_every == 0:
                 saver.save(step + 1, optimizers, scaler)
-            if stopped:
+            if stopping:
                 log.close()
-                saver.close()
-                again = "the same command without --restart" if cfg.restart else "the same command"
-                log.say(f"\nstopped; {again} goes on from step {step + 1}")
-                sys.exit(128 + (stop.number or signal.SIGTERM))
-            if saver.problem:
-                log.say(saver.told())
+                saver.close()                              # OSError if the checkpoint cannot be written
+                command = "the same command" + ("" if cfg.resume else " without --restart")
+                log.print_main(f"\n{stage.name}: stopped; {command} resumes from step {step + 1}")
+                sys.exit(128 + (stop.signal_number or signal.SIGTERM))
     log.close()
     saver.wait()
-    resume.finish(job, cfg, world)
-    log.say(f"{job.name}: done in {log.minutes():.1f} min, written to {job.folder}")
+    resume.finish(stage, cfg, dist)
+    log.print_main(f"{stage.name}: finished in {log.minutes():.1f} min, written to {stage.folder}")
 
 
-def backward(job, forward, parts, words, done, scaler, cfg, world):
-    """Gradients of one step, part by part -> {name: loss}, whose mean over the processes is the step's.
+def forward_backward(stage, forward, micro_batches, n_targets, progress, scaler, cfg, dist):
+    """Adds up the gradients of a step -> {name: loss}, whose mean over the processes is the loss of the step.
 
-    words: learnt in the whole step; done: share of the steps.
+    n_targets: target tokens in the whole step, of all processes. progress: share of the steps done.
     """
-    kind, losses = torch.device(world.device).type, {}
-    for i, batch in enumerate(parts):
-        set_gradient_sync(forward, job.model, last=i + 1 == len(parts))
-        with torch.autocast(kind, DTYPES[cfg.dtype], enabled=cfg.dtype != "fp32"):
-            found = forward(to_device(batch, world.device), done)
-        shares = {name: share(name, batch, words, cfg, world) * loss for name, loss in found.items()}
-        scaler.scale(sum(shares.values())).backward()
-        losses = {name: losses.get(name, 0) + loss.detach() for name, loss in shares.items()}
-    sync_unsharded_grads(job.model, world)
+    device_type, losses = torch.device(dist.device).type, {}
+    for i, batch in enumerate(micro_batches):
+        # processes exchange gradients once per step, after the last micro-batch
+        set_gradient_sync(forward, stage.model, last=i + 1 == len(micro_batches))
+        # the forward pass computes matrix products in cfg.dtype; weights and optimizer stay in fp32
+        with torch.autocast(device_type, DTYPES[cfg.dtype], enabled=cfg.dtype != "fp32"):
+            batch_losses = forward(to_device(batch, dist.device), progress)    # {name: scalar}
+
+        # a mean over tokens counts by its share of the step's tokens, times the number of processes, over which
+        # gradients are averaged: k micro-batches in n processes then give the gradient of the joint batch
+        weights = {name: count_targets(batch) / max(1, n_targets) * dist.size if name in ("lm", "vtg") else
+                   1 / cfg.grad_accum for name in batch_losses}
+        weighted = {name: weights[name] * loss for name, loss in batch_losses.items()}
+        scaler.scale(sum(weighted.values())).backward()                # without fp16 the scale is 1
+        losses = {name: losses.get(name, 0) + loss.detach() for name, loss in weighted.items()}
+    sync_unsharded_grads(stage.model, dist)                            # FSDP leaves the temperature whole
     return losses
 
 
-def words_in(batch):
-    """How many words of a batch are learnt: next-word losses are means over them."""
+def count_targets(batch):
+    """Number of tokens of a batch that next-token losses are means over."""
     if "targets" in batch:
         return len(batch["targets"])
     return batch["mask"][:, 1:].sum().item() if "mask" in batch else 0
 
 
-def share(name, batch, words, cfg, world):
-    """What a part's loss, a mean over its own words or clips, counts for in the step's loss, the mean over all of them;
-    times the number of processes, over which gradients are averaged."""
-    if name in ("lm", "vtg"):
-        return words_in(batch) / max(1, words) * world.size
-    return 1 / cfg.accumulate
-
-
-def compile_blocks(model):
-    """torch.compile for each block: they are alike, so it compiles few, and an uncompiled loop runs them."""
-    for block in blocks_of(model):
-        block.compile()
-
-
-class StopSignal:
-    """Within it, Ctrl-C and SIGTERM only set `number`, so that the step is finished and saved; a second Ctrl-C is not
-    held. torchrun hands signals on to processes that have them already, so among several no second one counts.
-    """
-
-    number = 0
-
-    def __init__(self, alone=True):
-        self.alone = alone
-
-    def __enter__(self):
-        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def note(self, number, _):
-        if self.number and self.alone:
-            raise KeyboardInterrupt
-        self.number = number
-
-    def __exit__(self, *_):
-        for s, handler in self.before.items():
-            signal.signal(s, handler)
-
-
-def forever(loader, sampler):
-    """Batches of one epoch after another."""
+def cycle(loader, sampler):
+    """The batches of one epoch after another."""
     while True:
         yield from loader
         sampler.next_epoch()
 
 
-def to_device(batch, device):
-    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+def train_stage(build, cfg, dist):
+    """fit(build(cfg, dist)), unless that stage is finished."""
+    torch.manual_seed(cfg.seed)                            # of the new weights
+    stage = dist.main_process_first(lambda: build(cfg, dist))
 
-# ------------------------------------------------------------------------------------------------------ what is told
-
-
-class Log:
-    """One line per log_every steps, with the mean losses since the last one; the same numbers in metrics.jsonl.
-
-    subtle: what a step has computed is read one step later, so that a GPU is never waited for: it has the next step by
-    then. A step whose gradient is not finite has changed nothing (optim.optimizer_step) and is told of.
-    """
-
-    def __init__(self, job, cfg, world, first):
-        self.job, self.cfg, self.world, self.first = job, cfg, world, first
-        self.begun = time.time()
-        self.waited, self.last = 0.0, (self.begun, 0.0)                    # seconds spent on data; at the last line
-        self.window, self.before, self.bad, self.overflows = [], None, 0, 0
-        self.bar = tqdm(total=cfg.steps, initial=first, leave=False,
-                        disable=not (world.is_main and sys.stderr.isatty()))
-        self.path = Path(cfg.out) / "metrics.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-
-    def say(self, line):
-        if self.world.is_main:
-            self.bar.write(line, file=sys.stdout)
-            sys.stdout.flush()
-
-    def head(self, first):
-        processes = f" in {self.world.size} processes" if self.world.size > 1 else ""
-        self.say("\n".join([
-            f"{self.job.name}: {self.cfg.steps} steps of {self.cfg.batch} from {len(self.job.dataset):,} samples, "
-            f"{self.cfg.dtype} on {self.world.device}{processes}" + (f", going on from step {first}" if first else ""),
-            *self.job.notes]))
-
-    def minutes(self):
-        return (time.time() - self.begun) / 60
-
-    @contextmanager
-    def waiting(self):
-        """For data: the time in it is told as a share of all."""
-        begun = time.time()
-        yield
-        self.waited += time.time() - begun
-
-    def step(self, step, losses, norm, parts):
-        """losses {name: tensor}, norm a tensor: as yet unread. parts: the step's batches."""
-        self.read()
-        losses, norm = {name: later(t) for name, t in losses.items()}, later(norm)
-        self.before = step, losses, norm, parts, (time.time(), self.waited), computed(self.world.device)
-
-    def close(self):
-        self.read()
-        self.before = None
-        self.bar.close()
-
-    def read(self):
-        """What the step before has computed."""
-        if self.before is None:
-            return
-        step, losses, norm, parts, times, ready = self.before
-        ready()
-        for line in (line for batch in parts for line in batch["bad"]):
-            self.bar.write(f"unreadable, another sample took its place: {line}")
-        if math.isfinite(norm.item()):
-            self.bad = self.overflows = 0
-            self.window.append(losses)
-        elif self.looks_for_a_scale(losses):
-            self.window.append(losses)
-        else:
-            self.left_out(step, losses, norm, parts)
-        self.bar.update()
-        if (step + 1) % self.cfg.log_every == 0 or step + 1 == self.cfg.steps:
-            self.line(step, norm, times)
-
-    def looks_for_a_scale(self, losses):
-        """Whether a gradient overflowed, with fp16, only because GradScaler's scale was too large. It halves it each
-        time, from 2 ** 16, so more than a few in a row are not of its making. All processes find the same."""
-        if self.cfg.dtype != "fp16":
-            return False
-        (strange,) = self.world.all_reduce_sum([sum(not math.isfinite(loss.item()) for loss in losses.values())])
-        self.overflows += strange == 0
-        return strange == 0 and self.overflows <= 24
-
-    def left_out(self, step, losses, norm, parts):
-        """ValueError, in all processes, when it is one too many in a row."""
-        self.bad += 1
-        files = sorted({path for batch in parts for path in batch.get("paths", ()) if path})
-        where = first_not_finite(self.job, parts, step / self.cfg.steps, self.world)
-        told = (f"step {step + 1} left out: gradient {norm.item()}, loss "
-                + ", ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
-                + f"; the first that is not finite: {where}; its files: {', '.join(files) or 'none'}")
-        for line in self.world.all_gather_object(told):
-            self.say(line)
-        if self.bad >= self.cfg.max_bad_steps:
-            raise ValueError(f"{self.bad} steps in a row without a finite gradient (--max-bad-steps); the last "
-                             f"checkpoint is kept. Lower --lr, or look at the files named above")
-
-    def line(self, step, norm, times):
-        n, (now, waited), (then, waited_then) = min(self.cfg.log_every, step + 1 - self.first), times, self.last
-        seconds, waited = (now - then) / n, (waited - waited_then) / (now - then)
-        self.last = times
-        names = list(dict.fromkeys(name for losses in self.window for name in losses))
-        means = [sum(losses.get(name, torch.zeros(())).item() for losses in self.window)
-                 / max(1, sum(name in losses for losses in self.window)) for name in names]
-        means = dict(zip(names, (total / self.world.size for total in self.world.all_reduce_sum(means)), strict=True))
-        self.window = []
-        row = {"stage": self.job.name, "step": step + 1, "loss": sum(means.values()) if means else None, **means,
-               "lr": learning_rate(step, self.cfg), "grad": norm.item() if norm.isfinite() else None,
-               "ms": round(1000 * seconds, 1),
-               "clips_per_s": round(self.cfg.batch / seconds, 1), "waiting": round(waited, 3)}
-        if not self.world.is_main:
-            return
-        try:
-            with open(self.path, "a") as f:
-                f.write(json.dumps(row) + "\n")
-        except OSError as error:                                           # a full disk need not end the run
-            self.say(f"{self.path} lacks this line: {error}")
-        parts = "".join(f" | {name} {mean:.3f}" for name, mean in means.items()) if len(means) > 1 else ""
-        loss = f"{row['loss']:.3f}" if means else "-"
-        eta = (now - self.begun) / (step + 1 - self.first) * (self.cfg.steps - step - 1)
-        self.say(f"{self.job.name} | step {step + 1}/{self.cfg.steps} | loss {loss}{parts} "
-                 f"| lr {row['lr']:.1e} | grad {norm.item():.2f} | {row['ms']:.0f} ms, {waited:.0%} waiting for data "
-                 f"| {row['clips_per_s']} clips/s | eta {eta / 60:.1f}m")
-
-
-def later(t):
-    """A tensor on its way to the CPU, without waiting for it."""
-    return t.detach().to("cpu", non_blocking=True)
-
-
-def computed(device):
-    """-> a function that waits until all is done that a GPU was told up to now, but for nothing that comes after."""
-    if not device.startswith("cuda"):
-        return lambda: None
-    event = torch.cuda.Event()
-    event.record()
-    return event.synchronize
-
-
-def first_not_finite(job, parts, done, world):
-    """Which module first gives numbers that are not finite, from a step's batches; the state of all generators is left
-    as it was. All processes must ask, for some modules exchange rows."""
-    found, before = [], job.generator.get_state() if job.generator else None
-
-    def look(name, _, __, given):
-        tensors = given if isinstance(given, tuple | list) else (given,)
-        if not all(t.isfinite().all() for t in tensors if torch.is_tensor(t) and t.is_floating_point()):
-            found.append(name)
-
-    hooks = [module.register_forward_hook(lambda *args, name=name: look(name, *args))
-             for name, module in job.model.named_modules() if name]
-    with torch.random.fork_rng(), torch.no_grad():
-        for batch in parts:
-            losses = job.loss(to_device(batch, world.device), done)
-            found += [f"loss {name}" for name, loss in losses.items() if not loss.isfinite()]
-    for hook in hooks:
-        hook.remove()
-    if job.generator:
-        job.generator.set_state(before)
-    return found[0] if found else "the backward pass alone"
-
-# -------------------------------------------------------------------------------------------------------- command line
+    # subtle: a run that was restarted and then interrupted resumes, although the old result is still there
+    if cfg.resume and resume.is_finished(stage.folder) and not resume.saved_steps(stage.unfinished):
+        if dist.is_main:
+            print(f"{stage.name}: already trained, in {stage.folder} (--restart trains it again)")
+        return
+    with resume.locked(stage, cfg, dist):
+        fit(stage, cfg, dist)
 
 
 def main(argv=None):
-    cfg, given = parse(argv)
-    world = init_distributed(cfg.device)
-    for make, name, settings in jobs(cfg, given):
-        torch.manual_seed(cfg.seed)                                        # of the initial weights
-        job = world.main_process_first(lambda make=make, name=name, settings=settings: make(settings, name, world))
-        # subtle: one that was begun again, and stopped, goes on although the old one lies there
-        if finished(job.folder) and job.folder.is_dir() and not (cfg.restart or resume.steps_of(job.unfinished)):
-            if world.is_main:
-                print(f"{job.name}: already trained, in {job.folder} (--restart trains it again)")
-            continue
-        train(job, settings, world)
-    world.close()
-
-
-def train(job, cfg, world):
-    """fit, with the run's folder held against other runs."""
-    problem = None
-    with ExitStack() as held:
-        if world.is_main:
-            try:
-                held.enter_context(lock_folder(job.unfinished))
-                resume.clean(job, cfg)
-            except OSError as error:
-                problem = error
-        raise_together(problem, world)
-        fit(job, cfg, world)
+    cfg, explicit = parse(argv)
+    if cfg.stage not in (1, 2, 3):
+        raise ValueError("--stage 0 is now a command of its own: python -m toy.pretrain" if cfg.stage == 0 else
+                         "--stage must be 1, 2 or 3")
+    cfg = apply_recipe(cfg, explicit, RECIPES.get(cfg.preset, RECIPES["paper"])[cfg.stage])
+    dist = init_distributed(cfg.device)
+    train_stage(build_stage, cfg, dist)
+    dist.close()
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("\nstopped at once; what the last checkpoint holds is kept")
-    except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main, "train.py", stopped="stopped at once; the last checkpoint is intact")

@@ -49,8 +49,8 @@ from prompt import ANSWER_PROMPT, QUESTION_PROMPT, SYSTEM, VIDEO
 from qformer import QFormerConfig
 from tokenizer import SentencePiece, train_sentencepiece
 from training.annotations import AnnotationFile, Source, load_corpus
+from train import TrainConfig
 from training.optim import make_optimizers
-from training.recipes import TrainConfig
 from vit_video import VisionTransformer, ViTConfig
 from weights.checkpoint import is_frozen_llm, load_checkpoint, save_checkpoint
 from weights.hf_llama import inspect_llm, write_llm

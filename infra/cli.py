@@ -44,7 +44,8 @@ def add_options(parser, config_class):
         kwargs = {"action": argparse.BooleanOptionalAction}
         if f.type is not bool:
             choices = f.metadata["choices"]
-            kwargs = {"type": f.type, "choices": choices, "metavar": None if choices else f.name.upper()}
+            metavar = {int: "N", float: "X"}.get(f.type, f.name.upper())
+            kwargs = {"type": f.type, "choices": choices, "metavar": None if choices else metavar}
         shown = "" if f.default in ("", None, 0, False, MISSING) else f" (default {f.default})"
         spellings = ["--" + f.name.replace("_", "-"), *f.metadata["aliases"]]
         group.add_argument(*spellings, dest=f.name, default=MISSING, help=f.metadata["help"] + shown, **kwargs)

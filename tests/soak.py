@@ -25,10 +25,10 @@ from infra import files  # noqa: E402
 
 
 def command(args, out, stage):
-    more = ["--init", args.run / "stage0/vit"] if stage == 1 else []
+    more = ["--init", args.run / "init"] if stage == 1 else []
     return [str(part) for part in (
         sys.executable, ROOT / "train.py", "--stage", stage, "--data", args.data, "--out", out, "--steps", args.steps,
-        "--llm", args.run / "stage0/llm", "--save-every", 50, "--captions-first", 0.5, "--log-every", 200, *more)]
+        "--llm", args.run / "llm", "--save-every", 50, "--vtg-only", 0.5, "--log-every", 200, *more)]
 
 
 def start(args, out, stage):
@@ -52,7 +52,7 @@ def disturbed(args, out, rng, kills):
             killer.start()
             said, _ = process.communicate()
             killer.cancel()
-            went_on = [line for line in said.splitlines() if "going on from step" in line or "damaged" in line]
+            went_on = [line for line in said.splitlines() if "resuming from step" in line or "damaged" in line]
             print(f"stage {stage}: {time.time() - begun:5.1f} s, code {process.returncode:3}; "
                   + ("; ".join(went_on) or "from the start"), flush=True)
             if process.returncode == 0:
@@ -71,7 +71,7 @@ def kill(process, all_of_them):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--run", type=Path, default=Path("runs/toy"), help="a run whose stage 0 is done")
+    p.add_argument("--run", type=Path, default=Path("runs/toy"), help="a run whose pretraining is finished")
     p.add_argument("--data", type=Path, default=Path("data/toy"))
     p.add_argument("--steps", type=int, default=2500, help="of each stage")
     p.add_argument("--every", type=float, default=60, help="seconds between two kills, by half more or less")

@@ -22,14 +22,14 @@ def without_dropout():
 
 
 def main():
-    real, last = train.Log.step, int(sys.argv[1])
+    real, last = train.TrainLog.step, int(sys.argv[1])
 
     def stopped(self, step, *rest):
         real(self, step, *rest)
         if step + 2 == last:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    model.PRESETS["micro"], train.Log.step = without_dropout, stopped
+    model.PRESETS["micro"], train.TrainLog.step = without_dropout, stopped
     try:
         train.main(sys.argv[2:])
     except SystemExit as left:

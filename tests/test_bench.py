@@ -19,8 +19,8 @@ import torch
 import test_bench
 from bench import speed
 from model import VideoChat2, set_trainable
+from train import TrainConfig
 from training.optim import make_optimizers
-from training.recipes import TrainConfig
 
 def two_steps(cfg, step):
     model = VideoChat2(cfg, step.stage).train()

@@ -21,7 +21,6 @@ from model import PRESETS, Config, VideoChat2, set_trainable
 from prompt import CAPTION_INSTRUCTIONS, IGNORE, SYSTEM, conversation_prompt
 from qformer import QFormerConfig
 from tokenizer import SentencePiece
-from training import recipes
 from vit_video import ViTConfig
 from weights import checkpoint, convert, official_names
 from weights.hf_llama import write_llm
@@ -521,7 +520,7 @@ def test_each_oddity_is_one_flag_away(imported, corpora, plain, tmp_path, flags)
     assert not torch.equal(changed["llama_proj.weight"], plain["llama_proj.weight"])
     assert all(t.isfinite().all() and t.dtype == torch.float32 for t in changed.values())
     option = flags[0].removeprefix("--").removeprefix("no-").replace("-", "_")
-    if option in recipes.MODEL_OPTIONS:
+    if option in train.MODEL_OPTIONS:
         cfg, _ = checkpoint.read_config(tmp_path / "stage3")
         value = flags[1] if len(flags) > 1 else not flags[0].startswith("--no-")
         assert str(getattr(cfg, option)) == str(value)

@@ -1,27 +1,114 @@
-"""How the demo runs its commands. Run: pytest tests/test_demo.py"""
-from toy import demo
+"""How make demo runs its steps, with a stand-in for python that only notes what it is asked to do.
+
+Run: pytest tests/test_demo.py
+"""
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+REPORT = "runs/toy/stage3/mvbench/report.html"
+WRITES = {  # command -> the file that tells make that it is done
+    "-m toy.world --out data/toy": "data/toy/meta.json", "-m toy.pretrain vit": "runs/toy/init/config.json",
+    "-m toy.pretrain llm": "runs/toy/llm/config.json", "train.py --stage 1": "runs/toy/stage1/config.json",
+    "train.py --stage 2": "runs/toy/stage2/config.json", "train.py --stage 3": "runs/toy/stage3/config.json",
+    "mvbench.py --ckpt runs/toy/stage3 --controls all": REPORT}
+PYTHON = f"""#!{sys.executable}
+import os, pathlib, signal, sys, time
+command = " ".join(sys.argv[1:])
+if command.startswith("-c "):
+    sys.exit(0)
+def note(line):
+    with open("log", "a") as f:
+        f.write(line + "\\n")
+def save(*_):
+    note(f"saved {{command}}")
+    sys.exit(130)
+signal.signal(signal.SIGINT, save)
+note(f"start {{command}} | {{os.environ.get('OMP_NUM_THREADS', 'all')}} | {{sys.stderr.isatty()}}")
+end = time.time() + 30
+other = {{"-m toy.pretrain vit": "llm", "-m toy.pretrain llm": "vit"}}.get(command, "")
+while other and f"start -m toy.pretrain {{other}}" not in open("log").read() and time.time() < end:
+    time.sleep(0.02)
+while os.path.exists("slow") and time.time() < end:
+    time.sleep(0.02)
+if os.path.exists("broken") and open("broken").read() == command:
+    sys.exit(3)
+target = pathlib.Path({WRITES!r}[command])
+target.parent.mkdir(parents=True, exist_ok=True)
+target.touch()
+note(f"end {{command}}")
+"""
 
 
-def command(tmp_path, name, body):
-    (tmp_path / name).write_text(f"import os, sys, time\n{body}\n")
-    return str(tmp_path / name)
+@pytest.fixture
+def folder(tmp_path):
+    """A checkout whose .venv is set up."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("requirements.txt", ".venv/python", ".venv/runtime", "log"):    # in the order that make expects
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir()
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    return tmp_path
 
 
-def test_lanes_run_side_by_side_and_their_commands_in_turn(tmp_path, capfd):
-    """Each of two lanes waits for the other's file, so that neither ends unless both run."""
-    def wait(mine, other):
-        return (f"open(r'{tmp_path / mine}', 'w').close()\nend = time.time() + 30\n"
-                f"while not os.path.exists(r'{tmp_path / other}') and time.time() < end: time.sleep(0.05)\n"
-                f"sys.exit(not os.path.exists(r'{tmp_path / other}'))")
-
-    first, second = command(tmp_path, "a.py", wait("a", "b")), command(tmp_path, "b.py", wait("b", "a"))
-    third = command(tmp_path, "c.py", "print('threads', os.environ['OMP_NUM_THREADS'])")
-    assert demo.run([[first], [second, third]]) == 0
-    told = capfd.readouterr().out
-    assert told.index("b.py") < told.index("c.py") and f"threads {max(1, (demo.os.cpu_count() or 1) // 2)}" in told
+def start(folder):
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS" and "MAKE" not in name}
+    return subprocess.Popen(["make", "demo"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            start_new_session=True, env=env)
 
 
-def test_a_lane_stops_at_the_first_failure_and_the_step_tells(tmp_path, monkeypatch):
-    bad, never = command(tmp_path, "bad.py", "sys.exit(3)"), command(tmp_path, "never.py", "open('x', 'w')")
-    monkeypatch.chdir(tmp_path)
-    assert demo.run([[bad, never]]) == 3 and not (tmp_path / "x").exists()
+def log_of(folder, kind="start"):
+    lines = (folder / "log").read_text().splitlines()
+    return [line.removeprefix(f"{kind} ") for line in lines if line.startswith(kind)]
+
+
+def test_lanes_run_side_by_side_with_one_thread_each_and_steps_in_turn(folder):
+    """Each pretraining waits for the other to start, so that neither ends unless both run."""
+    process = start(folder)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Where things are" in printed, printed
+    starts, ends = [line.split(" | ")[0] for line in log_of(folder)], log_of(folder, "end")
+    assert sorted(starts) == sorted(WRITES) and starts[0] == "-m toy.world --out data/toy"
+    assert ends.index("-m toy.pretrain vit") < ends.index("train.py --stage 1") < ends.index("train.py --stage 2")
+    assert starts[-3:] == list(WRITES)[-3:]
+    threads = {command: n for command, n, _ in (line.split(" | ") for line in log_of(folder))}
+    assert {command for command, n in threads.items() if n == "1"} == set(list(WRITES)[1:4])
+
+    # all is done: nothing runs again; what is missing runs, and nothing that came after it
+    (folder / "log").write_text("")
+    assert start(folder).wait(60) == 0 and log_of(folder) == []
+    (folder / REPORT).unlink()
+    assert start(folder).wait(60) == 0 and log_of(folder, "end") == [list(WRITES)[-1]]
+
+
+def test_the_demo_stops_at_the_first_failure_and_resumes_there(folder):
+    (folder / "broken").write_text("train.py --stage 1")
+    process = start(folder)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and "Where things are" not in printed
+    assert set(log_of(folder, "end")) == set(list(WRITES)[:3])                   # the other lane ends its step
+    (folder / "broken").unlink()
+    assert start(folder).wait(60) == 0 and set(log_of(folder, "end")) == set(WRITES)
+
+
+def test_ctrl_c_lets_both_lanes_save(folder):
+    (folder / "slow").touch()
+    (folder / "data/toy").mkdir(parents=True)
+    (folder / "data/toy/meta.json").touch()
+    process, end = start(folder), time.time() + 30
+    while len(log_of(folder)) < 2 and time.time() < end:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)                                        # as a terminal does
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert sorted(log_of(folder, "saved")) == ["-m toy.pretrain llm", "-m toy.pretrain vit"]

@@ -19,7 +19,8 @@ import train
 from infra import distributed, files
 from model import PRESETS, VideoChat2, set_trainable
 from prompt import VIDEO, add_packing
-from training import optim, resume, stages
+from toy import pretrain
+from training import optim, resume
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,7 +63,7 @@ def model_of(stage):
 
 def one_step(stage, dist, shard=False, accumulate=1, negatives=False):
     """-> ({loss: of the joint batch}, {parameter: whole gradient}), as train.fit comes by them."""
-    model, cfg = model_of(stage), train.parse(["--stage", str(stage), "--accumulate", str(accumulate)])[0]
+    model, cfg = model_of(stage), train.parse(["--stage", str(stage), "--grad-accum", str(accumulate)])[0]
     generator = torch.Generator().manual_seed(3)
 
     def loss(batch, done):
@@ -76,9 +77,10 @@ def one_step(stage, dist, shard=False, accumulate=1, negatives=False):
     parts = [{k: dist.local_rows(v[i * size:(i + 1) * size]) if torch.is_tensor(v) else v for k, v in whole.items()}
              for i in range(accumulate)]
     parts = [add_packing(batch) if "labels" in batch else batch for batch in parts]
-    (words,) = dist.all_reduce_sum([sum(map(train.words_in, parts))])
-    job = stages.Job("", None, model, None, None, loss, None)
-    losses = train.backward(job, forward, parts, words, 0, torch.amp.GradScaler("cpu", enabled=False), cfg, dist)
+    (words,) = dist.all_reduce_sum([sum(map(train.count_targets, parts))])
+    job = train.Stage("", None, model, None, None, loss, None)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    losses = train.forward_backward(job, forward, parts, words, 0, scaler, cfg, dist)
     losses = {name: loss.item() for name, loss in losses.items()}
     losses = dict(zip(losses, (total / dist.size for total in dist.all_reduce_sum(losses.values())), strict=True))
     norm = distributed.full_tensor(nn.utils.clip_grad_norm_(model.parameters(), 1e9))
@@ -92,11 +94,11 @@ def test_a_step_never_waits_for_what_a_device_has_computed(stage, monkeypatch):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)      # does not know meta
     model, batch = model_of(stage).to("meta"), batch_of(stage)
     batch = train.to_device(add_packing(batch) if stage > 1 else batch, "meta")
-    alone = distributed.Distributed()
-    losses = model.stage1_losses(batch, 63, alone, torch.Generator()) if stage == 1 else {"lm": model.lm_loss(batch)}
+    dist, generator = distributed.Distributed(), torch.Generator()
+    losses = model.stage1_losses(batch, 63, dist, generator) if stage == 1 else {"lm": model.lm_loss(batch)}
     sum(losses.values()).backward()
     optimizers = optim.make_optimizers(model, train.parse(["--stage", str(stage)])[0])
-    norm = optim.grad_norm(model, optimizers, torch.amp.GradScaler("cpu", enabled=False), 1.0)
+    norm = optim.clip_gradients(model, optimizers, torch.amp.GradScaler("cpu", enabled=False), 1.0)
     assert norm.is_meta and all(p.grad is None or p.grad.is_meta for p in model.parameters())
     if stage > 1:
         with pytest.raises(RuntimeError):                                     # without what its collate knew, it asks
@@ -206,12 +208,14 @@ def test_a_text_without_video_loses_no_process():
 
 @pytest.fixture(scope="module")
 def begun(world, tmp_path_factory):
-    """Stages 0 to 2 by one process."""
+    """Pretraining and stages 1 and 2 by one process."""
     out = tmp_path_factory.mktemp("begun")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "micro", without_dropout)
-        for stage in range(3):
-            train.main(["--preset", "micro", "--data", str(world), "--out", str(out), "--stage", str(stage)])
+        options = ["--preset", "micro", "--data", str(world), "--out", str(out)]
+        pretrain.main(options)
+        for stage in ("1", "2"):
+            train.main(["--stage", stage, *options])
     return out
 
 
@@ -223,8 +227,8 @@ def test_what_one_layout_writes_the_others_go_on_from(world, begun, tmp_path):
 
     stop = ROOT / "tests" / "stop_at.py"
     torchrun(stop, 2, *options(tmp_path / "parts"), "--shard")
-    assert list(resume.steps_of(tmp_path / "parts" / "stage3.unfinished")) == [2]
-    assert "going on from step 2" in torchrun(stop, 4, *options(tmp_path / "parts"))
+    assert list(resume.saved_steps(tmp_path / "parts" / "stage3.unfinished")) == [2]
+    assert "resuming from step 2" in torchrun(stop, 4, *options(tmp_path / "parts"))
     for out in ("parts", "whole"):
         train.main(options(tmp_path / out))
     parts, whole = (files.read_tensors(tmp_path / out / "stage3" / "model.safetensors") for out in ("parts", "whole"))

@@ -1,4 +1,4 @@
-"""What stage 0 learns from. Run: pytest tests/test_pretrain.py"""
+"""What the toy's ViT and LLM learn from. Run: pytest tests/test_pretrain.py"""
 import itertools
 import json
 import random
@@ -21,7 +21,7 @@ def text(tmp_path_factory):
     """text.jsonl of 200 documents, and the tokenizer made from it."""
     path = tmp_path_factory.mktemp("text") / "text.jsonl"
     path.write_text("\n".join(world.text_document(i, 0) for i in range(200)) + "\n")
-    model, _ = pretrain.vocabulary(path, path.parent / "tokenizers", size=800)
+    model, _ = pretrain.train_tokenizers(path, path.parent / "tokenizers", size=800)
     return path, SentencePiece(str(model))
 
 
@@ -31,25 +31,25 @@ def trained(tok, prompt):
 
 def test_a_fifth_of_the_conversations_are_open_questions(text):
     path, tok = text
-    school = pretrain.School(path, tok, "vicuna", 32, epoch_size=40)
-    told = {(caption, " ".join(f"{qa['a']} ###" for qa in plain)) for caption, _, plain in school.documents}
+    curriculum = pretrain.TextCurriculum(path, tok, "vicuna", 32, epoch_size=40)
+    told = {(caption, " ".join(f"{qa['a']} ###" for qa in plain)) for caption, _, plain in curriculum.documents}
     for epoch in (8, 13):
-        school.set_epoch(epoch)
+        curriculum.set_epoch(epoch)
         for index in range(8):
-            shown = tok.decode([i for i in school[index].ids if i != tok.bos_id])
+            shown = tok.decode([i for i in curriculum[index].ids if i != tok.bos_id])
             caption = re.search("<Video>(.*?)</Video>", shown)[1].strip()
             assert "Options" not in shown and shown.startswith(tuple(generate.OPEN))
-            assert (caption, " ".join(trained(tok, school[index]).split())) in told
+            assert (caption, " ".join(trained(tok, curriculum[index]).split())) in told
 
 
 @pytest.mark.parametrize("epoch", [0, 3, 7])
 def test_a_drill_s_answer_is_the_one_option_that_its_text_tells(text, epoch):
     path, tok = text
-    school = pretrain.School(path, tok, "vicuna", 32, epoch_size=80)
-    school.set_epoch(epoch)
+    curriculum = pretrain.TextCurriculum(path, tok, "vicuna", 32, epoch_size=80)
+    curriculum.set_epoch(epoch)
     marked = 0
     for index in range(80):
-        shown = tok.decode([i for i in school[index].ids if i != tok.bos_id])
+        shown = tok.decode([i for i in curriculum[index].ids if i != tok.bos_id])
         assert SYSTEM.strip() not in shown
         said, options, letter = re.search(
             r"<Video>(.*?)</Video>.*Options:\n(\(A\).*)\nOnly give .*Best option:\((.)", shown, re.S).groups()
@@ -61,19 +61,19 @@ def test_a_drill_s_answer_is_the_one_option_that_its_text_tells(text, epoch):
             marked += 1
             assert [row[0] for row in rows if row[2] == " yes"] == [letter]
             answer = " ".join(row[2].strip() for row in rows) + " " + answer
-        assert trained(tok, school[index]) == answer
+        assert trained(tok, curriculum[index]) == answer
     assert 30 < marked < 80
 
 
 def test_conversations_train_answers_and_marks_and_never_the_question(text):
     path, tok = text
-    school = pretrain.School(path, tok, "vicuna", 32, epoch_size=80)
-    documents = [(caption, [qa["a"] for qa in many]) for caption, many, _ in school.documents]
+    curriculum = pretrain.TextCurriculum(path, tok, "vicuna", 32, epoch_size=80)
+    documents = [(caption, [qa["a"] for qa in many]) for caption, many, _ in curriculum.documents]
     kinds = set()
     for epoch, index in itertools.product((8, 13, 15), range(32, 80)):
-        school.set_epoch(epoch)
-        shown = tok.decode([i for i in school[index].ids if i not in (tok.bos_id, VIDEO)])
-        said = trained(tok, school[index])
+        curriculum.set_epoch(epoch)
+        shown = tok.decode([i for i in curriculum[index].ids if i not in (tok.bos_id, VIDEO)])
+        said = trained(tok, curriculum[index])
         caption = re.search("<Video>(.*?)</Video>", shown)[1].strip()
         if said == f"{caption}###":
             kinds.add("caption")
@@ -87,14 +87,17 @@ def test_conversations_train_answers_and_marks_and_never_the_question(text):
     assert {"caption", "epoch 8 marked ", "epoch 8 plain ", "epoch 13 plain ", "epoch 15 plain system"} <= kinds
 
 
-def test_an_epoch_is_a_lesson_and_the_same_one_every_time(text):
+def test_an_epoch_is_a_phase_and_the_same_one_every_time(text):
     path, tok = text
-    school, again = (pretrain.School(path, tok, "vicuna", 32, epoch_size=40) for _ in range(2))
+    curriculum, again = (pretrain.TextCurriculum(path, tok, "vicuna", 32, epoch_size=40) for _ in range(2))
     for epoch in (0, 5, 9):
-        school.set_epoch(epoch)
+        curriculum.set_epoch(epoch)
         again.set_epoch(epoch)
-        assert [school[i].ids for i in range(40)] == [again[i].ids for i in range(40)]
-    longest = {epoch: max(len(school[i].ids) for i in range(40)) for epoch in (0, 9) if not school.set_epoch(epoch)}
+        assert [curriculum[i].ids for i in range(40)] == [again[i].ids for i in range(40)]
+    longest = {}
+    for epoch in (0, 9):
+        curriculum.set_epoch(epoch)
+        longest[epoch] = max(len(curriculum[i].ids) for i in range(40))
     assert longest[0] < longest[9] / 2
 
 
@@ -106,25 +109,25 @@ def test_the_answer_of_a_document_stands_in_its_caption():
     assert plain["a"].removeprefix("They") in caption
 
 
-def test_the_teacher_s_loss_falls_when_its_heads_are_right():
+def test_the_classifier_s_loss_falls_when_its_heads_are_right():
     """By hand: logits on the true classes cost less than uniform ones, which cost log(n), and activity twice that."""
     from model import PRESETS
-    teacher = pretrain.Teacher(PRESETS["micro"](), [3, 4, 5])
-    for head in teacher.heads:
+    model = pretrain.PatchClassifier(PRESETS["micro"](), [3, 4, 5])
+    for head in model.heads:
         torch.nn.init.zeros_(head.weight)
         torch.nn.init.zeros_(head.bias)
     batch = {"video": torch.randn(2, 4, 3, 64, 64), "targets": torch.zeros(2, 4, 16, 3, dtype=torch.long)}
-    uniform = teacher.losses(batch)
+    uniform = model.losses(batch)
     assert {k: round(v.exp().item()) for k, v in uniform.items()} == {
         "colour": 3, "shape": 4, "activity": 5 ** 2, "place": 16, "time": 4}
-    for head in teacher.heads:
+    for head in model.heads:
         head.bias.data[0] = 9.0
-    right = teacher.losses(batch)
+    right = model.losses(batch)
     assert all(right[k] < 0.01 for k in ("colour", "shape", "activity"))
     assert right["place"] > 5 and right["time"] > 5  # of the first place and time alone is it right
 
 
-def test_the_teacher_begins_with_straight_lines(tmp_path):
+def test_the_patch_labels_begin_with_straight_lines(tmp_path):
     scenarios = ["playground", "playground", "moving_count", "playground"]
     plays = [["right", "rests"], ["right", "grows"], ["moves"], ["up-left"]]
     (tmp_path / "annotations.jsonl").write_text("".join(
@@ -137,7 +140,7 @@ def test_the_teacher_begins_with_straight_lines(tmp_path):
 
     targets = np.arange(4 * 16 * 2 * 3).reshape(4, 16, 2, 3) % 250
     clips = Clips({"idx": i} for i in range(4))
-    data = pretrain.TeacherData(clips, targets, tmp_path / "annotations.jsonl", [0, 2], epoch_size=40)
+    data = pretrain.PatchLabels(clips, targets, tmp_path / "annotations.jsonl", [0, 2], epoch_size=40)
     for epoch, expected in ((0, {0, 3}), (6, {0, 3}), (7, {0, 1, 2, 3})):
         data.set_epoch(epoch)
         drawn = [data[i] for i in range(40)]
@@ -148,25 +151,25 @@ def test_the_teacher_begins_with_straight_lines(tmp_path):
 
 def test_late_captions_lie_spread_and_blurred_in_the_video_s_place(text):
     path, tok = text
-    school = pretrain.School(path, tok, "vicuna", 32, epoch_size=80)
-    captions = {tuple(tok.encode(caption)) for caption, *_ in school.documents}
-    school.set_epoch(14)
-    prompts = [school[index] for index in range(32, 80)]
-    soft = [prompt for prompt in prompts if prompt.soft]
-    assert 12 < len(soft) < 36
-    for prompt in soft:
-        slot = [prompt.ids[i] for i in prompt.soft]
-        assert len(slot) >= 32 and VIDEO not in prompt.ids[:prompt.soft.start] + prompt.ids[prompt.soft.stop:]
+    curriculum = pretrain.TextCurriculum(path, tok, "vicuna", 32, epoch_size=80)
+    captions = {tuple(tok.encode(caption)) for caption, *_ in curriculum.documents}
+    curriculum.set_epoch(14)
+    prompts = [curriculum[index] for index in range(32, 80)]
+    noisy = [prompt for prompt in prompts if prompt.noisy]
+    assert 12 < len(noisy) < 36
+    for prompt in noisy:
+        slot = [prompt.ids[i] for i in prompt.noisy]
+        assert len(slot) >= 32 and VIDEO not in prompt.ids[:prompt.noisy.start] + prompt.ids[prompt.noisy.stop:]
         assert tuple(i for i in slot if i != VIDEO) in captions
-    batch = pretrain.collate_text(soft[:2])
+    batch = pretrain.collate_prompts(noisy[:2])
     llama = Llama(LlamaConfig(vocab_size=tok.vocab_size, width=32, depth=1, heads=2, kv_heads=2, ffn=64))
-    embeds = pretrain.soft_embed(llama, batch["ids"], batch["soft"])
+    embeds = pretrain.noisy_embeds(llama, batch["ids"], batch["noisy"])
     same = (embeds == llama.embed(batch["ids"].clamp(min=0))).all(-1)
-    assert torch.equal(same, batch["soft"] == 0)
+    assert torch.equal(same, batch["noisy"] == 0)
 
 
 def test_a_vocabulary_that_another_process_has_finished_stays(text, monkeypatch):
-    """Two parts of stage 0 may begin at the same time."""
+    """Both parts may start at the same time."""
     folder = text[0].parent / "raced"
 
     def slow(texts, path, vocab_size):
@@ -174,5 +177,5 @@ def test_a_vocabulary_that_another_process_has_finished_stays(text, monkeypatch)
         (folder / "tokenizer.model").write_text("the other's")
 
     monkeypatch.setattr(pretrain, "train_sentencepiece", slow)
-    pretrain.vocabulary(text[0], folder)
+    pretrain.train_tokenizers(text[0], folder)
     assert (folder / "tokenizer.model").read_text() == "the other's" and len(list(folder.parent.glob(".raced*"))) == 0

@@ -1,4 +1,4 @@
-"""Going on after any interruption, to the very same weights; damaged checkpoints, full disks, numbers that are not
+"""Resuming after any interruption, to the very same weights; damaged checkpoints, full disks, numbers that are not
 finite.
 
 Run: pytest tests/test_resume.py
@@ -19,11 +19,12 @@ import torch
 
 import train
 from infra import distributed, files
-from training import recipes, resume, stages
+from toy import pretrain
+from training import resume
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 8
-PARTS = {"vit": ("stage0/vit", "--stage", "0", "--only", "vit"), "llm": ("stage0/llm", "--stage", "0", "--only", "llm"),
+PARTS = {"vit": ("init", "vit"), "llm": ("llm", "llm"),  # folder of the result, what names it on the command line
          1: ("stage1", "--stage", "1"), 2: ("stage2", "--stage", "2"), 3: ("stage3", "--stage", "3")}
 
 
@@ -37,8 +38,8 @@ def one_thread():
 
 
 def options(world, out, part, *more):
-    return ["--preset", "micro", "--data", str(world), "--out", str(out), "--steps", str(STEPS), "--save-every", "2",
-            "--workers", "1", *PARTS[part][1:], *more]
+    return [*PARTS[part][1:], "--preset", "micro", "--data", str(world), "--out", str(out), "--steps", str(STEPS),
+            "--save-every", "2", "--workers", "1", *more]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def runs(world, tmp_path_factory):
     """Every stage of the micro preset, undisturbed."""
     out = tmp_path_factory.mktemp("runs") / "micro"
     for part in PARTS:
-        train.main(options(world, out, part))
+        (pretrain if part in ("vit", "llm") else train).main(options(world, out, part))
     return out
 
 
@@ -67,15 +68,17 @@ def begun(runs, out, part):
     return out
 
 
-def command(processes=1):
+def command(processes, arguments):
     several = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
-    return [sys.executable, *several, str(ROOT / "train.py")]
+    script = ["-m", "toy.pretrain"] if arguments[0] in ("vit", "llm") else [str(ROOT / "train.py")]
+    return [sys.executable, *several, *script]
 
 
 def start(*arguments, processes=1):
     """train.py, in a group of processes of its own, to be killed as a whole."""
-    return subprocess.Popen([*command(processes), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.Popen([*command(processes, arguments), *arguments], stdout=subprocess.PIPE, cwd=ROOT,
+                            stderr=subprocess.STDOUT, text=True, start_new_session=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def run(*arguments, processes=1):
@@ -109,37 +112,37 @@ def test_kill_9_and_going_on_ends_with_the_same_weights(world, runs, tmp_path, p
     for n in (3, 6):
         assert f"step {n}/{STEPS}" in kill_after(start(*options(world, out, part)), f"step {n}/{STEPS}")
     code, said = run(*options(world, out, part))
-    assert code == 0 and "going on from step" in said, said
+    assert code == 0 and "resuming from step" in said, said
     assert_same(runs / PARTS[part][0], out / PARTS[part][0])
     assert not list(out.rglob("*.unfinished"))
 
 
 @pytest.mark.parametrize("part", [1, 3])
 def test_two_processes_are_killed_and_go_on(world, runs, tmp_path, part):
-    more = ("--accumulate", "2", "--batch", "8")
+    more = ("--grad-accum", "2", "--batch", "8")
     whole, out = begun(runs, tmp_path / "whole", part), begun(runs, tmp_path / "torn", part)
     assert run(*options(world, whole, part, *more), processes=2)[0] == 0
     assert "step 5/" in kill_after(start(*options(world, out, part, *more), processes=2), "step 5/")
     code, said = run(*options(world, out, part, *more), processes=2)
-    assert code == 0 and "going on from step" in said, said
+    assert code == 0 and "resuming from step" in said, said
     assert_same(whole / PARTS[part][0], out / PARTS[part][0])
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_leaves_with_its_code(world, runs, tmp_path, number, code, monkeypatch):
-    out, real = begun(runs, tmp_path, 1), train.Log.step
+    out, real = begun(runs, tmp_path, 1), train.TrainLog.step
 
     def interrupted(self, step, *rest):
         real(self, step, *rest)
         if step == 2:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(train.Log, "step", interrupted)
+    monkeypatch.setattr(train.TrainLog, "step", interrupted)
     with pytest.raises(SystemExit) as stopped:
         train.main(options(world, out, 1, "--save-every", "100"))
     assert stopped.value.code == code and not (out / "stage1").exists()
-    assert list(resume.steps_of(out / "stage1.unfinished")) == [4]       # the step is finished that it came in
-    monkeypatch.setattr(train.Log, "step", real)
+    assert list(resume.saved_steps(out / "stage1.unfinished")) == [4]       # the step is finished that it came in
+    monkeypatch.setattr(train.TrainLog, "step", real)
     train.main(options(world, out, 1))
     assert_same(runs / "stage1", out / "stage1")
 
@@ -153,7 +156,7 @@ def test_a_signal_to_all_processes_saves_too(world, runs, tmp_path):
             break
     os.killpg(process.pid, signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == 143 and "goes on from step" in said, said
+    assert process.returncode == 143 and "resumes from step" in said, said
     train.main(options(world, out, 1))
     assert_same(runs / "stage1", out / "stage1")
 
@@ -163,16 +166,17 @@ def test_a_run_begun_again_and_stopped_goes_on_beside_the_old_one(world, runs, t
     shutil.copytree(runs / "stage2", out / "stage2")
     kill_after(start(*options(world, out, 2, "--restart")), f"step 5/{STEPS}")
     train.main(options(world, out, 2))
-    assert "going on from step" in capsys.readouterr().out
+    assert "resuming from step" in capsys.readouterr().out
     assert_same(runs / "stage2", out / "stage2")
 
 
-@pytest.mark.parametrize("wrong", [("--steps", "-3"), ("--epochs", "0"), ("--batch", "-4"), ("--clip", "0"),
-                                   ("--device", "gpu"), ("--warmup", "2"), ("--keep", "0"), ("--recompute", "all"),
+@pytest.mark.parametrize("wrong", [("--steps", "-3"), ("--epochs", "0"), ("--batch", "-4"), ("--grad-clip", "0"),
+                                   ("--device", "gpu"), ("--warmup", "2"), ("--keep-checkpoints", "0"),
+                                   ("--grad-checkpoint", "all"),
                                    ("--shard",), ("--dtype", "fp8")])
 def test_wrong_values_are_refused(wrong, capsys):
     with pytest.raises(SystemExit) as left:
-        recipes.parse(["--stage", "1", *wrong])
+        train.parse(["--stage", "1", *wrong])
     assert left.value.code == 2 and wrong[0] in capsys.readouterr().err
 
 
@@ -183,11 +187,15 @@ def stopped(killed, tmp_path):
 
 @pytest.fixture(scope="module")
 def killed(world, runs, tmp_path_factory):
-    """A run of stage 2 that was killed between steps 7 and 8, with checkpoints of steps 4 and 6."""
+    """A run of stage 2 that ended after its last step and before its result was written, with steps 4 and 6 saved."""
+    def die(*_):
+        raise KeyboardInterrupt
+
     out = begun(runs, tmp_path_factory.mktemp("killed"), 2)
-    kill_after(start(*options(world, out, 2)), f"step 7/{STEPS}")
-    shutil.rmtree(out / "stage2.unfinished" / "000008", ignore_errors=True)
-    assert list(resume.steps_of(out / "stage2.unfinished")) == [4, 6]    # the last two are kept
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(resume, "finish", die)
+        train.main(options(world, out, 2))
+    assert list(resume.saved_steps(out / "stage2.unfinished")) == [4, 6]    # the last two are kept
     return out
 
 
@@ -211,7 +219,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(world, runs, s
         harm(path)
     train.main(options(world, stopped, 2))
     said = capsys.readouterr().out
-    assert f"damaged: {path}" in said and "going on from step 4" in said
+    assert f"damaged: {path}" in said and "resuming from step 4" in said
     assert_same(runs / "stage2", stopped / "stage2")
 
 
@@ -228,7 +236,7 @@ def test_another_run_s_checkpoint_is_refused(world, runs, stopped):
     folder = stopped / "stage2.unfinished" / "000006"
     shutil.copy(runs / "stage1" / "model.safetensors", folder / "model.safetensors")
     state = json.loads((folder / "trainer.json").read_text())
-    state["files"]["model.safetensors"] = resume.digest(folder / "model.safetensors")
+    state["files"]["model.safetensors"] = resume.size_and_hash(folder / "model.safetensors")
     (folder / "trainer.json").write_text(json.dumps(state))
     code, said = run(*options(world, stopped, 2))
     assert code == 2 and "does not fit this model" in said, said
@@ -255,7 +263,7 @@ def test_a_full_disk_is_named_and_training_goes_on(world, runs, tmp_path, monkey
     monkeypatch.setattr(resume, "save_tensors", full)
     train.main(options(world, out, 1))
     said = capsys.readouterr().out
-    assert "000004 cannot be written" in said and "MiB are free" in said and "training goes on" in said
+    assert "000004 cannot be written" in said and "MiB are free" in said and "training continues" in said
     assert_same(runs / "stage1", out / "stage1")
 
 
@@ -270,7 +278,7 @@ def test_a_full_disk_at_the_very_end_loses_nothing(world, runs, tmp_path, monkey
     monkeypatch.setattr(resume.checkpoint, "save_checkpoint", full)
     with pytest.raises(OSError, match="stage1 cannot be written .*MiB are free; make room, and the same command"):
         train.main(options(world, out, 1))
-    assert list(resume.steps_of(out / "stage1.unfinished")) == [6]
+    assert list(resume.saved_steps(out / "stage1.unfinished")) == [6]
     monkeypatch.undo()
     train.main(options(world, out, 1))
     assert_same(runs / "stage1", out / "stage1")
@@ -278,7 +286,7 @@ def test_a_full_disk_at_the_very_end_loses_nothing(world, runs, tmp_path, monkey
 
 def poisoned(monkeypatch, steps):
     """Losses of these calls are NaN, and one layer's output is."""
-    real, calls = stages.VideoChat2.stage1_losses, []
+    real, calls = train.VideoChat2.stage1_losses, []
 
     def stage1_losses(self, batch, *rest, **options):
         calls.append(1)
@@ -286,17 +294,17 @@ def poisoned(monkeypatch, steps):
             batch = batch | {"features": batch["features"] * float("nan")}
         return real(self, batch, *rest, **options)
 
-    monkeypatch.setattr(stages.VideoChat2, "stage1_losses", stage1_losses)
+    monkeypatch.setattr(train.VideoChat2, "stage1_losses", stage1_losses)
 
 
 @pytest.mark.parametrize("muon", ["0", "1"])
 def test_a_step_that_is_not_finite_is_left_out_and_named(world, runs, tmp_path, monkeypatch, capsys, muon):
     out = begun(runs, tmp_path, 1)
     poisoned(monkeypatch, {3, 5})        # the third step, and its repetition, which looks for the module
-    train.main(options(world, out, 1, "--muon", muon))
+    train.main(options(world, out, 1, "--muon-lr-scale", muon))
     said = capsys.readouterr().out
-    assert "step 3 left out: gradient nan" in said and "first that is not finite: vision_layernorm" in said
-    assert ".gif" in said.split("its files:")[1]
+    assert "step 3 skipped: gradient nan" in said and "first not finite: vision_layernorm" in said
+    assert ".gif" in said.split("files of the step:")[1]
     assert all(t.isfinite().all() for t in weights(out / "stage1").values())
 
 
@@ -305,16 +313,16 @@ def test_too_many_such_steps_stop_the_run(world, runs, tmp_path, monkeypatch):
     poisoned(monkeypatch, set(range(4, 100)))
     with pytest.raises(ValueError, match="2 steps in a row without a finite gradient"):
         train.main(options(world, out, 1, "--max-bad-steps", "2"))
-    last = resume.newest(out / "stage1.unfinished")
+    last = resume.latest(out / "stage1.unfinished")
     assert last and all(t.isfinite().all() for t in weights(last).values())
 
 
 def test_fp16_looks_for_its_scale_but_not_forever(world, tmp_path):
     """Gradients overflow with finite losses: GradScaler's doing, for so many steps."""
-    job = stages.Job("x", tmp_path / "x", torch.nn.Linear(1, 1), [], None, lambda batch, done: {"lm": torch.ones(())},
-                     None)
-    cfg = recipes.TrainConfig(stage=1, dtype="fp16", max_bad_steps=2, out=str(tmp_path), steps=100, log_every=100)
-    log = train.Log(job, cfg, distributed.Distributed(), 0)
+    stage = train.Stage("x", tmp_path / "x", torch.nn.Linear(1, 1), [], None,
+                        lambda batch, progress: {"lm": torch.ones(())}, None)
+    cfg = train.TrainConfig(stage=1, dtype="fp16", max_bad_steps=2, out=str(tmp_path), steps=100, log_every=100)
+    log = train.TrainLog(stage, cfg, distributed.Distributed(), 0)
 
     def tell(norm, steps):
         for step in range(steps):
@@ -330,12 +338,12 @@ def test_a_left_out_step_changes_nothing():
     """By hand: AdamW's moments, its count of steps and the weights."""
     from training import optim
     model = torch.nn.Linear(3, 2)
-    optimizers = optim.make_optimizers(model, recipes.TrainConfig(lr=0.1))
+    optimizers = optim.make_optimizers(model, train.TrainConfig(lr=0.1))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     for poison in (False, True):
         before = [p.detach().clone() for p in model.parameters()]
         model(torch.full((1, 3), float("nan") if poison else 1.0)).sum().backward()
-        norm = optim.grad_norm(model, optimizers, scaler, 1.0)
+        norm = optim.clip_gradients(model, optimizers, scaler, 1.0)
         optim.optimizer_step(optimizers, 0.1, scaler, norm)
         same = [torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
         assert same == [poison, poison]
@@ -346,23 +354,23 @@ def test_saving_costs_little(world, runs, tmp_path, monkeypatch):
     """The loop goes on while a slow disk still writes."""
     real = files.save_tensors
     monkeypatch.setattr(resume, "save_tensors", lambda *args: (time.sleep(2), real(*args)))
-    cfg = recipes.TrainConfig(stage=1, keep=2)
+    cfg = train.TrainConfig(stage=1, keep_checkpoints=2)
     model = torch.nn.Linear(4, 4)
-    job = stages.Job("x", tmp_path / "x", model, None, None, None, lambda folder, tensors: None)
-    saver = resume.Saver(job, cfg, distributed.Distributed())
+    stage = train.Stage("x", tmp_path / "x", model, None, None, None, lambda folder, tensors: None)
+    saver = resume.AsyncSaver(stage, cfg, distributed.Distributed())
     begun_at = time.perf_counter()
     saver.save(1, [], torch.amp.GradScaler("cpu", enabled=False))
     assert time.perf_counter() - begun_at < 1
     saver.wait()
-    assert list(resume.steps_of(job.unfinished)) == [1] and not saver.problem
+    assert list(resume.saved_steps(stage.unfinished)) == [1] and saver.error is None
 
 
 def test_random_numbers_survive(tmp_path):
-    job = stages.Job("x", tmp_path / "x", torch.nn.Linear(1, 1), None, None, None, None,
-                     generator=torch.Generator().manual_seed(random.randrange(1000)))
-    state = {f"random.0.{name}": t for name, t in resume.random_state(job).items()}
-    drawn = torch.rand(3), torch.rand(3, generator=job.generator)
-    resume.put_random_state(job, state, 1)                               # another process's: nothing happens
+    stage = train.Stage("x", tmp_path / "x", torch.nn.Linear(1, 1), None, None, None, None,
+                        generator=torch.Generator().manual_seed(random.randrange(1000)))
+    state = {f"random.0.{name}": t for name, t in resume.rng_state(stage).items()}
+    drawn = torch.rand(3), torch.rand(3, generator=stage.generator)
+    resume.load_rng_state(stage, state, 1)                               # another process's: nothing happens
     assert not torch.equal(torch.rand(3), drawn[0])
-    resume.put_random_state(job, state, 0)
-    assert torch.equal(torch.rand(3), drawn[0]) and torch.equal(torch.rand(3, generator=job.generator), drawn[1])
+    resume.load_rng_state(stage, state, 0)
+    assert torch.equal(torch.rand(3), drawn[0]) and torch.equal(torch.rand(3, generator=stage.generator), drawn[1])

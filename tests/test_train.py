@@ -1,4 +1,4 @@
-"""The whole way at micro size: a world, stages 0 to 3, MVBench, chat, and going on after a stop.
+"""The whole way at micro size: a world, pretraining, stages 1 to 3, MVBench, chat.
 
 Run: pytest tests/test_train.py
 """
@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ import mvbench
 import train
 from evaluation.tasks import TASKS
 from infra import files
+from infra.distributed import blocks_of
 from model import PRESETS, VideoChat2, set_trainable
-from toy import probe
-from training import optim, recipes
+from toy import pretrain, probe
+from training import optim, resume
+from training.resume import is_finished
 from vit_video import VisionTransformer
 from weights import checkpoint
 
@@ -29,13 +32,14 @@ ROOT = Path(__file__).resolve().parent.parent
 def runs(world, tmp_path_factory):
     """Every stage of the micro preset, trained for four steps each."""
     out = tmp_path_factory.mktemp("runs") / "micro"
-    for stage in range(4):
-        train.main(options(world, out, stage))
+    pretrain.main(options(world, out))
+    for stage in (1, 2, 3):
+        train.main(options(world, out, "--stage", stage))
     return out
 
 
-def options(world, out, stage, *more):
-    return ["--preset", "micro", "--data", str(world), "--out", str(out), "--stage", str(stage), *more]
+def options(world, out, *more):
+    return list(map(str, ("--preset", "micro", "--data", world, "--out", out, *more)))
 
 
 def weights(folder):
@@ -44,11 +48,11 @@ def weights(folder):
 
 def test_every_stage_leaves_a_checkpoint_and_its_losses(runs):
     rows = [json.loads(line) for line in (runs / "metrics.jsonl").read_text().splitlines()]
-    stages = [*(f"stage 0 {name}" for name in recipes.STANDINS), "stage 1", "stage 2", "stage 3"]
+    stages = ["stage 0 vit", "stage 0 llm", "stage 1", "stage 2", "stage 3"]
     assert list(dict.fromkeys(row["stage"] for row in rows)) == stages
     assert {"vtc", "vtm", "vtg"} <= set(next(row for row in rows if row["stage"] == "stage 1"))
-    for folder in ("stage0/vit", "stage0/llm", "stage1", "stage2", "stage3"):
-        assert train.finished(runs / folder) and not (runs / folder / "trainer.safetensors").exists()
+    for folder in ("init", "llm", "stage1", "stage2", "stage3"):
+        assert is_finished(runs / folder) and not (runs / folder / "trainer.safetensors").exists()
 
 
 def test_the_probe_asks_every_part_of_a_run(runs, world, tmp_path, capsys):
@@ -56,10 +60,11 @@ def test_the_probe_asks_every_part_of_a_run(runs, world, tmp_path, capsys):
     tasks = [task.file for task in TASKS]
     assert set(table) == set(probe.COLUMNS) and all(list(column) == tasks for column in table.values())
     assert all(0 <= share <= 1 for column in table.values() for share in column.values())
-    shutil.copytree(runs / "stage0", tmp_path / "half" / "stage0")
-    assert probe.main(["--run", str(tmp_path / "half"), "--data", str(world), "--clips", "1"]) == 0
+    for part in ("init", "llm"):
+        shutil.copytree(runs / part, tmp_path / "half" / part)
+    probe.main(["--run", str(tmp_path / "half"), "--data", str(world), "--clips", "1"])
     shown = capsys.readouterr().out.splitlines()
-    assert len(shown) == 22 and len(shown[-1].split()) == 1 + 4  # mean, the eye's three and the reader
+    assert len(shown) == 22 and len(shown[-1].split()) == 1 + 4  # mean, the ViT's three and llm_from_text
 
 
 def changed(before, after):
@@ -71,12 +76,12 @@ def changed(before, after):
 def test_each_stage_trains_what_the_paper_says_and_nothing_else(runs, world, tmp_path):
     """With the ViT's features kept, it stays frozen; without, it learns in stages 2 and 3."""
     behind_the_vit = {"vision_layernorm", "query_tokens", "qformer"}
-    assert changed(runs / "stage0" / "vit", runs / "stage1") == set()
+    assert changed(runs / "init", runs / "stage1") == set()
     assert changed(runs / "stage1", runs / "stage2") == behind_the_vit
     assert changed(runs / "stage2", runs / "stage3") == behind_the_vit | {"extra_query_tokens", "llama_proj"}
     for stage in (2, 3):
         before = runs / f"stage{stage - 1}"
-        train.main(options(world, tmp_path, stage, "--init", str(before), "--llm", str(runs / "stage0" / "llm"),
+        train.main(options(world, tmp_path, "--stage", stage, "--init", before, "--llm", runs / "llm",
                            "--no-cache-features"))
         assert changed(before, tmp_path / f"stage{stage}") >= behind_the_vit | {"vision_encoder"}
     text_rows = "qformer.bert.encoder.layer.0.intermediate.dense.weight"
@@ -151,7 +156,7 @@ def test_each_parameter_has_its_optimizer_and_its_rate():
     config.llama.vocab_size = config.qformer.vocab_size = 50
     model = VideoChat2(config, 3)
     set_trainable(model, 3)
-    adamw, muon = optim.make_optimizers(model, recipes.TrainConfig(stage=3, muon=2.0, lora_lr=5.0))
+    adamw, muon = optim.make_optimizers(model, train.TrainConfig(stage=3, muon_lr_scale=2.0, lora_lr_scale=5.0))
     name_of = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     matrices, lora, others, layers = ([name_of.pop(id(p)) for p in group["params"]]
                                       for group in (*adamw.param_groups, *muon.param_groups))
@@ -163,7 +168,7 @@ def test_each_parameter_has_its_optimizer_and_its_rate():
     assert [group["weight_decay"] for group in adamw.param_groups] == [0.02, 0.02, 0.0]
     optim.optimizer_step([adamw, muon], 0.1, torch.amp.GradScaler("cpu", enabled=False), torch.ones(()))
     assert [group["lr"] for group in (*adamw.param_groups, *muon.param_groups)] == [0.1, 0.5, 0.1, 0.2]
-    (plain,) = optim.make_optimizers(model, recipes.TrainConfig(stage=3))    # without Muon
+    (plain,) = optim.make_optimizers(model, train.TrainConfig(stage=3))    # without Muon
     assert sum(len(group["params"]) for group in plain.param_groups) == len(matrices + lora + others + layers)
 
 
@@ -202,7 +207,7 @@ def run(script, *arguments):
 
 
 def test_errors_are_one_line_with_code_2(world, runs, tmp_path):
-    code, lines = run("train.py", *options(world, tmp_path / "new", 2))
+    code, lines = run("train.py", *options(world, tmp_path / "new", "--stage", 2))
     assert code == 2 and len(lines) == 1 and "run: python train.py --stage 1" in lines[0]
     code, lines = run("train.py", "--stage", 1, "--data", tmp_path / "none", "--out", tmp_path / "new")
     assert code == 2 and "does not exist" in lines[-1] or "is missing" in lines[-1]
@@ -219,7 +224,7 @@ def test_damaged_checkpoints_and_missing_videos_are_one_line_too(world, runs, tm
     shutil.copytree(runs / "stage3", broken)
     path = broken / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    code, lines = run("mvbench.py", "--ckpt", broken, "--llm", runs / "stage0" / "llm", "--data", world / "mvbench",
+    code, lines = run("mvbench.py", "--ckpt", broken, "--llm", runs / "llm", "--data", world / "mvbench",
                       "--out", tmp_path / "out")
     assert code == 2 and len(lines) == 1 and "model.safetensors is damaged" in lines[0]
     code, lines = run("chat.py", "--ckpt", runs / "stage3", "--video", tmp_path / "none.mp4", "--ask", "What?")
@@ -227,27 +232,71 @@ def test_damaged_checkpoints_and_missing_videos_are_one_line_too(world, runs, tm
 
 
 def test_the_learning_rate_rises_holds_and_falls():
-    cfg = recipes.TrainConfig(lr=1.0, steps=100, warmup=0.1, hold=0.5, lr_end=0.01)
-    rates = [optim.learning_rate(step, cfg) for step in range(100)]
+    cfg = train.TrainConfig(lr=1.0, steps=100, warmup=0.1, constant_until=0.5, lr_end=0.01)
+    rates = [optim.get_lr(step, cfg) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9:51] == pytest.approx([1.0] * 42)
     assert rates[75] == pytest.approx(0.505) and rates[99] < 0.012 and rates[50:] == sorted(rates[50:], reverse=True)
 
 
 def test_stage_1_begins_with_captions_alone(world, runs, tmp_path):
     out = tmp_path / "captions"
-    shutil.copytree(runs / "stage0", out / "stage0")
-    train.main(options(world, out, 1, "--captions-first", "0.5", "--log-every", "1"))
+    shutil.copytree(runs / "init", out / "init")
+    train.main(options(world, out, "--stage", 1, "--vtg-only", 0.5, "--log-every", 1))
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert ["vtc" in row for row in rows] == [False, False, True, True] and all("vtg" in row for row in rows)
 
 
-def test_one_part_of_stage_0_alone(world, tmp_path, capsys):
-    train.main(options(world, tmp_path / "part", 0, "--only", "llm"))
-    assert train.finished(tmp_path / "part/stage0/llm") and not (tmp_path / "part/stage0/vit").exists()
-    for wrong in (["--stage", "1", "--only", "llm"], ["--stage", "0", "--only", "eye"]):
-        with pytest.raises(SystemExit):
-            train.parse(wrong)
-        assert "expected vit or llm" in capsys.readouterr().err
+def test_one_part_of_the_pretraining_alone(world, tmp_path, capsys):
+    pretrain.main(["llm", *options(world, tmp_path / "part")])
+    assert is_finished(tmp_path / "part/llm") and not (tmp_path / "part/init").exists()
+    with pytest.raises(SystemExit):
+        pretrain.main(["eye"])
+    assert "choose from 'vit', 'llm'" in capsys.readouterr().err
+    for wrong, message in ((["--preset", "vicuna-7b"], "weights.convert import"), (["--flip"], "--flip is for stages")):
+        with pytest.raises(ValueError, match=message):
+            pretrain.main(wrong)
+
+
+def test_stage_0_names_its_command_and_an_older_run_what_to_copy(runs, world, tmp_path):
+    expected = "train.py: --stage 0 is now a command of its own: python -m toy.pretrain"
+    assert run("train.py", "--stage", 0) == (2, [expected])
+    shutil.copytree(runs / "init", tmp_path / "stage0" / "vit")
+    code, lines = run("train.py", *options(world, tmp_path, "--stage", 1))
+    assert code == 2 and len(lines) == 1 and "run: python -m toy.pretrain --preset micro" in lines[0]
+    assert f"copy an older version's {tmp_path}/stage0/vit to init" in lines[0]
+
+
+def test_options_have_their_older_spellings_too():
+    argv = ("--stage 1 --clip 2 --accumulate 3 --recompute vit --hold 0.5 --keep 4 --lora-lr 5 --muon 6 "
+            "--captions-first 0.7 --no-tell-seconds --restart").split()
+    cfg, explicit = train.parse(argv)
+    expected = dict(grad_clip=2, grad_accum=3, grad_checkpoint="vit", constant_until=0.5, keep_checkpoints=4,
+                    lora_lr_scale=5, muon_lr_scale=6, vtg_only=0.7, add_timestamps=False, resume=False)
+    assert {name: getattr(cfg, name) for name in expected} == expected and explicit == {"stage", *expected}
+
+
+def test_a_run_of_an_older_version_resumes_or_is_refused(runs, tmp_path):
+    """trainer.json had other names for two of the options that must not change."""
+    folder = shutil.copytree(runs / "stage1", tmp_path / "000002")
+    options = {"stage": 1, "preset": "micro", "batch": 4, "accumulate": 1, "muon": 1.0, "hold": 0.0, "changes": {}}
+    (folder / "trainer.json").write_text(json.dumps({"step": 2, "done": False, "options": options}))
+    config, _ = checkpoint.read_config(folder)
+    stage = train.Stage("stage 1", tmp_path / "stage1", VideoChat2(config, 1), None, None, None, None)
+    cfg = train.TrainConfig(stage=1, preset="micro", batch=4, muon_lr_scale=1.0)
+    assert resume.load_weights(stage, cfg, folder) == 2
+    with pytest.raises(ValueError, match="a run with grad_accum 1 instead of 2, muon_lr_scale 1.0 instead of 0.0"):
+        resume.load_weights(stage, replace(cfg, grad_accum=2, muon_lr_scale=0.0), folder)
+
+
+def test_training_the_real_thing_imports_nothing_of_the_toy(tmp_path):
+    """Nor does it import the tests, the benchmark or what writes questions."""
+    program = ("import sys, train\n"
+               "try:\n    train.main(sys.argv[1:])\nexcept FileNotFoundError as error:\n    print(error)\n"
+               "print(sorted({name.split('.')[0] for name in sys.modules} & {'toy', 'qagen', 'evaluation', 'bench'}))")
+    result = subprocess.run([sys.executable, "-c", program, "--preset", "vicuna-7b", "--stage", "3", "--out",
+                             str(tmp_path), "--data", str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    lines = result.stdout.splitlines()
+    assert "stage 3 starts from" in lines[0] and lines[1:] == ["[]"]
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
@@ -256,6 +305,7 @@ def test_compiled_blocks_compute_the_same():
     video = torch.randn(1, 4, 3, 64, 64)
     expected = vit(video)
     names = list(vit.state_dict())
-    train.compile_blocks(vit)
+    for block in blocks_of(vit):
+        block.compile()
     torch.testing.assert_close(vit(video), expected)
     assert list(vit.state_dict()) == names and vit.blocks[0]._compiled_call_impl

@@ -1,6 +1,6 @@
-"""How weights move: the learning rate over the steps, AdamW, and Muon for layers' matrices where it is asked for.
+"""How weights move: the learning rate at each step, AdamW and, as an option, Muon for the matrices of the layers.
 
-Options and their defaults are recipes.TrainConfig's. Not here: what trains at all (model.FROZEN), the loop (train.py).
+Defaults of the options: train.TrainConfig. Not here: which parameters train at all (model.FROZEN), the loop (train.py).
 Source: AdamW (arXiv 1711.05101), PyTorch's; Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon; its learning
 rate: arXiv 2502.16982, section 2.2); no decay on biases, norms, queries and temperature: official utils/optimizer.py.
 
@@ -14,32 +14,34 @@ import torch
 
 from infra.distributed import full_tensor, shard_like
 
-
-def learning_rate(step, cfg):
-    """Linear rise over the first warmup * steps, lr until hold * steps, then a cosine down to lr * lr_end."""
-    rise = max(1, round(cfg.warmup * cfg.steps))
-    if step < rise:
-        return cfg.lr * (step + 1) / rise
-    fall = max(rise, round(cfg.hold * cfg.steps))
-    done = max(0, step - fall) / max(1, cfg.steps - fall)
-    return cfg.lr * (cfg.lr_end + (1 - cfg.lr_end) * 0.5 * (1 + math.cos(math.pi * done)))
+LAYER_MATRIX = re.compile(r"\.(blocks|layers?)\.\d+\.")                    # in the blocks of ViT, Q-Former and LLM
 
 
-# ----------------------------------------------------------------------------------------------------------------- Muon
+def get_lr(step, cfg):
+    """The learning rate at a step: linear warmup, then constant, then a cosine from lr down to lr * lr_end."""
+    # 1) it rises over the first warmup * steps
+    warmup_steps = max(1, round(cfg.warmup * cfg.steps))
+    if step < warmup_steps:
+        return cfg.lr * (step + 1) / warmup_steps
+
+    # 2) it stays at lr until constant_until * steps, 3) then it falls
+    decay_start = max(warmup_steps, round(cfg.constant_until * cfg.steps))
+    progress = max(0, step - decay_start) / max(1, cfg.steps - decay_start)
+    return cfg.lr * (cfg.lr_end + (1 - cfg.lr_end) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def orthogonalize(updates, steps=5):
     """Matrices (n, rows, cols) -> the same with all singular values between about 0.7 and 1.2.
 
-    Newton-Schulz: each step replaces every singular value s by the polynomial a s + b s^3 + c s^5, which five times
-    over drives all of (0, 1] towards 1, without a decomposition. bfloat16 is precise enough, but only GPUs multiply in
-    it natively: most laptops emulate each product, 18 times as slowly as in float32.
+    Newton-Schulz: each step replaces every singular value s by the polynomial a s + b s^3 + c s^5. Five steps move all
+    of (0, 1] close to 1, without a decomposition. bfloat16 is precise enough, but only GPUs multiply in it natively:
+    most laptops emulate each product, 18 times as slowly as in float32.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = updates.bfloat16() if updates.is_cuda else updates.float()
     if tall := x.shape[1] > x.shape[2]:
         x = x.mT                                                           # (n, short, long)
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)               # no singular value is above 1
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)               # now no singular value is above 1
     for _ in range(steps):
         gram = x @ x.mT                                                    # (n, short, short)
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)      # b gram + c gram^2
@@ -48,7 +50,7 @@ def orthogonalize(updates, steps=5):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose matrix is made orthogonal: every direction of a layer moves by the same amount, the rare ones too.
+    """Momentum, made orthogonal: every direction of a matrix moves by the same amount, the rare ones too.
 
     The update is scaled to AdamW's usual size (a root mean square of 0.2), so that both share a learning rate.
     For matrices only.
@@ -80,56 +82,50 @@ class Muon(torch.optim.Optimizer):
                     p.add_(shard_like(update.to(p.dtype), p), alpha=-group["lr"] * size)
 
 
-# ------------------------------------------------------------------------------------------------------- all parameters
-
-LAYER = re.compile(r"\.(blocks|layers?)\.\d+\.")                          # of ViT, Q-Former, LLM
-
-
 def make_optimizers(model, cfg):
-    """[AdamW] with weight decay on matrices only; with cfg.muon [AdamW, Muon], and Muon has the layers' matrices.
+    """[AdamW], or with cfg.muon_lr_scale [AdamW, Muon], where Muon trains the matrices of the layers except LoRA's.
 
-    LoRA's matrices stay with AdamW. "scale" of a group: its rate in multiples of cfg.lr.
+    "scale" of a parameter group: its learning rate as a multiple of cfg.lr.
     """
-    matrices, lora, layers, others = [], [], [], []
+    matrices, lora, layers, no_decay = [], [], [], []
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
         if p.ndim < 2 or "query_tokens" in name or name.endswith("temp"):
-            others.append(p)
+            no_decay.append(p)
         elif "lora_" in name:
             lora.append(p)
         else:
-            (layers if cfg.muon and p.ndim == 2 and LAYER.search(name) else matrices).append(p)
-    groups = [{"params": matrices, "scale": 1.0}, {"params": lora, "scale": cfg.lora_lr},
-              {"params": others, "scale": 1.0, "weight_decay": 0.0}]
+            (layers if cfg.muon_lr_scale and p.ndim == 2 and LAYER_MATRIX.search(name) else matrices).append(p)
+
+    groups = [{"params": matrices, "scale": 1.0}, {"params": lora, "scale": cfg.lora_lr_scale},
+              {"params": no_decay, "scale": 1.0, "weight_decay": 0.0}]
     settings = dict(lr=cfg.lr, weight_decay=cfg.weight_decay)
     optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, cfg.beta2), fused=True, **settings)]
     if layers:
-        muon = [{"params": layers, "scale": cfg.muon}]
-        optimizers.append(Muon(muon, **settings))
+        optimizers.append(Muon([{"params": layers, "scale": cfg.muon_lr_scale}], **settings))
     return optimizers
 
 
-def grad_norm(model, optimizers, scaler, clip):
-    """The gradient's norm, a tensor that nobody has read yet; gradients are cut to `clip`."""
+def clip_gradients(model, optimizers, scaler, max_norm):
+    """Scales the gradients down to a norm of at most max_norm -> the norm before, a tensor not yet read."""
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    return full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
+    return full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
 
 
-def optimizer_step(optimizers, lr, scaler, norm):
-    """One step, unless the norm is not finite: then nothing changes.
-
-    subtle: fused AdamW looks at found_inf on the device, as it does for a GradScaler, so nobody waits to ask; Muon
-    cannot, and is asked about.
-    """
+def optimizer_step(optimizers, lr, scaler, grad_norm):
+    """One update of the weights. If the gradient's norm is not finite, nothing changes: no weight, no moment."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
+
+        # subtle: fused AdamW reads found_inf on the device, as GradScaler sets it, so nothing syncs the GPU; Muon
+        # cannot, so the norm is read for it
         fused = optimizer.defaults.get("fused")
         if fused and not scaler.is_enabled():
-            optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
-        if fused or norm.isfinite():
-            scaler.step(optimizer)                                         # skipped where float16 overflowed
+            optimizer.grad_scale, optimizer.found_inf = None, (~grad_norm.isfinite()).float()
+        if fused or grad_norm.isfinite():
+            scaler.step(optimizer)                                         # skips where float16 overflowed
         optimizer.zero_grad(set_to_none=True)
     scaler.update()

@@ -1,13 +1,13 @@
-"""What an interrupted run goes on from: the state of everything that moves, every few hundred steps, bit for bit.
+"""What a run starts from: the stage before it or, after an interruption, its own last state, bit for bit.
 
-    runs/toy/stage1.unfinished/000400/      after 400 steps; the last --keep of them lie here until the stage is done
-        config.json, model.safetensors ...  the checkpoint as of then, which mvbench.py and chat.py take
-        trainer.safetensors                 the optimizers' moments, the generators' states of each process
-        trainer.json                        step, options, and size and hash of every file here
+    runs/toy/stage1.unfinished/000400/      after 400 steps; the last few stay until the stage is finished
+        config.json, model.safetensors ...  the checkpoint at that step, which mvbench.py and chat.py can read
+        trainer.safetensors                 the optimizers' moments, the states of each process's random generators
+        trainer.json                        step, options, and size and hash of every file in the folder
 
-A folder appears whole or not at all (files.atomic_folder); what is torn all the same, or altered, its hashes tell, and
-the one before it is taken. Tensors are copied at once and written by a thread, while training goes on. Where data and
-learning rate stand, the step says. Not here: what the files of a checkpoint are (checkpoint.py).
+A folder appears complete or not at all (files.atomic_folder). If it is damaged later, its hashes show it, and the one
+before it is used. Tensors are copied at once and written by a thread while training continues. The position in the data
+and the learning rate follow from the step. Not here: what the files of a checkpoint are (weights/checkpoint.py).
 
     pytest tests/test_resume.py
 """
@@ -15,209 +15,250 @@ import hashlib
 import json
 import shutil
 import threading
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from infra.distributed import full_tensor, shard_like
-from infra.files import atomic_folder, hash_file, load_strict, read_json, read_tensors, save_tensors
+from infra.distributed import full_tensor, raise_together, shard_like
+from infra.files import atomic_folder, hash_file, load_strict, lock_folder, read_json, read_tensors, save_tensors
 from weights import checkpoint
 
-FIXED = ("stage", "preset", "batch", "accumulate", "steps", "seed", "corpus", "data", "muon", "cache_features", "dtype")
 TRAINER = "trainer.json"
+TOY_PRESETS = ("toy", "micro")                                 # their ViT and LLM are trained by toy.pretrain
+MUST_MATCH = ("stage", "preset", "batch", "grad_accum", "steps", "seed", "corpus", "data", "muon_lr_scale",
+              "cache_features", "dtype")                       # options that a run cannot change when it resumes
+OLD_OPTIONS = {"accumulate": "grad_accum", "muon": "muon_lr_scale"}   # as older versions called them in trainer.json
 
 
-def steps_of(folder):
-    """{step: folder} of what lies there to go on from."""
+def saved_steps(folder):
+    """{step: folder} of the checkpoints of an unfinished run."""
     return {int(path.name): path for path in sorted(Path(folder).glob("[0-9]*")) if path.name.isdigit()}
 
 
-def digest(path):
-    """[size, sha256] of a file."""
+def is_finished(folder):
+    """Whether there is a checkpoint, and not one of an unfinished run. Without trainer.json, it was imported."""
+    trainer = Path(folder) / TRAINER
+    return (Path(folder) / "config.json").is_file() and (not trainer.is_file() or read_json(trainer)["done"])
+
+
+def size_and_hash(path):
     return [path.stat().st_size, hash_file(path, hashlib.sha256()).hexdigest()]
 
 
-def check(folder, names=None):
-    """What is wrong with a step's folder, or with these of its files, in one line; "" if nothing is."""
+def verify(folder, names=None):
+    """What is wrong with a checkpoint's files, or with those in `names`, in one line; "" if nothing is."""
     try:
-        files = read_json(folder / TRAINER)["files"]
-        for name, mark in files.items():
+        for name, expected in read_json(folder / TRAINER)["files"].items():
             path = folder / name
             if names and name not in names:
                 continue
+
+            # the cheap checks first; hashing reads the whole file
             if not path.is_file():
                 return f"{path} is missing"
-            if path.stat().st_size != mark[0]:
-                return f"{path} has {path.stat().st_size:,} bytes instead of {mark[0]:,}"
-            if digest(path) != mark:
-                return f"{path} is not what was written: its hash differs"
+            if path.stat().st_size != expected[0]:
+                return f"{path} has {path.stat().st_size:,} bytes instead of {expected[0]:,}"
+            if size_and_hash(path) != expected:
+                return f"{path} has changed since it was written: its hash differs"
     except (ValueError, OSError, KeyError, TypeError) as error:
         return f"{folder / TRAINER} cannot be read ({error})"
     return ""
 
 
-def newest(folder, say=print, names=None):
-    """The last step's folder that is whole, or of which these files are, or None; each one that is not is named."""
-    for _, path in sorted(steps_of(folder).items(), reverse=True):
-        problem = check(path, names)
+def latest(folder, report=print, names=None):
+    """The last checkpoint that verify accepts, or None; reports each damaged one. names: of the files that matter."""
+    for _, path in sorted(saved_steps(folder).items(), reverse=True):
+        problem = verify(path, names)
         if not problem:
             return path
-        say(f"damaged: {problem}; the checkpoint before it is taken, if there is one")
+        report(f"damaged: {problem}; using the checkpoint before it, if there is one")
     return None
 
 
-def clean(job, cfg):
-    """Removes what a killed process has left half-written and, where the run begins again, all."""
-    for path in job.unfinished.iterdir():
-        if path.is_dir() and (cfg.restart or path.name.startswith(".")):
+def remove_partial(stage, cfg):
+    """Removes what a killed process has left half-written and, with --no-resume, the checkpoints too."""
+    for path in stage.unfinished.iterdir():
+        if path.is_dir() and (not cfg.resume or path.name.startswith(".")):
             shutil.rmtree(path)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# what a state is
+
+@contextmanager
+def locked(stage, cfg, dist):
+    """Within it, no other run writes into the folder of the unfinished run."""
+    problem = None
+    with ExitStack() as stack:
+        try:
+            if dist.is_main:
+                stack.enter_context(lock_folder(stage.unfinished))
+                remove_partial(stage, cfg)
+        except OSError as error:
+            problem = error
+        raise_together(problem, dist)                          # or the other processes would wait for this one
+        yield
+
+
+def init_checkpoint(cfg):
+    """Folder of the checkpoint that a stage starts from. FileNotFoundError names the command that makes it."""
+    # --init, OUT/init, OUT/stage1 or OUT/stage2
+    folder = Path(cfg.init or Path(cfg.out) / ("init" if cfg.stage == 1 else f"stage{cfg.stage - 1}"))
+    if is_finished(folder):
+        return folder
+
+    # the command that makes it
+    command = f"python train.py --stage {cfg.stage - 1} --preset {cfg.preset} --out {cfg.out}"
+    if cfg.stage == 1:
+        command = f"python -m weights.convert import --preset {cfg.preset} --out {folder} ... (see --help)"
+        if cfg.preset in TOY_PRESETS:
+            command = f"python -m toy.pretrain --preset {cfg.preset} --out {cfg.out}"
+        if (Path(cfg.out) / "stage0").is_dir():
+            command += f", or copy an older version's {cfg.out}/stage0/vit to init and {cfg.out}/stage0/llm to llm"
+    state = "is not finished" if folder.is_dir() else "is missing"
+    raise FileNotFoundError(f"stage {cfg.stage} starts from {folder}, which {state}; run: {command}")
+
+# -------------------------------------------------------------------------------------------------- the state of a run
+
+def model_state(model):
+    """{name: tensor}, not sharded, copied to the CPU; without the frozen LLM."""
+    return {n: full_tensor(t).detach().to("cpu", copy=True) for n, t in model.state_dict().items()
+            if not checkpoint.is_frozen_llm(n)}
+
 
 def optimizer_state(optimizers, model):
-    """{"optimizer.<parameter>.<key>": tensor}, whole, on the CPU. By names: places depend on what else trains."""
+    """{"optimizer.<parameter>.<key>": tensor}, not sharded, copied to the CPU.
+
+    By name, because a parameter's index depends on what else trains.
+    """
     names = {p: name for name, p in model.named_parameters()}
     return {f"optimizer.{names[p]}.{key}": full_tensor(t).cpu().clone() for optimizer in optimizers
             for p, state in optimizer.state.items() for key, t in state.items()}
 
 
-def put_optimizer_state(optimizers, model, tensors, where):
-    """The inverse. ValueError for a parameter that does not train here."""
+def load_optimizer_state(optimizers, model, tensors, where):
+    """The inverse. ValueError for a parameter that does not train now."""
     parameters = dict(model.named_parameters())
-    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    optimizer_of = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups
+                    for p in group["params"]}
     for name, t in tensors.items():
         name, _, key = name.removeprefix("optimizer.").rpartition(".")
-        p = parameters.get(name)
-        if p not in owner:
-            raise ValueError(f"{where} was begun with other options: {name} does not train now; go on with those, or "
-                             "begin again by --restart")
+        p = parameters.get(name)                               # None if the model has no such parameter
+        if p not in optimizer_of:
+            raise ValueError(f"{where} was trained with other options: {name} does not train now; resume with those "
+                             "options, or start again with --restart")
         # subtle: fused AdamW counts its steps on the device
-        owner[p].state[p][key] = t.to(p.device) if key == "step" else shard_like(t.to(p.device, p.dtype), p)
+        optimizer_of[p].state[p][key] = t.to(p.device) if key == "step" else shard_like(t.to(p.device, p.dtype), p)
 
 
-def random_state(job):
-    """The states of this process's generators."""
+def rng_state(stage):
+    """The states of this process's random generators."""
     state = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()             # of the current device, which parallel.join has set
-    if job.generator:
-        state["loss"] = job.generator.get_state()
+        state["cuda"] = torch.cuda.get_rng_state()             # of the current device, which init_distributed has set
+    if stage.generator:
+        state["loss"] = stage.generator.get_state()
     return state
 
 
-def put_random_state(job, tensors, rank):
-    """The inverse, where this process has one: of more processes than before, the new ones keep their own."""
-    own = {name.rpartition(".")[2]: t for name, t in tensors.items() if name.startswith(f"random.{rank}.")}
-    if "torch" in own:
-        torch.set_rng_state(own["torch"])
-    if "cuda" in own and torch.cuda.is_available():
-        torch.cuda.set_rng_state(own["cuda"])
-    if "loss" in own and job.generator:
-        job.generator.set_state(own["loss"])
+def load_rng_state(stage, tensors, rank):
+    """The inverse, if the checkpoint has a state for this process: additional processes keep their new generators."""
+    state = {name.rpartition(".")[2]: t for name, t in tensors.items() if name.startswith(f"random.{rank}.")}
+    if "torch" in state:
+        torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    if "loss" in state and stage.generator:
+        stage.generator.set_state(state["loss"])
 
+# ------------------------------------------------------------------------------------------------------------- reading
 
-def model_state(model):
-    """Every tensor but the frozen LLM's, whole, a copy on the CPU."""
-    return {n: full_tensor(t).detach().to("cpu", copy=True) for n, t in model.state_dict().items()
-            if not checkpoint.is_frozen_llm(n)}
-
-# ----------------------------------------------------------------------------------------------------------------------
-# reading
-
-def load_model(job, cfg, folder):
-    """Fills the model, before it is spread over devices, from a step's folder -> the step. ValueError if another run
-    lies there."""
-    options, now = read_json(folder / TRAINER)["options"], asdict(cfg)
-    other = [f"{name} {options[name]} instead of {now[name]}" for name in FIXED
-             if name in options and options[name] != now[name]]
-    if other:
-        raise ValueError(f"{folder} is of a run with " + ", ".join(other) + "; go on with its options, or begin again "
-                         "by --restart")
-    load_strict(job.model, read_tensors(folder / "model.safetensors"), folder, fresh=(checkpoint.LLM_PREFIX,))
+def load_weights(stage, cfg, folder):
+    """Fills the model from a checkpoint, before it is distributed -> the step. ValueError if it is another run's."""
+    # an option that a checkpoint of an older version does not have is not compared
+    saved = {OLD_OPTIONS.get(name, name): value for name, value in read_json(folder / TRAINER)["options"].items()}
+    current = asdict(cfg)
+    differing = [f"{name} {saved[name]} instead of {current[name]}" for name in MUST_MATCH
+                 if name in saved and saved[name] != current[name]]
+    if differing:
+        raise ValueError(f"{folder} belongs to a run with {', '.join(differing)}; resume with its options, or start "
+                         "again with --restart")
+    load_strict(stage.model, read_tensors(folder / "model.safetensors"), folder, fresh=(checkpoint.LLM_PREFIX,))
     return read_json(folder / TRAINER)["step"]
 
 
-def load_trainer(job, optimizers, scaler, folder, world):
-    """Fills optimizers and generators."""
+def load_trainer(stage, optimizers, scaler, folder, dist):
+    """Fills optimizers, generators and gradient scaler from a checkpoint."""
     tensors = read_tensors(folder / "trainer.safetensors")
     moments = {n: t for n, t in tensors.items() if n.startswith("optimizer.")}
-    put_optimizer_state(optimizers, job.model, moments, folder)
-    put_random_state(job, tensors, world.rank)
+    load_optimizer_state(optimizers, stage.model, moments, folder)
+    load_rng_state(stage, tensors, dist.rank)
     scaler.load_state_dict(read_json(folder / TRAINER)["scaler"])
 
-# ----------------------------------------------------------------------------------------------------------------------
-# writing
+# ------------------------------------------------------------------------------------------------------------- writing
 
-class Saver:
-    """Writes steps' folders in a thread, one at a time, and forgets all but the last `keep`."""
+class AsyncSaver:
+    """Writes checkpoints in a thread, one at a time, and deletes all but the last keep_checkpoints."""
 
-    def __init__(self, job, cfg, world):
-        self.job, self.cfg, self.world, self.thread, self.problem = job, cfg, world, None, ""
-        self.folder = job.unfinished
+    def __init__(self, stage, cfg, dist):
+        self.stage, self.cfg, self.dist, self.thread, self.error = stage, cfg, dist, None, None
 
     def save(self, step, optimizers, scaler):
-        """By all processes: what is cut up is put together; the first one writes."""
+        """All processes call it, to put together what is sharded; the main one writes."""
+        # copies, which the thread can write while training changes the originals
         self.wait()
-        weights, tensors = model_state(self.job.model), optimizer_state(optimizers, self.job.model)
-        for rank, state in enumerate(self.world.all_gather_object(random_state(self.job))):
+        weights, tensors = model_state(self.stage.model), optimizer_state(optimizers, self.stage.model)
+        for rank, state in enumerate(self.dist.all_gather_object(rng_state(self.stage))):
             tensors |= {f"random.{rank}.{name}": t for name, t in state.items()}
-        if self.world.is_main:
-            state = {"step": step, "done": False, "options": asdict(self.cfg), "scaler": scaler.state_dict()}
-            self.thread = threading.Thread(target=self.write, args=(step, weights, tensors, state))
+        if self.dist.is_main:
+            info = {"step": step, "done": False, "options": asdict(self.cfg), "scaler": scaler.state_dict()}
+            self.thread = threading.Thread(target=self.write, args=(step, weights, tensors, info))
             self.thread.start()
 
-    def write(self, step, weights, tensors, state):
+    def write(self, step, weights, tensors, info):
+        target, self.error = self.stage.unfinished / f"{step:06d}", None
         try:
-            with atomic_folder(self.folder / f"{step:06d}") as folder:
-                self.job.write(folder, weights)
+            with atomic_folder(target) as folder:
+                self.stage.write(folder, weights)
                 save_tensors(tensors, folder / "trainer.safetensors")
-                files = {path.name: digest(path) for path in sorted(folder.iterdir())}
-                (folder / TRAINER).write_text(json.dumps(state | {"files": files}, indent=2))
-            for _, old in sorted(steps_of(self.folder).items())[:-self.cfg.keep]:
+                # trainer.json comes last, for it has the hashes of all other files
+                files = {path.name: size_and_hash(path) for path in sorted(folder.iterdir())}
+                (folder / TRAINER).write_text(json.dumps(info | {"files": files}, indent=2))
+            for _, old in sorted(saved_steps(target.parent).items())[:-self.cfg.keep_checkpoints]:
                 shutil.rmtree(old, ignore_errors=True)
-        except Exception as error:                             # a full disk, above all; training need not end for it
-            self.problem = (f"{self.folder / f'{step:06d}'} cannot be written ({error}): "
-                            f"{room(self.folder, tensors | weights)}; the checkpoints before it are kept, and training "
-                            "goes on")
+        except Exception as error:                             # most likely a full disk: no reason to stop training
+            self.error = f"{target} cannot be written ({error}): {disk_message(target.parent, tensors | weights)}"
+            print(f"{self.error}; the checkpoints before it are intact, and training continues", flush=True)
 
     def wait(self):
-        """Until the last folder is written."""
+        """Until the last checkpoint is written."""
         if self.thread:
             self.thread.join()
             self.thread = None
 
     def close(self):
-        """wait, and OSError if the last one could not be written."""
+        """wait, and OSError if the last checkpoint could not be written."""
         self.wait()
-        if self.problem:
-            raise OSError(self.told())
-
-    def told(self):
-        """What went wrong since the last time, or ""."""
-        problem, self.problem = self.problem, ""
-        return problem
+        if self.error:
+            raise OSError(self.error)
 
 
-def room(folder, tensors):
-    """What these tensors need on the disk, and what is free there."""
-    need, free = sum(t.nbytes for t in tensors.values()), shutil.disk_usage(folder.parent).free
-    return f"it needs {need / 2 ** 20:,.1f} MiB, {free / 2 ** 20:,.1f} MiB are free"
+def disk_message(folder, tensors):
+    size, free = sum(t.nbytes for t in tensors.values()), shutil.disk_usage(folder.parent).free
+    return f"it needs {size / 2 ** 20:,.1f} MiB, {free / 2 ** 20:,.1f} MiB are free"
 
 
-def finish(job, cfg, world):
-    """Writes the finished checkpoint; what an unfinished run would need is forgotten. OSError on a full disk."""
-    weights = model_state(job.model)
-    if world.is_main:
-        for _, old in sorted(steps_of(job.unfinished).items())[:-1]:
-            shutil.rmtree(old)                                 # makes room
+def finish(stage, cfg, dist):
+    """Writes the finished checkpoint and removes the unfinished run. OSError on a full disk."""
+    weights = model_state(stage.model)                         # all processes: it puts together what is sharded
+    if dist.is_main:
+        for _, old in sorted(saved_steps(stage.unfinished).items())[:-1]:
+            shutil.rmtree(old)                                 # makes room; writing may still need the last one
         try:
-            with atomic_folder(job.folder) as folder:
-                job.write(folder, weights)
+            with atomic_folder(stage.folder) as folder:
+                stage.write(folder, weights)
                 (folder / TRAINER).write_text(json.dumps({"done": True, "options": asdict(cfg)}, indent=2))
         except OSError as error:
-            raise OSError(f"{job.folder} cannot be written ({error}): {room(job.folder, weights)}; make room, and the "
-                          "same command goes on from the last checkpoint") from None
-        shutil.rmtree(job.unfinished, ignore_errors=True)
-    world.barrier()
+            raise OSError(f"{stage.folder} cannot be written ({error}): {disk_message(stage.folder, weights)}; make "
+                          "room, and the same command resumes from the last checkpoint") from None
+        shutil.rmtree(stage.unfinished, ignore_errors=True)
+    dist.barrier()                                             # nobody starts the next stage before it is written
