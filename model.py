@@ -27,6 +27,8 @@ from prompt import VIDEO, add_packing, pack_rows
 from qformer import QFormer, QFormerConfig, Stage1Heads
 from vit_video import VisionTransformer, ViTConfig
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 # ---------------------------------------------------------------------------------------------------------------- sizes
 
 

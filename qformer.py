@@ -407,7 +407,7 @@ class Stage1Heads(nn.Module):
         sim = similarity(video_feats, text_feats) / self.temperature()              # (all B, all B)
         pool = None
         if global_negatives:
-            longer = everyone.all_reduce_max(ids.shape[1]) - ids.shape[1]
+            longer = max(everyone.all_gather_object(ids.shape[1])) - ids.shape[1]
             ids, mask = F.pad(ids, (0, longer)), F.pad(mask, (0, longer))           # [PAD] is 0
             pool = tuple(everyone.all_gather(t) for t in (vision, ids, mask))
             negatives = tuple(everyone.local_rows(t) for t in hard_negatives(sim, all_idx, generator))

@@ -43,7 +43,7 @@ from evaluation.engine import letter_ids
 from evaluation.tasks import TASKS, load_questions
 from infra.files import atomic_folder, read_json
 from llama import Llama, LlamaConfig
-from model import PRESETS, Config, VideoChat2, set_trainable
+from model import DTYPES, PRESETS, Config, VideoChat2, set_trainable
 from prompt import ANSWER_PROMPT, QUESTION_PROMPT, SYSTEM, VIDEO
 from qformer import QFormerConfig
 from tokenizer import SentencePiece, train_sentencepiece
@@ -52,7 +52,7 @@ from training.optim import make_optimizers
 from training.recipes import TrainConfig
 from vit_video import VisionTransformer, ViTConfig
 from weights.checkpoint import is_frozen_llm, load_checkpoint, save_checkpoint
-from weights.hf_llama import DTYPES, inspect_llm, write_llm
+from weights.hf_llama import inspect_llm, write_llm
 from weights.int8 import quantize_int8
 
 GIB = 2 ** 30

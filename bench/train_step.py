@@ -404,7 +404,7 @@ def in_a_crowd(preset, layout, *shape):
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     world, cfg = init_distributed(device), sizes(preset, frames)
     model = ours(cfg, 3, dtype, "cpu" if layout == "shard" else world.device)
-    forward = wrap_model(model, lambda batch, done: {"lm": model.lm_loss(batch)}, world, layout == "shard", idle=False)
+    forward = wrap_model(model, lambda batch, done: {"lm": model.lm_loss(batch)}, world, layout == "shard", find_unused=False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
     batch = made_batch(cfg, 3, clips, frames, text, "cpu")
     batch = to_device(add_packing({name: world.local_rows(t) for name, t in batch.items() if name not in

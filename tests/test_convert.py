@@ -497,7 +497,7 @@ def test_stage_1_needs_no_llm(beginning, given, corpora, tmp_path):
     (tmp_path / "llm").rename(tmp_path / "elsewhere")
     train_stage(corpora, tmp_path / "run", 1)
     assert checkpoint.read_config(tmp_path / "run" / "stage1")[1]["llm"]["path"] == "../../llm"
-    with pytest.raises(FileNotFoundError, match="name its place by --llm"):
+    with pytest.raises(FileNotFoundError, match="name its folder by --llm"):
         train_stage(corpora, tmp_path / "run", 2)
     train_stage(corpora, tmp_path / "run", 2, "--llm", str(tmp_path / "elsewhere"))
 

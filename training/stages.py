@@ -21,7 +21,7 @@ import torch.nn as nn
 import data
 from infra.files import load_strict, read_json, read_tensors
 from llama import Llama
-from model import PRESETS, VideoChat2, next_token_loss, set_trainable
+from model import DTYPES, PRESETS, VideoChat2, next_token_loss, set_trainable
 from tokenizer import SentencePiece, WordPiece
 from toy.pretrain import School, Teacher, TeacherData, collate_teacher, collate_text, soft_embed, vocabulary
 from training import feature_cache
@@ -30,7 +30,7 @@ from training.recipes import MODEL_OPTIONS, RECIPES, STANDINS, recipe
 from training.resume import newest
 from video import Transform, train_frame_indices
 from weights import checkpoint
-from weights.hf_llama import DTYPES, llm_config, write_llm
+from weights.hf_llama import llm_config, write_llm
 
 
 @dataclass

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from infra.files import atomic_folder, check_state_dict, read_tensors, save_torch_file
+from infra.files import atomic_file, atomic_folder, check_state_dict, read_tensors, save_tensors
 from model import PRESETS, VideoChat2
 from tokenizer import WordPiece
 from weights import checkpoint
@@ -227,7 +227,8 @@ def export(ckpt, out):
     if found["stage"] not in OFFICIAL:
         raise ValueError(f"{ckpt} is of stage {found['stage']}; the official code knows files of stages 1, 2 and 3")
     tensors = to_official(read_tensors(Path(ckpt) / "model.safetensors"), found["stage"], cfg)
-    save_torch_file(tensors, out)
+    with atomic_file(out) as temporary:
+        save_tensors(tensors, temporary)
     size = os.path.getsize(out) / 2**20
     print(f"written to {out}: {len(tensors)} tensors of stage {found['stage']}, {size:,.0f} MiB")
     if found["stage"] == 2:
