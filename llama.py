@@ -78,7 +78,7 @@ class KVCache:
         return tuple(t[:, :, :S] for t in self.layers[i])
 
     @torch.no_grad()
-    def take(self, rows, room=64):
+    def select_rows(self, rows, room=64):
         """A cache of these rows (indices (b,), repeated at will), with room for so many more tokens."""
         S = self.mask.shape[1]
         taken, rows = KVCache(len(self.layers)), torch.as_tensor(rows, device=self.mask.device)
@@ -250,7 +250,7 @@ class Llama(nn.Module):
     def embed(self, ids):                                                       # (B, S)
         return self.model["embed_tokens"](ids)                                  # (B, S, D)
 
-    def forward(self, embeds, mask=None, cache=None, last=None, lengths=None, target_positions=None):
+    def forward(self, embeds, mask=None, cache=None, logits_to_keep=None, lengths=None, target_positions=None):
         """embeds (B, s, D), mask (B, s) -> hidden (B, s, D), or (B, last, D): of so many last tokens alone.
 
         The last layer then computes no others; with 0 it only fills the cache.
@@ -258,7 +258,7 @@ class Llama(nn.Module):
         whose hidden is wanted -> (1, n, D).
         """
         s, depth = embeds.shape[1], self.cfg.depth
-        wanted = [s] * (depth - 1) + [s if last is None else last]
+        wanted = [s] * (depth - 1) + [s if logits_to_keep is None else logits_to_keep]
         if lengths is None:
             mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device) if mask is None else mask
             mask = mask if cache is None else cache.append_mask(mask)           # (B, S), old tokens and new ones
@@ -294,7 +294,7 @@ class Llama(nn.Module):
         cache = KVCache(self.cfg.depth)
         rows, done = [[] for _ in embeds], [False] * len(embeds)
         for _ in range(max_new_tokens):
-            logits = self.lm_head(self(embeds, mask, cache, last=1)[:, 0])      # (B, V)
+            logits = self.lm_head(self(embeds, mask, cache, logits_to_keep=1)[:, 0])      # (B, V)
             ids = sample(logits, temperature, generator)                        # (B,)
             for row, new in enumerate(ids.tolist()):
                 done[row] = done[row] or extend(rows[row], new, stop)

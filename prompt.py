@@ -213,6 +213,12 @@ def pad_batch(prompts, pad_id, side="right", multiple=8):
     return ids, labels, mask
 
 
+def pad_ids(rows, pad_id):
+    """Lists of ids -> ids, mask (B, S), padded on the right."""
+    ids, _, mask = pad_batch([Prompt(row, row) for row in rows], pad_id)
+    return ids, mask
+
+
 def pack_rows(t, lengths):
     """Rows t (B, S, ...) of these lengths, without the padding on their right, one after another: (1, N, ...)."""
     return torch.cat([row[:n] for row, n in zip(t, lengths, strict=True)])[None]

@@ -100,22 +100,22 @@ def test_a_cache_whose_rows_are_taken_and_whose_tokens_are_hidden_equals_one_pas
     ids, _ = prompts((9, 9))
     ids[1, :4] = ids[0, :4]
     head = KVCache(depth=3)
-    assert ours(ours.embed(ids[:1, :4]), cache=head, last=0).shape[1] == 0
+    assert ours(ours.embed(ids[:1, :4]), cache=head, logits_to_keep=0).shape[1] == 0
     for room in (0, 1, 64):
-        cache = head.take([0, 0], room)
+        cache = head.select_rows([0, 0], room)
         ours(ours.embed(ids[:, 4:7]), cache=cache)
         ours(ours.embed(ids[:, :1]), cache=cache)                          # in vain
         cache.mask[:, -1] = 0
-        last = ours(ours.embed(ids[:, 7:]), cache=cache, last=1)           # (B, 1, D)
+        last = ours(ours.embed(ids[:, 7:]), cache=cache, logits_to_keep=1)           # (B, 1, D)
         assert_close(ours.lm_head(last[:, 0]), logits(ours, ids)[:, -1], atol=1e-4, rtol=1e-4)
-        assert cache.take([1]).mask.tolist() == [[1] * 7 + [0, 1, 1]] and head.mask.shape == (1, 4)
+        assert cache.select_rows([1]).mask.tolist() == [[1] * 7 + [0, 1, 1]] and head.mask.shape == (1, 4)
 
 
 @pytest.mark.parametrize("last", [0, 1, 2, 9])
 def test_the_last_tokens_alone_are_what_they_are_among_all(last):
     ours, _ = make(kv_heads=2)
     ids, mask = prompts((9, 7))
-    found = ours(ours.embed(ids), mask, last=last)
+    found = ours(ours.embed(ids), mask, logits_to_keep=last)
     assert_close(found, ours(ours.embed(ids), mask)[:, 9 - last:], atol=1e-5, rtol=1e-5)
 
 

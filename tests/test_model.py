@@ -174,7 +174,7 @@ def test_left_padding_does_not_change_the_answer():
     llm = model.llama_model
     rows, rows_padded = llm.generate(embeds, mask[:, 3:], 4), llm.generate(padded, mask, 4)
     assert rows == rows_padded and len(rows[0]) == 4
-    torch.testing.assert_close(llm(padded, mask, last=1), llm(embeds, last=1))
+    torch.testing.assert_close(llm(padded, mask, logits_to_keep=1), llm(embeds, logits_to_keep=1))
 
 
 def test_a_batch_of_text_alone_needs_no_video():
