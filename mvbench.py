@@ -201,7 +201,8 @@ def run(args, dist):
     # one file for each condition, and the report
     rows = {c.name: c.merge([key_of(v) for q in with_media for v in c.variants(q)]) for c in conditions}
     summary = report.summarise(rows, questions, conditions[0], BENCHMARKS[args.benchmark], seconds)
-    report.write(summary, rows, conditions[0].folder, complete=not (args.only or args.limit))
+    leaderboard = BENCHMARKS[args.benchmark].leaderboard and not (args.only or args.limit)
+    report.write(summary, rows, conditions[0].folder, leaderboard)
     report.show(summary)
     if n_open:
         parts = ", ".join(f"{part} {s:.1f} s" for part, s in seconds.items() if part != "in all")
