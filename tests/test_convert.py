@@ -12,7 +12,8 @@ from videos import write_video
 
 import train
 from data import Stage2Collate, Stage3Collate
-from evaluation.engine import Engine, Protocol
+from evaluation.engine import Engine
+from evaluation.protocol import Protocol
 from infra import files
 from llama import Llama, LlamaConfig
 from model import PRESETS, Config, VideoChat2, set_trainable
@@ -314,7 +315,7 @@ def test_what_the_official_code_crashes_on_trains_on_the_right_targets(golden):
             assert not qa["q"].strip() or qa["q"].strip() not in learnt
 
 
-@pytest.mark.parametrize("ablation", [{}, {"system": ""}, {"answer_prefix": ""}, {"question_in_qformer": True}])
+@pytest.mark.parametrize("ablation", [{}, {"system": ""}, {"answer_prompt": ""}, {"question_in_qformer": True}])
 def test_mvbench_s_first_logits_are_those_of_transformers_and_peft(given, imported, ablation):
     """The notebook's order of things, put together by hand from segments that are tokenised apart, around 8 frames with
     a position table that was made for 4; <s> has its own embedding here, unlike in training."""
@@ -323,7 +324,7 @@ def test_mvbench_s_first_logits_are_those_of_transformers_and_peft(given, import
     model, wordpiece, tok = checkpoint.load_checkpoint(imported / "stage3")
     ours = Engine(model, wordpiece, tok, Protocol(max_new_tokens=1, **ablation))
     video = torch.randn(1, 8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    tokens = ours.read(ours.look(video), [q])                              # (1, 14, D)
+    tokens = ours.video_tokens(ours.encode_clips(video, "", [0]), "", [0], [q])                              # (1, 14, D)
     seen = []
     model.llama_model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out))
     with torch.no_grad():
@@ -331,7 +332,7 @@ def test_mvbench_s_first_logits_are_those_of_transformers_and_peft(given, import
 
     system = ablation.get("system", SYSTEM)
     asked = "Question: What happened?\nOptions:\n(A) He sat.\n(B) He ran.\n(C) He fell.\nOnly give the best option."
-    ending = ablation.get("answer_prefix", "Best option:(")
+    ending = ablation.get("answer_prompt", "Best option:(")
     segments = (f"{system}###Human: <Video>", f"</Video>\n###Human: {system}{asked}\n###Assistant:"
                 + f" {ending}" * bool(ending))
     spm = sentencepiece.SentencePieceProcessor(model_file=str(GOLDEN / "tokenizer.model"))
