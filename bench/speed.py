@@ -41,6 +41,7 @@ from bench import reference, train_step
 from data import Sampler, VideoTextDataset
 from evaluation.engine import letter_ids
 from evaluation.tasks import TASKS, load_questions
+from infra.distributed import Distributed
 from infra.files import atomic_folder, read_json
 from llama import Llama, LlamaConfig
 from model import DTYPES, PRESETS, Config, VideoChat2, set_trainable
@@ -330,10 +331,8 @@ def loss_of(model, step, batch):
     if step.stage > 1:
         return model.lm_loss(batch)
     others = torch.arange(step.batch).roll(1)
-    vision = model.encode_video_stage1(batch["video"])
-    texts = batch["ids"], batch["mask"], batch["idx"]
-    return sum(model.aligner.losses(model.qformer, model.query_tokens, vision, *texts, dec_id=0,
-                                    negatives=(others, others)).values())
+    with mock.patch("qformer.hard_negatives", return_value=(others, others)):
+        return sum(model.stage1_losses(batch, 0, Distributed()).values())
 
 
 def memory(args):

@@ -23,6 +23,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import decord
 import torch
@@ -32,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from bench import reference
-from infra.distributed import init_distributed, wrap_model
+from infra.distributed import Distributed, init_distributed, wrap_model
 from model import PRESETS, VideoChat2, set_trainable
 from prompt import IGNORE, VIDEO, add_packing
 from qformer import hard_negatives, similarity, vtc_loss, vtg_loss
@@ -90,12 +91,11 @@ def ours(cfg, stage, dtype, device):
     return model.train()
 
 
-def losses_of(model, batch, negatives=None):
+def losses_of(model, batch, negatives):
     if model.stage > 1:
         return {"lm": model.lm_loss(batch)}
-    vision = model.encode_video_stage1(batch["video"])
-    return model.aligner.losses(model.qformer, model.query_tokens, vision, batch["ids"], batch["mask"], batch["idx"], 3,
-                                negatives=negatives)
+    with mock.patch("qformer.hard_negatives", return_value=negatives):
+        return model.stage1_losses(batch, 3, Distributed())
 
 
 class Reference(nn.Module):

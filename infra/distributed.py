@@ -39,15 +39,15 @@ class GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        rows = [torch.empty_like(x) for _ in range(torch_dist.get_world_size())]
+        rows = [torch.empty_like(x) for _ in range(torch_dist.get_world_size())]     # size tensors (b, ...)
         torch_dist.all_gather(rows, x.contiguous())
-        return torch.stack(rows, 1).flatten(0, 1)                  # (b, size, ...) -> (b * size, ...)
+        return torch.stack(rows, 1).flatten(0, 1)                                    # (b * size, ...)
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.contiguous()
+        grad = grad.contiguous()                                                     # (b * size, ...)
         torch_dist.all_reduce(grad)
-        return grad[torch_dist.get_rank()::torch_dist.get_world_size()]
+        return grad[torch_dist.get_rank()::torch_dist.get_world_size()]              # (b, ...)
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Distributed:
         """Sums of these numbers over all processes, as a list."""
         if self.size == 1:
             return list(numbers)
-        sums = torch.tensor(list(numbers), dtype=torch.float64)
+        sums = torch.tensor(list(numbers), dtype=torch.float64)    # exact for counts up to 2^53
         torch_dist.all_reduce(sums, group=self.cpu_group)
         return sums.tolist()
 
@@ -176,7 +176,7 @@ def wrap_model(model, loss, dist, shard=False, find_unused=True):
     """
     if shard:
         return wrap_fsdp(model, loss, dist)
-    model.to(dist.device)
+    model.to(dist.device)                                          # FSDP2 moves its shards itself
     if dist.size == 1:
         return loss
     return DistributedDataParallel(LossModule(model, loss), find_unused_parameters=find_unused)

@@ -35,7 +35,7 @@ def atomic_folder(folder, replace=True):
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)               # of a killed process that had the same id
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -179,7 +179,7 @@ def read_torch_file(path):
 def hash_file(path, digest):
     """Adds the bytes of a file to a hashlib digest -> the digest."""
     with open(path, "rb") as f:
-        while block := f.read(2 ** 24):
+        while block := f.read(2 ** 24):                        # 16 MiB at a time
             digest.update(block)
     return digest
 
@@ -192,7 +192,7 @@ def fingerprint(tensors):
     parts = {}
     for name, t in tensors.items() if isinstance(tensors, dict) else tensors:
         flat = t.detach().reshape(-1)
-        values = flat[:: max(1, flat.numel() // 16)][:16].float().cpu().numpy()
+        values = flat[:: max(1, flat.numel() // 16)][:16].float().cpu().numpy()      # from all over the tensor
         parts[name] = f"{name} {tuple(t.shape)}".encode() + values.tobytes()
     return hashlib.sha256(b"".join(parts[name] for name in sorted(parts))).hexdigest()[:16]
 
@@ -202,10 +202,13 @@ def check_state_dict(expected, tensors, where, fresh=(), dropped=()):
 
     Names that start with one of `fresh` may be missing in tensors, those with one of `dropped` may be left over.
     """
+    # everything at once, because each attempt to load 14 GB takes minutes
     missing = [n for n in expected if n not in tensors and not n.startswith(tuple(fresh))]
     extra = [n for n in tensors if n not in expected and not n.startswith(tuple(dropped))]
     shapes = [f"{n} {tuple(tensors[n].shape)} instead of {tuple(t.shape)}"
               for n, t in expected.items() if n in tensors and tensors[n].shape != t.shape]
+
+    # of each kind the number and the first three names
     problems = [f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
                 for what, names in (("missing", missing), ("left over", extra), ("of another shape", shapes)) if names]
     if problems:
@@ -221,7 +224,7 @@ def load_strict(module, tensors, where, fresh=(), dropped=()):
     check_state_dict(state, tensors, where, fresh, dropped)
     with torch.no_grad():
         for name, t in state.items():
-            if name in tensors and t.is_meta:
+            if name in tensors and t.is_meta:                  # has no memory to copy into
                 set_parameter(module, name, tensors[name].to(t.dtype))
             elif name in tensors:
                 t.copy_(tensors[name])
@@ -231,4 +234,5 @@ def set_parameter(module, name, tensor):
     """Replaces the parameter of this dotted name; one on the meta device gets its memory this way."""
     parent, _, leaf = name.rpartition(".")
     parent = module.get_submodule(parent)
+    # subtle: a copy, because the tensor may be a view of a mapped file
     setattr(parent, leaf, nn.Parameter(tensor.clone(), requires_grad=getattr(parent, leaf).requires_grad))

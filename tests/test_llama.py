@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from transformers import LlamaConfig as ReferenceConfig
 from transformers import LlamaForCausalLM
 
-from llama import KVCache, Llama, LlamaConfig, attention_mask, extend, rotate
+from llama import KVCache, Llama, LlamaConfig, apply_rope, attention_mask
 
 SIZES = dict(vocab_size=97, width=32, depth=3, heads=4, ffn=56, max_positions=64)
 
@@ -151,18 +151,24 @@ def test_left_padding_gives_no_nan_gradients():
 
 def test_no_dense_mask_where_causality_is_enough():
     right, left = torch.tensor([[1, 1, 1], [1, 0, 0]]), torch.tensor([[1, 1, 1], [0, 0, 1]])
-    assert attention_mask(torch.ones(2, 3), s=3) is None
-    assert attention_mask(torch.ones(2, 3), s=1) is None
-    assert attention_mask(right, s=3) is None
-    assert attention_mask(left, s=3)[1, 0].int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
-    assert attention_mask(left, s=1)[:, 0, 0].int().tolist() == [[1, 1, 1], [0, 0, 1]]
-    assert attention_mask(torch.ones(1, 3), s=2)[0, 0].int().tolist() == [[1, 1, 0], [1, 1, 1]]
+
+    def visible(mask, s):
+        scores = attention_mask(mask, s, torch.float32)                         # (B, 1, s, S), 0 or -inf
+        assert scores is None or (scores[scores != 0] == -torch.inf).all()
+        return scores if scores is None else (scores == 0).int()
+
+    assert visible(torch.ones(2, 3), s=3) is None
+    assert visible(torch.ones(2, 3), s=1) is None
+    assert visible(right, s=3) is None
+    assert visible(left, s=3)[1, 0].tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
+    assert visible(left, s=1)[:, 0, 0].tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert visible(torch.ones(1, 3), s=2)[0, 0].tolist() == [[1, 1, 0], [1, 1, 1]]
 
 
 def test_a_quarter_turn_by_hand():
     # channels (0, 2) and (1, 3) are the pairs; turning (1, 0) by 90 degrees gives (0, 1)
     x = torch.tensor([[[[1.0, 0.0, 0.0, 0.0]]]])
-    assert rotate(x, torch.zeros(4), torch.ones(4)).flatten().tolist() == [0.0, 0.0, 1.0, 0.0]
+    assert apply_rope(x, torch.zeros(4), torch.ones(4)).flatten().tolist() == [0.0, 0.0, 1.0, 0.0]
 
 
 def test_every_row_stops_by_itself():
@@ -174,14 +180,6 @@ def test_every_row_stops_by_itself():
     assert stopped == [row[:row.index(stop)] if stop in row else row for row in free]
     two = ours.generate(ours.embed(ids), mask, max_new_tokens=8, stop=lambda new: len(new) == 2)
     assert two == [row[:2] for row in free]
-
-
-def test_extend():
-    ids = [5]
-    assert not extend(ids, 6, stop=[2])
-    assert extend(ids, 2, stop=[2])
-    assert extend(ids, 7, stop=lambda ids: ids[-2:] == [6, 7])
-    assert ids == [5, 6, 7]
 
 
 def test_sampling_repeats_with_the_same_seed():

@@ -107,8 +107,8 @@ def test_the_answer_of_a_document_stands_in_its_caption():
 
 def test_the_teacher_s_loss_falls_when_its_heads_are_right():
     """By hand: logits on the true classes cost less than uniform ones, which cost log(n), and activity twice that."""
-    from model import micro_config
-    teacher = pretrain.Teacher(micro_config(), [3, 4, 5])
+    from model import PRESETS
+    teacher = pretrain.Teacher(PRESETS["micro"](), [3, 4, 5])
     for head in teacher.heads:
         torch.nn.init.zeros_(head.weight)
         torch.nn.init.zeros_(head.bias)

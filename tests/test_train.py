@@ -15,7 +15,7 @@ import chat
 import mvbench
 import train
 from infra import files
-from model import VideoChat2, micro_config, set_trainable
+from model import PRESETS, VideoChat2, set_trainable
 from qagen import generate
 from toy import probe
 from training import optim, recipes
@@ -121,10 +121,32 @@ def test_chat_answers_the_same_question_with_the_same_words(world, runs):
     model = checkpoint.load_checkpoint(runs / "stage3")
     said = [chat.Chat(*model, clip, max_new_tokens=8).ask("What happens?") for _ in range(2)]
     assert said[0] == said[1]
+    loaded = chat.Chat.load(runs / "stage3", clip)                         # as README shows it
+    assert loaded.ask("What happens?").startswith(said[0]) and len(loaded.history) == 1
+    with pytest.raises(ValueError, match="stage1 is of stage 1 and has no LLM"):
+        chat.Chat.load(runs / "stage1", clip)
+
+
+def test_a_conversation_ends_quietly(world, runs, monkeypatch, capsys):
+    """By an empty line, by Ctrl-D or Ctrl-C, and after answers to every question so far."""
+    command = ["--ckpt", str(runs / "stage3"), "--video", str(next((world / "videos").rglob("*.gif"))),
+               "--max-new-tokens", "2"]
+    for end in ("", EOFError(), KeyboardInterrupt()):
+        lines = iter(["What happens?", end])
+
+        def read(_, lines=lines):
+            line = next(lines)
+            if isinstance(line, str):
+                return line
+            raise line
+
+        monkeypatch.setattr("builtins.input", read)
+        assert chat.main(command) is None
+        assert len(capsys.readouterr().out.splitlines()) >= 2
 
 
 def test_each_parameter_has_its_optimizer_and_its_rate():
-    config = micro_config()
+    config = PRESETS["micro"]()
     config.llama.vocab_size = config.qformer.vocab_size = 50
     model = VideoChat2(config, 3)
     set_trainable(model, 3)
@@ -229,7 +251,7 @@ def test_one_part_of_stage_0_alone(world, tmp_path, capsys):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_blocks_compute_the_same():
-    vit = VisionTransformer(micro_config().vit)
+    vit = VisionTransformer(PRESETS["micro"]().vit)
     video = torch.randn(1, 4, 3, 64, 64)
     expected = vit(video)
     names = list(vit.state_dict())

@@ -233,8 +233,8 @@ def stage_parts(cfg, stage, model, wordpiece, tok, generator, world):
     n_video = config.n_query + config.n_extra
     if stage == 1:
         return (config.align_frames, data.Stage1Collate(wordpiece, config.align_text, config.caption_sep),
-                lambda batch, done: model.stage1_losses(batch, wordpiece.dec_id, generator, done < cfg.captions_first,
-                                                everyone=world, global_negatives=cfg.global_negatives))
+                lambda batch, done: model.stage1_losses(batch, wordpiece.dec_id, world, generator,
+                                                        done < cfg.captions_first, cfg.global_negatives))
     if stage == 2:
         collate = data.Stage2Collate(tok, n_video, config.max_text)
         return config.train_frames, collate, lambda batch, _: {"lm": model.lm_loss(batch)}
