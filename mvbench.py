@@ -75,6 +75,10 @@ WHAT, HOW, LESS, RUN = ("what is asked", "how it is asked (the defaults are the 
                         "controls: the same model with less to go by", "how it runs")
 
 
+def listed(table):
+    return "; ".join(f"{name}: {what}" for name, what in table.items())
+
+
 @dataclass
 class EvalConfig:
     """Every option of the command line. Those without a text load the model: weights.checkpoint.add_model_options."""
@@ -97,12 +101,11 @@ class EvalConfig:
     system: bool = option(True, "the system prompt (paper: 51.1 with it, 49.9 without)", HOW)
     answer_prompt: bool = option(True, 'end the prompt in "Best option:(" (paper: 50.1 without)', HOW)
     question_in_qformer: bool = option(False, "the Q-Former reads the question too (paper: 50.8)", HOW)
-    decode: str = option("generate", "; ".join(f"{name}: {what}" for name, what in DECODES.items()), HOW, tuple(DECODES))
+    decode: str = option("generate", listed(DECODES), HOW, tuple(DECODES))
 
-    controls: str = option("", "all, or names separated by commas; "
-                           + "; ".join(f"{name}: {what}" for name, what in CONTROLS.items()), LESS)
-    permute: bool = option(False, "ask each question under all cyclic orders of its options, which shows how consistent "
-                           "the answers are and which letters are preferred", LESS)
+    controls: str = option("", f"all, or names separated by commas; {listed(CONTROLS)}", LESS)
+    permute: bool = option(False, "ask each question in all cyclic orders of its options: are the answers consistent, "
+                           "and which letters are preferred?", LESS)
 
     out: str = option("", "folder of the results (default: CKPT/mvbench)", RUN)
     restart: bool = option(False, "delete the answers of an earlier run and ask again", RUN)
@@ -213,7 +216,7 @@ def run(args, dist):
 
 
 def prepare(args, dist):
-    """-> (the questions that are meant, with or without media; the conditions). The first process prepares the files."""
+    """-> (the questions that are meant, also those without media; the conditions). The first process checks files."""
     benchmark = BENCHMARKS[args.benchmark]
     questions = load_questions(args.data, split_names(args.only), args.limit, benchmark)
 

@@ -14,8 +14,8 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from evaluation.protocol import clip_seed
 from evaluation.predictions import key_of, make_row
+from evaluation.protocol import clip_seed
 from infra.cli import ignore_signals
 from infra.distributed import Distributed
 from video import MediaError, load_eval_clip

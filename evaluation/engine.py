@@ -138,8 +138,10 @@ class Engine:
             prompts = prompts or [self.prompt(q) for q in questions]
             hidden, cache = self.prefill(prompts, video_tokens, clips, logits_to_keep=1)       # (B, 1, D)
             logits = self.model.llama_model.lm_head(hidden[:, 0]).float()                      # (B, V)
-            letters = logits.softmax(-1)[:, self.letter_ids].tolist() if self.protocol.opening else [[]] * len(questions)
-            letters = [p[:len(q["candidates"])] for q, p in zip(questions, letters, strict=True)]
+            letters = [[] for _ in questions]
+            if self.protocol.opening:
+                p = logits.softmax(-1)[:, self.letter_ids].tolist()                            # (B, letters)
+                letters = [row[:len(q["candidates"])] for q, row in zip(questions, p, strict=True)]
 
             if self.protocol.decode == "letter":
                 texts = [f"({LETTERS[argmax(p)]})" for p in letters]

@@ -189,8 +189,8 @@ def show_biases(summary):
         print(f"\nconfidence and the share that is right differ by {100 * summary['calibration']['error']:.1f} points "
               "in the mean (expected calibration error)")
     if orders := summary["permutations"]:
-        n = max(1, sum(answered for *_, answered in orders["letters"].values()))
-        shares = ", ".join(f"{letter or 'none'} {100 * answered / n:.1f} %" + f" (key {100 * key / n:.1f})" * bool(options)
+        n = max(1, sum(answered for *_, answered in orders["letters"].values())) / 100
+        shares = ", ".join(f"{letter or 'none'} {answered / n:.1f} %" + f" (key {key / n:.1f})" * bool(options)
                            for letter, (options, key, answered) in orders["letters"].items())
         print(f"\nall orders of the options, {orders['questions']} questions: right {orders['mean']:.1f} in the mean, "
               f"{orders['always']:.1f} in every order; the same option in every order: {orders['same']:.1f}\n"
@@ -238,8 +238,8 @@ def compare(argv):
     verdict = f"The difference could be luck (p = {p:.2f})."
     if p < 0.05:
         verdict = f"{'A' if score_a > score_b else 'B'} is better (p {f'= {p:.4f}' if p >= 1e-4 else '< 0.0001'})."
-    print(f"\nA - B over all: {score_a - score_b:+.2f}, 95 % over videos {100 * low:+.2f} to {100 * high:+.2f}. {verdict}\n"
-          "Of 20 tasks, one is at p < 0.05 by luck alone.")
+    print(f"\nA - B over all: {score_a - score_b:+.2f}, 95 % over videos {100 * low:+.2f} to {100 * high:+.2f}. "
+          f"{verdict}\nOf 20 tasks, one is at p < 0.05 by luck alone.")
     return 0
 
 

@@ -99,12 +99,13 @@ def tasks(summary):
     html = ""
     for line in (*summary["tasks"], summary["average"]):
         total = line is summary["average"]
-        n_missing = line["there are"] - line["asked"]
-        asked = f' <span class="bad">{line["asked"]}/{line["there are"]}</span>' if n_missing else ""
-        html += (f'<div class="row{" total" * total}"><span>{"Average" if total else escape(line["task"])}{asked}</span>'
+        name = "Average" if total else escape(line["task"])
+        if line["asked"] < line["there are"]:
+            name += f' <span class="bad">{line["asked"]}/{line["there are"]}</span>'
+        html += (f'<div class="row{" total" * total}"><span>{name}</span>'
                  f'{bar(line["accuracy"], line["low"], line["high"], line["chance"])}<span>{line["accuracy"]:.1f} '
                  f'<small>{line["low"]:.0f} to {line["high"]:.0f}</small></span></div>')
-    return html + soft("Percent right, with the 95 % interval (Wilson's; the average's is over videos) and, in red, the "
+    return html + soft("Percent right, with its 95 % interval (Wilson's; of the average: over videos) and, in red, the "
                        "chance level.")
 
 
@@ -134,8 +135,8 @@ def scorers(summary):
     html = table(["scorer", "right, %", "of", "unparsed", "any key"],
                  [[name, f"{s['percent']:.2f}", f"{s['right']}/{s['counted']}", s["unparsed"], s["any"]]
                   for name, s in summary["scorers"].items()])
-    html += soft("Unparsed: the scorer took no option from the answer. Any key: it would count the answer as right under "
-                 "several keys.")
+    html += soft("Unparsed: the scorer took no option from the answer. Any key: it would count the answer as right "
+                 "under several keys.")
     if not summary["differing"]:
         return html + "<p>They agree on every question.</p>"
     lines = [[f"{escape(row['task'])} {row['index']}", escape(row["prediction"]),
@@ -158,9 +159,10 @@ def permutations(orders):
     """Whether the same option is chosen when the options change places."""
     if not orders:
         return ""
-    return (f"<h2>When the options change places</h2><p>{orders['questions']:,} questions under every cyclic order of "
-            f"their options: right {orders['mean']:.1f} % in the mean, {orders['always']:.1f} % in every order. The same "
-            f"option is chosen in every order in {orders['same']:.1f} % of the questions.</p>" + letters(orders["letters"]))
+    return (f"<h2>When the options change places</h2><p>{orders['questions']:,} questions in every cyclic order of "
+            f"their options: right {orders['mean']:.1f} % in the mean, {orders['always']:.1f} % in every order. The "
+            f"same option is chosen in every order in {orders['same']:.1f} % of the questions.</p>"
+            + letters(orders["letters"]))
 
 
 def calibration(result):
@@ -177,8 +179,9 @@ def calibration(result):
             f'<path d="M30 210L230 10" stroke="var(--line)" stroke-dasharray="4"/>{dots}'
             '<text x="30" y="226">0</text><text x="222" y="226">1</text><text x="90" y="236">confidence</text>'
             '<text x="18" y="16">1</text><text x="14" y="130" transform="rotate(-90 14 130)">right</text></svg>'
-            + soft("Confidence: the probability of the most probable option letter, among the options. Dots on the line "
-                   f"are as right as they are confident; the mean distance is {100 * result['error']:.1f} points."))
+            + soft("Confidence: the probability of the most probable option letter, among the options. Answers on the "
+                   "dashed line are as often right as they are confident; the mean distance from it is "
+                   f"{100 * result['error']:.1f} points."))
 
 
 def provenance(summary):

@@ -8,7 +8,7 @@ of them, and the toy world has MVBench's layout. A benchmark with files of anoth
 reader of its own: see Benchmark.
 
 Not here: how a question is asked (engine.py) and scored (scorers.py), how the toy's questions are made (qagen).
-Source: paper table 1; mvbench.ipynb, data_list; TVBench: arXiv 2410.07752, github.com/daniel-cores/tvbench, infer.ipynb.
+Source: paper table 1; mvbench.ipynb, data_list; TVBench: arXiv 2410.07752, github.com/daniel-cores/tvbench.
 
     pytest tests/test_real_layout.py
 """

@@ -135,14 +135,16 @@ def test_by_likelihood(loaded):
     llm = engine.model.llama_model
     for i, answer in enumerate(engine.answer(questions, tokens)):
         for text, found in zip(questions[i]["candidates"], answer.likelihoods, strict=True):
-            (prompt,) = [p for p in engine.option_prompts(questions[i]) if text in engine.llm_tok.decode(p.ids[p.slot + 8:])]
+            (prompt,) = [p for p in engine.option_prompts(questions[i])
+                         if text in engine.llm_tok.decode(p.ids[p.slot + 8:])]
             shown = engine.llm_tok.decode([j for j in prompt.ids if j != VIDEO])
             assert shown.endswith(f"###Assistant: {text}") and shown.count(SYSTEM) == 2
             assert QUESTION_PROMPT not in shown and "Options" not in shown
             target = [label for label in prompt.labels if label >= 0]
             assert engine.llm_tok.decode(target) == text
             with torch.no_grad():
-                logits = llm.lm_head(llm(engine.model.insert_video_tokens(torch.tensor([prompt.ids]), tokens[i:i + 1])))[0]
+                embeds = engine.model.insert_video_tokens(torch.tensor([prompt.ids]), tokens[i:i + 1])
+                logits = llm.lm_head(llm(embeds))[0]
             logp = logits.log_softmax(-1)[range(-len(target) - 1, -1), target]
             assert found == pytest.approx(logp.mean().item(), abs=1e-4)
         best = max(range(3), key=answer.likelihoods.__getitem__)
@@ -171,7 +173,8 @@ def test_blank_and_noise_know_nothing_of_the_clip(loaded):
         assert torch.equal(tokens_of(engine, one, control, [1, 2, 3, 4, 5], questions),
                            tokens_of(engine, other, control, [1, 2, 3, 4, 5], questions))
     zeros = torch.zeros(5, *loaded[0].encode_video(one).shape[1:])
-    assert_close(tokens_of(engine, one, "blank", [0] * 5, questions), engine.video_tokens(zeros, "", [0] * 5, questions))
+    assert_close(tokens_of(engine, one, "blank", [0] * 5, questions),
+                 engine.video_tokens(zeros, "", [0] * 5, questions))
     noise = tokens_of(engine, one, "noise", [1, 2, 1, 4, 5], questions)
     assert torch.equal(noise[0], noise[2]) and not torch.equal(noise[0], noise[1])
     in_qformer = make_engine(loaded, question_in_qformer=True)
