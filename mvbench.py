@@ -1,12 +1,12 @@
 """MVBench: 20 kinds of multiple-choice questions that no single frame answers, asked by the paper's protocol.
 
 answer_one is the definition: 16 frames, the ViT and the Q-Former, a prompt that ends in "Best option:(", greedy
-generation, the first line of the answer. Everything after it gives the same answers, many times faster, and keeps them.
+generation, the first line of the answer. The rest of the file asks all questions: the same answers, many times faster.
 
-A score alone says little about watching. --controls all asks the same model without video, with one frame, and with the
-frames in another order; report.html (in --out, default CKPT/mvbench) puts the scores side by side, with intervals, four
-scorers, and how often each letter is chosen. Each answer is on disk at once (predictions*.jsonl): after an interruption
-the same command resumes, and when everything is answered it only writes the report again.
+A score alone does not show that a model watches the video. --controls all asks the same model without video, with one
+frame, and with the frames in another order. OUT/report.html (default: CKPT/mvbench) shows the scores side by side, with
+intervals, four scorers, and how often each letter is chosen. Every answer is on disk at once (predictions*.jsonl), so
+the same command resumes after an interruption; when everything is answered, it only writes the report again.
 
     python mvbench.py --ckpt runs/toy/stage3 --controls all
     torchrun --nproc_per_node 8 mvbench.py --ckpt ...          # the same answers, from 8 processes
@@ -48,22 +48,22 @@ def answer_one(model, qformer_tok, llm_tok, q, protocol):
     """The model's answer to one question of evaluation.tasks.load_questions, such as "(B) It jumps."."""
     cfg, device = model.cfg, model.device
 
-    # the video: 16 frames from the middles of equal parts of the clip, resized and normalised as the ViT expects
+    # the video: 16 frames, each from the middle of one of 16 equal parts, resized and normalised for the ViT
     video = load_eval_clip(q["media"], cfg, q["bound"])[None].to(device)                # (1, T, 3, H, W)
 
-    # the ViT sees patches; the Q-Former turns them into a few video tokens for the LLM. The Q-Former also reads the
-    # system prompt, but not the question: with the question, the paper loses 0.3 points (table 11)
+    # the ViT turns N patches into features, the Q-Former turns these into Q = 96 tokens for the LLM. The Q-Former reads
+    # the system prompt too, but not the question: with it, the paper's score is 0.3 points lower (table 11)
     vision = model.encode_video(video)                                                  # (1, N, C)
     instruction = qformer_tok.encode(protocol.instruction(q), sep=True)                 # S ids
     video_tokens = model.video_tokens(vision, torch.tensor([instruction], device=device))   # (1, Q, D)
 
-    # the LLM's prompt: system prompt, video, question, options. It ends in "Best option:(", so that the next token is
-    # the letter of an option; without this ending, the paper loses 1.0 point (table 9)
+    # the LLM reads the system prompt, the video, the question and its options, and "Best option:(": so the next token
+    # is the letter of an option. Without this ending, the paper's score is 1.0 point lower (table 9)
     prompt = mvbench_prompt(llm_tok, q["question"], q["candidates"], video_tokens.shape[1], protocol.system,
                             protocol.answer_prompt, cfg.prompt_style)
     embeds = model.insert_video_tokens(torch.tensor([prompt.ids], device=device), video_tokens)     # (1, S, D)
 
-    # greedy generation until ### or </s>; of the answer, the first line counts
+    # the LLM answers greedily, until it writes ### or </s>; the first line of the answer counts
     (new_ids,) = model.llama_model.generate(embeds, max_new_tokens=protocol.max_new_tokens,
                                             stop=partial(is_finished, llm_tok))
     return protocol.opening + decode_answer(llm_tok, new_ids).split("\n")[0].rstrip()
@@ -71,8 +71,9 @@ def answer_one(model, qformer_tok, llm_tok, q, protocol):
 
 # --------------------------------------------------------------------------------------------------------- the options
 
-WHAT, HOW, LESS, RUN = ("what is asked", "how it is asked (the defaults are the paper's)",
-                        "controls: the same model with less to go by", "how it runs")
+# the groups of --help
+QUESTIONS, PROTOCOL, CONTROL, RUN = ("questions", "protocol (the defaults are the paper's)",
+                                     "controls: the same model with less to go by", "run")
 
 
 def listed(table):
@@ -88,24 +89,24 @@ class EvalConfig:
     dtype: str = ""
     llm_int8: bool = False
 
-    benchmark: str = option("mvbench", "the benchmark whose questions are asked", WHAT, tuple(BENCHMARKS))
-    data: str = option("data/toy/mvbench", "the benchmark's folder, which holds json/ and video/", WHAT)
-    tvbench: str = option("", "TVBench's folder; short for --benchmark tvbench --data TVBENCH", WHAT)
-    only: str = option("", 'names of tasks, separated by commas: "Action Count,State Change"', WHAT)
-    limit: int = option(0, "ask only the first LIMIT questions of each task", WHAT)
-    strict_data: bool = option(False, "stop at a medium that is missing or cannot be read", WHAT)
+    benchmark: str = option("mvbench", "the benchmark whose questions are asked", QUESTIONS, tuple(BENCHMARKS))
+    data: str = option("data/toy/mvbench", "the benchmark's folder, which holds json/ and video/", QUESTIONS)
+    tvbench: str = option("", "TVBench's folder; short for --benchmark tvbench --data TVBENCH", QUESTIONS)
+    only: str = option("", 'names of tasks, separated by commas: "Action Count,State Change"', QUESTIONS)
+    limit: int = option(0, "ask only the first LIMIT questions of each task", QUESTIONS)
+    strict_data: bool = option(False, "stop at a medium that is missing or cannot be read", QUESTIONS)
 
-    frames: int = option(0, "frames of a clip (default: the preset's; paper: 16)", HOW)
+    frames: int = option(0, "frames of a clip (default: the preset's; paper: 16)", PROTOCOL)
     norm: str = option("", "mean and deviation of pixels: clip, as in the official evaluation, or imagenet, as in "
-                       "training (default: the preset's)", HOW, tuple(NORMS))
-    system: bool = option(True, "the system prompt (paper: 51.1 with it, 49.9 without)", HOW)
-    answer_prompt: bool = option(True, 'end the prompt in "Best option:(" (paper: 50.1 without)', HOW)
-    question_in_qformer: bool = option(False, "the Q-Former reads the question too (paper: 50.8)", HOW)
-    decode: str = option("generate", listed(DECODES), HOW, tuple(DECODES))
+                       "training (default: the preset's)", PROTOCOL, tuple(NORMS))
+    system: bool = option(True, "the system prompt (paper: 51.1 with it, 49.9 without)", PROTOCOL)
+    answer_prompt: bool = option(True, 'end the prompt in "Best option:(" (paper: 50.1 without)', PROTOCOL)
+    question_in_qformer: bool = option(False, "the Q-Former reads the question too (paper: 50.8)", PROTOCOL)
+    decode: str = option("generate", listed(DECODES), PROTOCOL, tuple(DECODES))
 
-    controls: str = option("", f"all, or names separated by commas; {listed(CONTROLS)}", LESS)
+    controls: str = option("", f"all, or names separated by commas; {listed(CONTROLS)}", CONTROL)
     permute: bool = option(False, "ask each question in all cyclic orders of its options: are the answers consistent, "
-                           "and which letters are preferred?", LESS)
+                           "and which letters are preferred?", CONTROL)
 
     out: str = option("", "folder of the results (default: CKPT/mvbench)", RUN)
     restart: bool = option(False, "delete the answers of an earlier run and ask again", RUN)
@@ -134,6 +135,8 @@ def parse(argv=None):
     add_model_options(p)
     cli.add_options(p, EvalConfig)
     args, _ = cli.read_options(p, EvalConfig, argv)
+
+    # what an option stands for
     if args.tvbench:
         args.benchmark, args.data = "tvbench", args.tvbench
     args.out = args.out or str(Path(args.ckpt) / "mvbench")
@@ -141,6 +144,7 @@ def parse(argv=None):
     unknown = sorted(set(names) - {*CONTROLS, "all"})
     args.controls = ",".join(CONTROLS if "all" in names else names)
 
+    # what cannot be
     if unknown:
         p.error(f"--controls knows no {', '.join(unknown)}: choose among {', '.join(CONTROLS)}, or all")
     if args.decode == "letter" and not args.answer_prompt:
@@ -168,6 +172,7 @@ def main(argv=None):
     args = parse(argv)
     dist = init_distributed(device_of(args), gloo_only=True)
     args.device = dist.device
+    # a second run in the same folder is refused
     with lock_folder(args.out) if dist.is_main else nullcontext():
         run(args, dist)
     dist.close()
@@ -262,6 +267,8 @@ def answer_all(args, questions, conditions, dist):
     model, qformer_tok, llm_tok, autocast = load_from_args(args)
     if dtype_of(args) == "fp32" and not args.llm_int8:         # with fewer bits, rounding would lose LoRA's update
         merge_lora(model.llama_model)
+
+    # options that change what load_eval_clip gives the model
     model.cfg = replace(model.cfg, eval_frames=args.frames or model.cfg.eval_frames,
                         eval_norm=args.norm or model.cfg.eval_norm)
     engine = Engine(model, qformer_tok, llm_tok, args.protocol)

@@ -15,15 +15,14 @@
 3. The options are drafts of the answer. The LLM's first token, B, says which one will probably follow. The next step
    reads it all, and shows for each token what the LLM writes after it:
 
-       reads     B    )    It   jumps  .           all accepted: a whole answer in one step
-       writes    )    It   jumps  .    ###
+       reads     B    )    It   jumps  .
+       writes    )    It   jumps  .    ###         all accepted: the rest of the answer in one step
        or else   )    It   spins                   two accepted; "spins" is new, and the next step starts from there
 
-   So every answer is greedy generation's, token by token. (Speculative decoding, arXiv 2211.17192, with the options
-   instead of a draft model.)
+   So every answer is greedy generation's, token by token. (Speculative decoding, arXiv 2211.17192.)
 
-Not here: which clips and questions are a batch (batches.py), scores (scorers.py). Source: paper section 3 and tables
-8, 9, 11; mvbench.ipynb; the likelihood of each option: SEED-Bench, arXiv 2307.16125, section 3.3.
+Not here: how questions are asked (protocol.py), what is a batch (batches.py), scores (scorers.py).
+Source: paper section 3; mvbench.ipynb.
 
     pytest tests/test_engine.py
 """
@@ -134,7 +133,7 @@ class Engine:
             if self.protocol.decode == "likelihood":
                 return self.answer_by_likelihood(questions, video_tokens, clips)
 
-            # the first token: its probabilities say how sure the model is of each letter
+            # the first token, and how probable each letter is
             prompts = prompts or [self.prompt(q) for q in questions]
             hidden, cache = self.prefill(prompts, video_tokens, clips, logits_to_keep=1)       # (B, 1, D)
             logits = self.model.llama_model.lm_head(hidden[:, 0]).float()                      # (B, V)
@@ -146,15 +145,13 @@ class Engine:
             if self.protocol.decode == "letter":
                 texts = [f"({LETTERS[argmax(p)]})" for p in letters]
             else:
-                answers = self.generate_with_drafts(questions, prompts, logits.argmax(-1).tolist(), cache)
-                texts = map(self.text, answers)
+                texts = map(self.text, self.generate_with_drafts(questions, prompts, logits.argmax(-1).tolist(), cache))
             return [Answer(text, p, []) for text, p in zip(texts, letters, strict=True)]
 
     def prefill(self, prompts, video_tokens, clips, logits_to_keep=None):
-        """The LLM reads the tree of the header: the head, the clips, the tails.
+        """The LLM reads the header's tree -> (hidden states (B, logits_to_keep, D) of the tails' last tokens, KVCache).
 
-        -> (hidden states (B, logits_to_keep, D) of the tails' last tokens, the KVCache of all that was read). Tails are
-        padded on the left, so that all prompts end together.
+        Tails are padded on the left, so that all prompts end together.
         """
         llm, device = self.model.llama_model, self.model.device
         begin, end = prompts[0].slot, prompts[0].slot + self.n_video                           # of the video tokens

@@ -59,13 +59,13 @@ def read_rows(path):
 
 
 class Condition:
-    """One way to ask all questions, and its answers. Several processes may work on it, each with its own object."""
+    """One way to ask all questions, and its answers; each process has its own object, and writes its own file.
+
+    name: "" for the protocol itself, one of CONTROLS, or "permute" for other orders of the options. settings: {what:
+    value}, as JSON knows them. requested: False for a condition that an earlier run has finished: it is only reported.
+    """
 
     def __init__(self, folder, name="", settings=None, rank=0, requested=True):
-        """name: "" (as the protocol says), one of CONTROLS, or "permute". settings: {what: value}, as JSON knows them.
-
-        requested: False for a condition that an earlier run has finished, and that is only reported.
-        """
         self.folder, self.name, self.settings, self.requested = Path(folder), name, settings or {}, requested
         self.control = "" if name == "permute" else name
         suffix = f".{name}" if name else ""
@@ -112,6 +112,8 @@ class Condition:
         files, info = self.files(), {} if restart else self.saved()
         for path in files if restart else ():
             path.unlink()
+
+        # files of these settings are resumed; the last line may be torn
         if files and not restart:
             old = info.get("settings", {})
             differences = [f"{what}: {shorten(old.get(what))} there, {shorten(value)} now"
@@ -121,6 +123,7 @@ class Condition:
                                  "another folder with --out, or --restart to delete them and ask again")
             for path in files:
                 drop_torn_line(path)
+
         self.folder.mkdir(parents=True, exist_ok=True)
         commands = [*(info.get("commands", []) if files else []), *notes["commands"]]
         write_json({"settings": self.settings, **notes, "commands": list(dict.fromkeys(commands))}, self.settings_path)

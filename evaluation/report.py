@@ -180,11 +180,13 @@ def show(summary):
 
 
 def show_biases(summary):
-    """Prints how letters, confidence and the order of options affect the answers."""
+    """Prints how letters, confidence and the order of the options go with the answers."""
     letters = summary["letters"]
     print(f"\n{'letter':10}" + "".join(f"{letter or 'none':>8}" for letter in letters))
     for what, i in (("is key", 1), ("answered", 2)):
         print(f"{what:10}" + "".join(f"{counts[i]:8}" for counts in letters.values()))
+
+    # is it right as often as it is sure, and does the order of the options matter?
     if summary["calibration"]:
         print(f"\nconfidence and the share that is right differ by {100 * summary['calibration']['error']:.1f} points "
               "in the mean (expected calibration error)")
@@ -233,7 +235,7 @@ def compare(argv):
                 + (f"{p:9.4f}" if p >= 1e-4 else f"{'<0.0001':>9}"))
         print("-" * len(line) + "\n" + line if name == "Avg" else line)
 
-    # the last line of the table is the one that counts
+    # the verdict is that of the last line, over all tasks
     low, high = cluster_bootstrap([x for x, _ in pairs], [in_a - in_b for _, in_a, in_b in right])
     verdict = f"The difference could be luck (p = {p:.2f})."
     if p < 0.05:

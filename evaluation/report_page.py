@@ -3,8 +3,8 @@
     page(summary, rows) -> HTML: bars and intervals, controls, scorers, letters, calibration, examples with their
     frames, and where the scores come from: command, checkpoint, questions.
 
-Everything is inside the file: the style (assets/report.css), pictures (JPEG in base64); there is no script.
-Not here: the numbers (report.py).
+assets/report.html is the page's frame, filled in here; the style (assets/report.css) and the pictures (JPEG in base64)
+are inside the page, and there is no script. Not here: the numbers (report.py).
 
     pytest tests/test_report.py
 """
@@ -13,6 +13,7 @@ import io
 import random
 from html import escape
 from pathlib import Path
+from string import Template
 
 import numpy as np
 from PIL import Image
@@ -21,26 +22,20 @@ from evaluation.protocol import CONTROLS
 from evaluation.tasks import LETTERS
 from video import MediaError, read_eval_frames
 
-STYLE = Path(__file__).parent.parent / "assets" / "report.css"
+ASSETS = Path(__file__).parent.parent / "assets"
 FRAMES, COLUMNS, WIDTH = 8, 4, 112      # of an example: frames, in rows of four, each at most WIDTH pixels wide
 
 
 def page(summary, rows):
     """The whole page. rows: those of the run itself; their media are read again, for the frames of the examples."""
     average = summary["average"]
-    title = f"{summary['benchmark']}: {average['accuracy']:.1f} %"
-    parts = [
-        f"<h1>{title}</h1>",
-        f"<p>{average['right']:,} of {average['asked']:,} questions right; 95 % interval {average['low']:.1f} to "
-        f"{average['high']:.1f}, over videos. {escape(summary['version'])}.</p>", cards(summary), unanswered(summary),
-        "<h2>Task by task</h2>", tasks(summary), controls(summary), "<h2>Four scorers</h2>", scorers(summary),
-        "<h2>Letters</h2>", letters(summary["letters"]), permutations(summary["permutations"]),
-        calibration(summary["calibration"]), "<h2>Examples</h2>", examples(rows),
-        "<h2>Where these numbers come from</h2>", provenance(summary)]
-    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{title}</title><style>{STYLE.read_text()}</style></head><body>\n"
-            + "\n".join(filter(None, parts)) + "\n</body></html>\n")
+    return Template((ASSETS / "report.html").read_text()).substitute(
+        style=(ASSETS / "report.css").read_text(), title=f"{summary['benchmark']}: {average['accuracy']:.1f} %",
+        right=f"{average['right']:,}", asked=f"{average['asked']:,}", low=f"{average['low']:.1f}",
+        high=f"{average['high']:.1f}", version=escape(summary["version"]), cards=cards(summary),
+        unanswered=unanswered(summary), tasks=tasks(summary), controls=controls(summary), scorers=scorers(summary),
+        letters=letters(summary["letters"]), permutations=permutations(summary["permutations"]),
+        calibration=calibration(summary["calibration"]), examples=examples(rows), provenance=provenance(summary))
 
 
 # ------------------------------------------------------------------------------------------------------ building blocks
@@ -78,8 +73,7 @@ def cards(summary):
     if average["needs time"] is not None:
         values["temporal gain"] = f"{average['needs time']:+.1f}"
     values["mean of tasks"] = f"{summary['mean of tasks']:.1f} %"
-    return '<div class="cards">' + "".join(f'<div class="card"><small>{name}</small><b>{value}</b></div>'
-                                           for name, value in values.items()) + "</div>"
+    return "".join(f'<div class="card"><small>{name}</small><b>{value}</b></div>' for name, value in values.items())
 
 
 def unanswered(summary):
@@ -105,8 +99,7 @@ def tasks(summary):
         html += (f'<div class="row{" total" * total}"><span>{name}</span>'
                  f'{bar(line["accuracy"], line["low"], line["high"], line["chance"])}<span>{line["accuracy"]:.1f} '
                  f'<small>{line["low"]:.0f} to {line["high"]:.0f}</small></span></div>')
-    return html + soft("Percent right, with its 95 % interval (Wilson's; of the average: over videos) and, in red, the "
-                       "chance level.")
+    return html
 
 
 def controls(summary):
@@ -114,18 +107,22 @@ def controls(summary):
     names, average = summary["controls"], summary["average"]
     if not names:
         return ""
+
+    # a line for each task: normal, the controls, and the temporal gain where its two controls are there
     timed = average["needs time"] is not None
     lines = []
     for line in (*summary["tasks"], average):
         scores = [line["accuracy"], *(line["controls"].get(name, float("nan")) for name in names)]
         gain = [f"{line['needs time']:+.1f}"] if timed else []
         lines.append([escape(line["task"]), *(f"{s:.1f}" for s in scores), *gain])
+    head = ["task", "normal", *names, *["temporal gain"] * timed]
+
+    # what the columns mean
     legend = [f"<b>{name}</b> {CONTROLS[name]}" for name in names]
     if timed:
         legend.append("<b>temporal gain</b> normal minus the better of single and shuffle; over all "
                       f"{average['needs time']:+.1f}, 95 % {average['needs time low']:+.1f} to "
                       f"{average['needs time high']:+.1f}")
-    head = ["task", "normal", *names, *["temporal gain"] * timed]
     return ("<h2>The same model with less to go by</h2>" + table(head, lines, last_is_total=True)
             + f'<ul class="soft">{"".join(f"<li>{item}</li>" for item in legend)}</ul>')
 
@@ -169,6 +166,8 @@ def calibration(result):
     """Confidence against the share that is right, as a picture."""
     if not result:
         return ""
+
+    # a dot for each bin; its area says how many answers it has
     most = max(n for *_, n in result["bins"])
     dots = "".join(f'<circle cx="{30 + 200 * confidence:.1f}" cy="{210 - 200 * right:.1f}" fill="var(--fill)" '
                    f'r="{3 + 9 * (n / most) ** .5:.1f}"><title>{n} answers: confidence {confidence:.2f}, right '
@@ -196,7 +195,7 @@ def provenance(summary):
              "protocol": ", ".join(f"{what}: {value}" for what, value in settings.items()),
              "seconds": ", ".join(f"{part} {seconds:.1f}" for part, seconds in summary["seconds"].items()),
              "software": ", ".join(f"{name} {value}" for name, value in summary["software"].items())}
-    return "<dl>" + "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in items.items() if text) + "</dl>"
+    return "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in items.items() if text)
 
 
 # ------------------------------------------------------------------------------------------------------------- examples
@@ -211,7 +210,7 @@ def examples(rows):
             of_task = [row for row in rows if row["task"] == task and "unread" not in row and row["correct"] == right]
             html += "".join(map(example, random.Random(0).sample(of_task, min(2, len(of_task)))))
         html += "</div></details>"
-    return html + soft("Drawn at random. Eight frames of each clip, chosen by the benchmark's rule; in green, the key.")
+    return html
 
 
 def example(row):
@@ -239,6 +238,8 @@ def frame_sheet(row):
         frames = read_eval_frames(row["media"], FRAMES, row["bound"])                  # (T, 3, H, W)
     except MediaError:
         return ""
+
+    # rows of small pictures
     height, width = frames.shape[-2:]
     w = min(WIDTH, width)
     h = max(1, round(w * height / width))

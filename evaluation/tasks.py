@@ -4,9 +4,7 @@
     MVBench/video/star/Charades_v1_480/   the media; find_media knows the other trees that the archives unpack into
 
 A benchmark is a value: a name, tasks, a function that reads a task's file, and a scorer. MVBENCH and TVBENCH are two
-of them, and the toy world has MVBench's layout. A benchmark with files of another format is one more value, with a
-reader of its own: see Benchmark.
-
+of them, and the toy world has MVBench's layout; one with files of another format needs a reader of its own.
 Not here: how a question is asked (engine.py) and scored (scorers.py), how the toy's questions are made (qagen).
 Source: paper table 1; mvbench.ipynb, data_list; TVBench: arXiv 2410.07752, github.com/daniel-cores/tvbench.
 
@@ -38,11 +36,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark as a value. Everything but its reader, `questions`, is shared by all benchmarks.
+    """A benchmark as a value. All of them share everything but the reader, `questions`.
 
-    questions(root, task) -> (path of the task's file, its entries, or None if there is no such file). Whatever the
-    file looks like, an entry is a dict as in MVBench's files: "video", "question", "candidates", "answer" (one of the
-    candidates), and for a task with bounds "start" and "end" in seconds. With a column for each option, for example:
+    questions(root, task) -> (path of the task's file, its entries, or None if there is no such file). An entry is a
+    dict as in MVBench's files, whatever the file looks like: "video", "question", "candidates", "answer" (one of the
+    candidates), and for a task with bounds "start" and "end" in seconds. For a file with a column for each option:
 
         def columns(root, task):
             path = Path(root) / "val.csv"
@@ -175,9 +173,9 @@ def make_question(task, index, entry, path, root):
 def find_media(root, folder, name):
     """Path of a medium, in the official tree or in one that people have made of its archives; "" if it is missing.
 
-    The archives' folders may be in video/ or beside it, each inside a folder with its archive's name or not; the files
-    that came later are in data0613/, or merged; and all media of a task, or of all tasks, may be in one flat folder.
-    Where the original is missing, an .mp4 of the same name will do (something-something v2 is often converted).
+    The archives' folders may be in video/ or beside it, each inside a folder of its archive's name or not; later files
+    may be in data0613/; the media of a task, or of all tasks, may be in one flat folder. If the original is missing, an
+    .mp4 of the same name will do: something-something v2 is often converted.
     """
     first, last = folder.split("/")[0], folder.split("/")[-1]
     bases = [Path(root) / base for base in ("video", "video/data0613", "data0613", ".")]

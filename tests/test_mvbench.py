@@ -25,6 +25,7 @@ from evaluation import batches
 from evaluation.engine import Engine
 from evaluation.predictions import Condition, key_of, rotate_options
 from evaluation.protocol import Protocol
+from evaluation.scorers import is_right
 from evaluation.stats import wilson
 from evaluation.tasks import BENCHMARKS, MVBENCH, TASKS, TVBENCH, Benchmark, describe, letter_of, load_questions
 from infra.distributed import Distributed
@@ -390,7 +391,7 @@ def test_answer_one_is_the_definition_of_all_answers(ckpt, tree, toy, tmp_path):
 def test_a_benchmark_is_a_value(ckpt, tree, tmp_path, monkeypatch):
     """One in other files, with its own reader and scorer, on the media of the tree."""
     def columns(root, task):
-        path = root / f"{task.file}.csv"
+        path = Path(root) / f"{task.file}.csv"
         rows = csv.DictReader(path.read_text().splitlines()) if path.is_file() else None
         return path, rows and [{"video": r["video"], "question": r["question"], "candidates": [r["a0"], r["a1"]],
                                 "answer": r[f"a{r['key']}"]} for r in rows]
@@ -405,9 +406,11 @@ def test_a_benchmark_is_a_value(ckpt, tree, tmp_path, monkeypatch):
     assert version == "CSVBench, 1 questions" and len(digits) == 16
     monkeypatch.setitem(BENCHMARKS, "csv", benchmark)
     args = mvbench.parse(["--ckpt", str(ckpt), "--out", str(tmp_path / "out"), "--workers", "0"])
-    mvbench.run(replace(args, benchmark="csv", data=tmp_path), Distributed())
+    mvbench.run(replace(args, benchmark="csv", data=str(tmp_path)), Distributed())
     summary = json.loads((tmp_path / "out" / "csv" / "summary.json").read_text())
     assert (summary["benchmark"], summary["average"]["asked"], summary["tasks"][0]["task"]) == ("CSVBench", 1, "Change")
+    (row,) = map(json.loads, (tmp_path / "out" / "csv" / "predictions.jsonl").read_text().splitlines())
+    assert row["answer"] == "It spins." and row["correct"] == is_right("strict", row)
 
 
 def test_controls_of_the_toy_are_at_chance(ckpt, toy, tmp_path):
