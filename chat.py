@@ -61,10 +61,10 @@ def main(argv=None):
     p = argparse.ArgumentParser(prog="chat.py", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_options(p)
-    p.add_argument("--video", required=True, help="a video, GIF, image, or folder of frames")
-    p.add_argument("--ask", default="", help="one question; without it, questions are read until an empty line")
-    p.add_argument("--temperature", type=float, default=0.0, help="0: the most probable token (default); 1: sample")
-    p.add_argument("--max-new-tokens", type=int, default=100, help="longest answer, in tokens (default %(default)s)")
+    p.add_argument("--video", required=True, metavar="PATH", help="a video, GIF, image, or folder of frames")
+    p.add_argument("--ask", default="", metavar="TEXT", help="one question; without it, asks until an empty line")
+    p.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0: most probable token (default)")
+    p.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="longest answer (default %(default)s)")
     args = p.parse_args(argv)
 
     model, qformer_tok, llm_tok, autocast = load_from_args(args)

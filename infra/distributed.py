@@ -117,6 +117,7 @@ def init_distributed(device, gloo_only=False):
 
     gloo_only: the processes exchange no GPU tensors. ValueError if there are too few GPUs.
     """
+    # torchrun sets WORLD_SIZE, LOCAL_WORLD_SIZE and LOCAL_RANK
     size, on_gpu = int(os.environ.get("WORLD_SIZE", 1)), device.startswith("cuda")
     if on_gpu and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: PyTorch finds no GPU here")
@@ -142,6 +143,7 @@ def init_distributed(device, gloo_only=False):
 
 def raise_together(problem, dist):
     """Raises the main process's problem there, once; the other processes exit with code 2."""
+    # n processes would print the same message n times
     stop = dist.broadcast(problem is not None)
     if problem and (dist.is_main or not stop):
         raise problem
@@ -190,7 +192,7 @@ def wrap_fsdp(model, loss, dist):
     # subtle: a scalar cannot be sharded: each process has its own temperature; sync_unsharded_grads keeps them equal
     scalars = {p for p in model.parameters() if p.ndim == 0}
     for p in scalars:
-        p.data = p.data.to(dist.device)
+        p.data = p.data.to(dist.device)                            # FSDP ignores them, and does not move them
 
     # blocks first, then the rest; losses are methods of the model, which FSDP must know as entry points
     mesh = init_device_mesh(torch.device(dist.device).type, (dist.size,))
@@ -205,7 +207,7 @@ def wrap_fsdp(model, loss, dist):
 
 def set_gradient_sync(forward, model, last):
     """Whether the next backward pass exchanges gradients: only the last micro-batch of a step does."""
-    if isinstance(forward, DistributedDataParallel):
+    if isinstance(forward, DistributedDataParallel):               # else a single process, or FSDP2
         forward.require_backward_grad_sync = last
     elif hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(last)
@@ -213,7 +215,7 @@ def set_gradient_sync(forward, model, last):
 
 def sync_unsharded_grads(model, dist):
     """Averages the gradients of the scalars that FSDP does not shard."""
-    if hasattr(model, "set_requires_gradient_sync"):
+    if hasattr(model, "set_requires_gradient_sync"):               # FSDP2 added this method
         for p in model.parameters():
             if p.grad is not None and not isinstance(p, DTensor):
                 torch_dist.all_reduce(p.grad)

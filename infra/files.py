@@ -24,6 +24,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 
+def flush_to_disk(path):
+    """Waits until the bytes of a file are on the disk. Folders are skipped."""
+    if path.is_file():
+        with open(path, "rb+") as f:
+            os.fsync(f.fileno())
+
+
 @contextmanager
 def atomic_folder(folder, replace=True):
     """Yields a temporary folder to fill; it becomes `folder` only if the block ends without an error.
@@ -57,20 +64,13 @@ def atomic_file(path):
     """Yields a temporary path to write; the file becomes `path` only if the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")   # save_tensors reads the suffix
     try:
         yield temporary
         flush_to_disk(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def flush_to_disk(path):
-    """Waits until the bytes of a file are on the disk. Folders are skipped."""
-    if path.is_file():
-        with open(path, "rb+") as f:
-            os.fsync(f.fileno())
 
 
 @contextmanager
@@ -110,6 +110,38 @@ def read_json(path):
 
 # ------------------------------------------------------------------------------------------------------ named tensors
 
+
+def read_torch_file(path):
+    """A PyTorch file of somebody else -> {name: tensor}; a dict under "model", "module" or "state_dict" is unpacked."""
+    # files of torch before 1.6 are not zip archives and cannot be mapped into memory: read those the plain way
+    errors = []
+    for mmap in (True, False):
+        try:
+            # weights_only: a pickle may run any code, so only tensors and plain Python values are accepted
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            break
+        except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+            errors.append(str(error))
+    else:
+        foreign = re.search(r"Unsupported (?:global|class|operand).*?([\w.]*\.\w+)", " ".join(errors))
+        if foreign:
+            raise ValueError(f"{path} holds {foreign[1]} besides tensors, and loading that could run any code; if you "
+                             "trust the file, save its tensors alone: torch.save(torch.load(FILE, weights_only=False)"
+                             '["model"], NEW)')
+        raise ValueError(f"{path} is damaged or not a PyTorch file; copy it again")
+
+    # official files nest their tensors in one or two dicts, beside other things
+    for key in ("model", "module", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{path} holds a {type(content).__name__}, not named tensors")
+    tensors = {name: t for name, t in content.items() if isinstance(name, str) and torch.is_tensor(t)}
+    if not tensors:
+        raise ValueError(f"{path} holds {', '.join(map(str, list(content)[:4]))}, but no tensors by those names")
+    return tensors
+
+
 def iter_tensors(path):
     """Yields (name, tensor) one by one from .safetensors; a PyTorch file (.bin, .pth, .pt) is loaded whole first.
 
@@ -119,7 +151,7 @@ def iter_tensors(path):
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     if path.suffix != ".safetensors":
-        yield from read_torch_file(path).items()
+        yield from read_torch_file(path).items()               # mapped into memory if the format allows it
         return
     try:
         with safe_open(path, "pt") as f:
@@ -140,40 +172,11 @@ def save_tensors(tensors, path):
     OSError names the file.
     """
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    save = save_file if Path(path).suffix == ".safetensors" else torch.save
     try:
-        save_file(tensors, path) if Path(path).suffix == ".safetensors" else torch.save(tensors, path)
+        save(tensors, path)
     except (SafetensorError, RuntimeError) as error:           # RuntimeError: what torch.save raises on a full disk
         raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}; is there room on the disk?") from None
-
-
-def read_torch_file(path):
-    """A PyTorch file of somebody else -> {name: tensor}; a dict under "model", "module" or "state_dict" is unpacked."""
-    # files of torch before 1.6 are not zip archives and cannot be mapped into memory: read those the plain way
-    errors = []
-    for mmap in (True, False):
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-            break
-        except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-            errors.append(str(error))
-    else:
-        foreign = re.search(r"Unsupported (?:global|class|operand).*?([\w.]*\.\w+)", " ".join(errors))
-        if foreign:
-            raise ValueError(f"{path} holds {foreign[1]} besides tensors, and loading that could run any code; if you "
-                             "trust the file, save its tensors alone: torch.save(torch.load(FILE, weights_only=False)"
-                             '["model"], NEW)')
-        raise ValueError(f"{path} is damaged or not a PyTorch file; copy it again")
-
-    # official files nest their tensors in one or two dicts, beside other things
-    for key in ("model", "module", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not named tensors")
-    tensors = {name: t for name, t in content.items() if isinstance(name, str) and torch.is_tensor(t)}
-    if not tensors:
-        raise ValueError(f"{path} holds {', '.join(map(str, list(content)[:4]))}, but no tensors by those names")
-    return tensors
 
 
 def hash_file(path, digest):

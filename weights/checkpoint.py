@@ -26,7 +26,7 @@ from model import DTYPES, Config, VideoChat2
 from tokenizer import WordPiece
 from weights.hf_llama import config_diff, llm_config, llm_tokenizer, load_llm_weights
 
-LLM_PREFIX = "llama_model."
+LLM_PREFIX = "llama_model."  # of the parameters that come from the LLM's folder, and of LoRA's beside them
 
 
 def is_frozen_llm(name):
@@ -71,13 +71,14 @@ def load_checkpoint(folder, llm="", device="cpu", dtype=torch.float32, int8=Fals
         model = VideoChat2(cfg, record["stage"])
     load_strict(model, read_tensors(folder / "model.safetensors"), folder, fresh=(LLM_PREFIX,))
 
-    llm_tok = None
+    llm_tok = None                                             # in stage 1 there is no LLM yet
     if record["stage"] > 1:
         if not record["llm"]:
             raise ValueError(f"{folder}/config.json names no LLM, which a model of stage {record['stage']} needs")
         llm_folder = Path(llm) if llm else find_llm(folder, record["llm"]["path"])
         llm_tok, _ = attach_llm(model, llm_folder, record["llm"], folder, dtype=dtype, int8=int8, device=device)
 
+    # fresh= above also accepts a file without LoRA's weights
     missing = [name for name, t in model.state_dict().items() if t.is_meta]
     if missing:
         raise ValueError(f"{folder} does not fit this model: {len(missing)} missing ({', '.join(missing[:3])})")
@@ -100,6 +101,7 @@ def attach_llm(model, llm_folder, expected, needed_by, **options):
         raise ValueError(f"{needed_by} was made with another LLM than {llm_folder}, whose config.json says "
                          f"{', '.join(differences.values())}; name the right folder by --llm")
 
+    # sizes and tokenizer match: only the weights tell LLMs of the same family apart
     digits = load_llm_weights(model.llama_model, llm_folder, **options)
     if expected and digits != expected["fingerprint"]:
         raise ValueError(f"{needed_by} was made with the LLM {Path(expected['path']).name} (fingerprint "
@@ -110,7 +112,7 @@ def attach_llm(model, llm_folder, expected, needed_by, **options):
 
 def find_llm(folder, path):
     """The LLM's folder: `path`, or `path` relative to the checkpoint `folder`, so that all of runs/ can be moved."""
-    for candidate in (Path(path), Path(folder) / path):
+    for candidate in (Path(path), Path(folder) / path):        # an absolute path makes both the same
         if (candidate / "config.json").is_file():
             return candidate
     raise FileNotFoundError(f"{folder} was made with the LLM in {path}, which is not there; name its folder by --llm")
@@ -135,8 +137,8 @@ def checkpoint_hash(folder):
 
 def add_model_options(parser):
     """--ckpt, --llm, --device, --dtype, --llm-int8."""
-    parser.add_argument("--ckpt", required=True, help="checkpoint folder of stage 3 (or 2)")
-    parser.add_argument("--llm", default="", help="the LLM's folder, if it moved since training")
+    parser.add_argument("--ckpt", required=True, metavar="DIR", help="checkpoint folder of stage 3 (or 2)")
+    parser.add_argument("--llm", default="", metavar="DIR", help="the LLM's folder, if it moved since training")
     parser.add_argument("--device", default="", help="cpu or cuda (default: cuda if there is a GPU)")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="",
                         help="of the LLM's weights; bf16 and fp16 compute in it too (default: bf16 on GPUs, else fp32)")
@@ -158,4 +160,5 @@ def device_of(args):
 
 
 def dtype_of(args):
+    # many CPUs have no native bfloat16
     return args.dtype or ("bf16" if device_of(args).startswith("cuda") else "fp32")

@@ -87,6 +87,7 @@ def llm_tokenizer(folder):
 def write_llm(llama, tokenizer_model, folder, tensors=None):
     """Writes an LLM folder as transformers does. tensors: {name: tensor} to write instead of the Llama's parameters."""
     config = {hf: getattr(llama.cfg, ours) for ours, hf in HF_NAMES.items()}
+    # what transformers needs besides the sizes
     config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
                "head_dim": llama.cfg.head_size, "bos_token_id": 1, "eos_token_id": 2}
     write_json(config, folder / "config.json")
@@ -104,7 +105,7 @@ def shards(folder):
             return [folder / name]
         index = folder / f"{name}.index.json"
         if index.is_file():
-            files = sorted(set(read_json(index).get("weight_map", {}).values()))
+            files = sorted(set(read_json(index).get("weight_map", {}).values()))      # {tensor: file}
             absent = [file for file in files if not (folder / file).is_file()]
             if absent or not files:
                 raise FileNotFoundError(f"{folder} lacks {len(absent)} of its {len(files)} shards: {', '.join(absent)}")
@@ -170,6 +171,7 @@ def load_llm_weights(llama, folder, dtype=torch.float32, int8=False, device="cpu
 
     dtype: of all weights. int8: the layers' matrices in 8 bits, see int8.py. LoRA's weights stay as they are.
     """
+    # the layers become Int8Linear while they are empty; each weight is rounded as it is read
     if int8:
         quantize_int8(llama)
     names = hf_names(llama)
@@ -186,7 +188,7 @@ def load_llm_weights(llama, folder, dtype=torch.float32, int8=False, device="cpu
             set_parameter(llama, names[name], t)
 
     digits = check_and_visit(folder, llama, load)
-    if llama.cfg.tied:
+    if llama.cfg.tied:                                                     # set_parameter made two of one
         llama.tie()
     return digits
 
