@@ -36,7 +36,7 @@ import torch
 from evaluation.protocol import NO_VIDEO, Protocol, apply_control, noise_like
 from evaluation.tasks import LETTERS
 from llama import KVCache
-from prompt import Prompt, chat_prompt, decode_answer, is_finished, mvbench_prompt, pad_batch, pad_ids
+from prompt import chat_prompt, decode_answer, is_finished, mvbench_prompt, pad_ids
 
 ANSWER_ROOM = 32    # tokens of an answer that the cache has room for from the start
 
@@ -164,8 +164,8 @@ class Engine:
 
         # what all prompts have in common ends before the token that predicts the answer: each tail has that one itself
         common = min(common_length(prompts), *(len(p.ids) - sum(i >= 0 for i in p.labels) - 1 for p in prompts))
-        tails = [Prompt(p.ids[common:], p.labels[common:]) for p in prompts]
-        ids, _, mask = pad_batch(tails, self.llm_tok.eos_id, "left", self.pad_multiple)        # (B, s)
+        tails = [p.ids[common:] for p in prompts]
+        ids, mask = pad_ids(tails, self.llm_tok.eos_id, "left", self.pad_multiple)             # (B, s)
 
         # the clips: video tokens, and the common text after them
         unique = list(dict.fromkeys(clips))
@@ -196,7 +196,7 @@ class Engine:
             for i in rows:
                 draft = continuation(answers[i], drafts[i])
                 fed.append([answers[i][-1], *draft[:max(0, limits[i] - len(answers[i]))]])
-            ids, _, mask = pad_batch([Prompt(row, row) for row in fed], self.llm_tok.eos_id, multiple=self.pad_multiple)
+            ids, mask = pad_ids(fed, self.llm_tok.eos_id, multiple=self.pad_multiple)                  # (rows, s)
             hidden = llm(llm.embed(ids.to(self.model.device)), mask.to(self.model.device), cache)      # (rows, s, D)
             best = llm.lm_head(hidden).argmax(-1).tolist()                                             # (rows, s)
 
