@@ -1,50 +1,53 @@
-"""From annotations to batches: draw samples, order them, tokenise, pad.
+"""From annotations to batches: read an entry and its clip, order the samples, tokenise, pad.
 
-    Annotations -> entry {"video", "caption" or "QA"} -> sample (video, text) -> batch of tensors
-                   drawn by Sampler                      VideoTextDataset           *Collate
+    entry    {"video": "kite.mp4", "caption": "A red kite."}                              training/annotations.py
+    sample   {"video": (T, 3, size, size), "text": "A red kite.", "medium": "video", ...}    VideoTextDataset
+    indices  [7, 2, 31, 4], one medium per batch                                             Sampler
+    batch    {"video": (B, T, 3, size, size), "ids": (B, S), "mask": (B, S), ...}            Stage1-, 2-, 3Collate
 
-It knows no model, and it forgives nothing silently: a medium that cannot be read has its whole sample replaced and is
-reported, so that no video ever meets another one's text. What a sample is depends on (seed, epoch, index) alone, not
-on workers or resumes. Not here: annotation files (annotations.py), how a file becomes frames (video.py), how a
-conversation becomes ids (prompt.py). Source: the official pt_dataset.py and it_dataset.py.
+A medium that cannot be read never makes a wrong pair: its whole sample is replaced and reported. What a sample is
+depends on (seed, epoch, index) alone, not on workers or resumes. Shape letters: model.py; size: pixels of a side.
+Not here: annotation files (training/annotations.py) and their check (training/check_data.py), how a file becomes
+frames (video.py), how a conversation becomes ids (prompt.py). Source: the official pt_dataset.py and it_dataset.py.
 
-    python data.py check corpus.json --decode
+    pytest tests/test_data.py
 """
-import argparse
-import os
 import random
-import signal
 import sys
-import threading
-from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from prompt import CAPTION_INSTRUCTIONS, Prompt, add_packing, caption_prompt, conversation_prompt, pad_batch
-from training.annotations import AnnotationFile, EntryError, load_annotations, load_corpus
-from video import MediaError, SampleError, read_media, train_frames
+from infra.cli import ignore_signals
+from prompt import CAPTION_INSTRUCTIONS, add_packing, caption_prompt, conversation_prompt, pad_batch, pad_ids
+from training.annotations import load_annotations
+from video import SAMPLING, MediaError, SampleError, read_media, train_frame_selector
 
 # ---- samples ---------------------------------------------------------------------------------------------------------
 
 class VideoTextDataset(torch.utils.data.Dataset):
-    """Samples of load_corpus's sources, one after another: captions or instructions, as their entries are.
+    """Samples of a corpus (a list of annotations.Source): captions or conversations. Frames: sampling, see video.py.
 
-    A sample: video (T, 3, size, size) float or, where `features` (features.Features) are set, features (T, L, C); text
-    (a caption) or qas (in random order), seconds of the frames, medium, path, idx (of the entry: the same clip has the
-    same idx), draw (a random number for the collate), bad (media that could not be read and were replaced, one line
-    each). More than max_bad in a row raise MediaError.
+        dataset[7] -> {"video": (T, 3, size, size) float, "seconds": [0.3, 0.9, ..],     # when its frames are
+                       "text": "A red kite."      or "qas": [{"q": "What moves?", "a": "A red kite."}, ..], shuffled
+                       "medium": "video", "path": "clips/kite.mp4", "idx": 7,    # the same clip has the same idx
+                       "prompt_choice": 0.42,     # a random number; the collate picks an instruction by it
+                       "bad": ["clips/dog.mp4: no such file"]}                   # unreadable media that it replaces
+
+    With `features` set (a feature_cache.Features), "features" (T, L, C) replace "video". More than max_bad unreadable
+    media in a row raise MediaError.
     """
 
-    def __init__(self, sources, num_frames, transform, how="rand", seed=0, max_bad=10):
-        self.num_frames, self.transform, self.how = num_frames, transform, how
+    def __init__(self, sources, num_frames, transform, sampling="rand", seed=0, max_bad=10):
+        if sampling not in SAMPLING:
+            raise ValueError(f"frame_sampling {sampling!r}: expected one of {', '.join(SAMPLING)}")
+        self.sources, self.num_frames, self.transform, self.sampling = sources, num_frames, transform, sampling
         self.seed, self.epoch, self.max_bad, self.features = seed, 0, max_bad, None
-        self.sources = sources
         self.entries = [load_annotations(source) for source in sources]
-        self.starts = np.cumsum([0, *map(len, self.entries)]).tolist()  # source s holds starts[s] .. starts[s + 1]
+        self.starts = np.cumsum([0, *map(len, self.entries)]).tolist()  # source s: starts[s] .. starts[s + 1]
+
+        # a batch of captions and one of conversations have different keys, and so different losses
         if sum(entries.header["qa"] for entries in self.entries) not in (0, len(self)):
             raise ValueError(f"{sources[0].anno} ...: captions and instructions in one corpus; train on one kind")
 
@@ -56,28 +59,30 @@ class VideoTextDataset(torch.utils.data.Dataset):
 
     def groups(self):
         """(medium, weight, range of indices) of each source, for the Sampler."""
-        spans = zip(self.starts[:-1], self.starts[1:], strict=True)
-        return [(s.media, s.weight, range(*span)) for s, span in zip(self.sources, spans, strict=True)]
+        spans = map(range, self.starts[:-1], self.starts[1:])
+        return [(source.media, source.weight, span) for source, span in zip(self.sources, spans, strict=True)]
 
     def lengths(self, indices):
-        """Of these samples' texts, in characters: an array."""
-        lengths = np.empty(len(indices), np.int32)
-        for entries, begin, end in zip(self.entries, self.starts[:-1], self.starts[1:], strict=True):
-            here = (indices >= begin) & (indices < end)
-            lengths[here] = entries.chars[indices[here] - begin]
+        """Characters of these samples' texts, (n,), for the Sampler. It reads the index, not the entries."""
+        lengths = np.empty(len(indices), np.int32)                                       # (n,)
+        for entries, start in zip(self.entries, self.starts, strict=False):              # starts has one more
+            inside = (indices >= start) & (indices < start + len(entries))
+            lengths[inside] = entries.chars[indices[inside] - start]
         return lengths
 
-    def path(self, index):
-        """Of the entry's medium."""
-        s, entry = self.entry(index)
-        return self.sources[s].path(entry)
-
     def entry(self, index):
-        """-> (number of its source, entry)."""
+        """-> source, entry."""
         s = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return s, self.entries[s][index - self.starts[s]]
+        return self.sources[s], self.entries[s][index - self.starts[s]]
+
+    def path(self, index):
+        """Path of a sample's medium."""
+        source, entry = self.entry(index)
+        return source.path(entry)
 
     def __getitem__(self, index):
+        # the whole sample is replaced, text and all, by the next one of the same source (and so of the same medium):
+        # a batch keeps its size, and no video meets the text of another
         bad = []
         while True:
             try:
@@ -86,27 +91,22 @@ class VideoTextDataset(torch.utils.data.Dataset):
                 bad.append(str(error))
                 if len(bad) > self.max_bad:
                     raise MediaError(f"{error}; {len(bad)} unreadable media in a row") from None
-                index = self.neighbour(index)
-
-    def neighbour(self, index):
-        """The next index of the same source, and so of the same medium."""
-        _, _, span = next(group for group in self.groups() if index in group[2])
-        return span[(index - span.start + 1) % len(span)]
-
-    def look(self, source, entry, rng):
-        """-> video (T, 3, size, size) and the seconds of its frames."""
-        choose = train_frames(self.num_frames, self.how, rng, entry.get("start"), entry.get("end"))
-        frames, seconds = read_media(source.path(entry), choose, still=source.media == "image")
-        return {"video": self.transform(frames, rng), "seconds": seconds}
+                span = next(span for *_, span in self.groups() if index in span)
+                index = span[(index - span.start + 1) % len(span)]
 
     def sample(self, index):
-        s, entry = self.entry(index)
-        source = self.sources[s]
+        """The sample without "bad". Raises MediaError."""
+        # every random choice comes from a generator of this sample; another order of drawing is another training run
         rng = random.Random(f"{self.seed} {self.epoch} {index}")
-        sample = {"idx": index, "medium": source.media, "path": "", "seconds": [], "draw": rng.random()}
+        source, entry = self.entry(index)
+        sample = {"idx": index, "medium": source.media, "path": "", "seconds": [], "prompt_choice": rng.random()}
+
+        # frames, or what the frozen ViT has made of them
         if source.media != "text":
-            sample["path"] = source.path(entry)
-            sample |= self.features[sample["path"]] if self.features else self.look(source, entry, rng)
+            sample["path"] = path = source.path(entry)
+            sample |= self.features[path] if self.features else self.load_video(source, entry, rng)
+
+        # one of several captions; the questions in another order each epoch, so that each comes first at times
         if "QA" in entry:
             sample["qas"] = rng.sample(entry["QA"], len(entry["QA"]))
         else:
@@ -114,261 +114,189 @@ class VideoTextDataset(torch.utils.data.Dataset):
             sample["text"] = (captions if isinstance(captions, str) else rng.choice(captions)).strip()
         return sample
 
+    def load_video(self, source, entry, rng):
+        """-> {"video": (T, 3, size, size), "seconds": of its frames}; T is 1 for an image."""
+        select = train_frame_selector(self.num_frames, self.sampling, rng, entry.get("start"), entry.get("end"))
+        frames, seconds = read_media(source.path(entry), select, as_image=source.media == "image")
+        return {"video": self.transform(frames, rng), "seconds": seconds}
+
+
+# ---- order -----------------------------------------------------------------------------------------------------------
 
 class Sampler:
-    """Batches of indices, in an order that (seed, epoch) decide. A batch holds one medium; what fills none is left out.
+    """Batches of indices in an order given by (seed, epoch). A batch has one medium; a rest that fills none is dropped.
 
-    A source of weight w comes w times in an epoch; of a broken weight's rest, a random part. batch_size is that of a
-    step: with several processes (world) all draw the same batches, and each takes every world-th sample of them; with
-    accumulate, a step's batch comes in so many parts. Going on at a step: skip_to(step).
+        Sampler(dataset, 4), an epoch       [7, 2, 31, 4] [12, 9, 0, 5] ..
+        world_size=2, rank=1                [2, 4] [9, 5] ..           # all ranks draw the same, each takes its part
+        world_size=2, rank=1, grad_accum=2  [2] [4] [9] [5] ..         # micro-batches: grad_accum of them are a step
+
+    dataset: anything with a length; groups() and lengths() are used if it has them. A source of weight 2.5 is in an
+    epoch twice, and a random half of it once more. To resume: skip_to(step).
     """
 
-    def __init__(self, dataset, batch_size, seed=0, rank=0, world=1, accumulate=1):
-        self.dataset, self.seed, self.rank, self.world, self.parts = dataset, seed, rank, world, accumulate
-        self.size = batch_size
-        if batch_size % (world * accumulate):
-            raise ValueError(f"a batch of {batch_size} cannot be shared evenly by {world} processes in {accumulate} "
-                             "parts; choose another --batch or --accumulate")
+    def __init__(self, dataset, batch_size, seed=0, rank=0, world_size=1, grad_accum=1):
+        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
+        self.rank, self.world_size, self.micro_batches = rank, world_size, grad_accum
+        if batch_size % (world_size * grad_accum):
+            raise ValueError(f"a batch of {batch_size} cannot be shared evenly by {world_size} processes in "
+                             f"{grad_accum} parts; choose another --batch or --grad-accum")
+
+        # medium -> [(range of indices, how many of them an epoch takes)]
         groups = dataset.groups() if hasattr(dataset, "groups") else [("", 1.0, range(len(dataset)))]
-        self.media = {}  # medium -> [(range of indices, how many of them an epoch takes)]
+        self.media = {}
         for medium, weight, span in groups:
             if round(weight * len(span)):
                 self.media.setdefault(medium, []).append((span, round(weight * len(span))))
         if len(self) == 0:
-            raise ValueError(f"{len(dataset)} samples do not fill a batch of {self.size}")
+            raise ValueError(f"{len(dataset)} samples do not fill a batch of {batch_size}")
         self.skip_to(0)
 
     def __len__(self):
         """Steps of one epoch."""
-        return sum(sum(take for _, take in spans) // self.size for spans in self.media.values())
+        return sum(sum(take for _, take in spans) // self.batch_size for spans in self.media.values())
 
     def skip_to(self, step):
-        """Go on as after `step` steps since the beginning."""
-        epoch, position = divmod(step, len(self))
-        self.set_epoch(epoch, position)
+        """Resumes after `step` steps of training, in the middle of an epoch or not."""
+        self.epoch, self.position = divmod(step, len(self))
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(self.epoch)
 
     def next_epoch(self):
-        self.set_epoch(self.epoch + 1)
-
-    def set_epoch(self, epoch, position=0):
-        self.epoch, self.position = epoch, position
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
+        self.skip_to((self.epoch + 1) * len(self))
 
     def bucket_by_length(self, indices, window=16, step=200):
-        """Within each `window` batches, texts of nearly the same length together: so all processes have as much to do,
-        and less of what the Q-Former reads is padding."""
+        """Sorts each `window` batches by text length, in classes of `step` characters.
+
+        So all processes have equally much to do, and less of what the Q-Former reads is padding.
+        """
         if hasattr(self.dataset, "lengths"):
             classes = self.dataset.lengths(indices) // step
-            for begin in range(0, len(indices), window * self.size):
-                part = slice(begin, begin + window * self.size)
-                indices[part] = indices[part][np.argsort(classes[part], kind="stable")]
+            for start in range(0, len(indices), window * self.batch_size):
+                part = slice(start, start + window * self.batch_size)
+                indices[part] = indices[part][np.argsort(classes[part], kind="stable")]  # stable: still random
         return indices
 
     def __iter__(self):
-        """The epoch's batches from `position` on."""
+        """The epoch's micro-batches of this rank, from `position` (in steps) on."""
         rng = np.random.default_rng((self.seed, self.epoch))
         batches = []
         for spans in self.media.values():
+            # each source as often as its weight says: whole permutations, the last one cut
             drawn = [np.concatenate([rng.permutation(span) for _ in range(-(-take // len(span)))])[:take]
                      for span, take in spans if take]
+
+            # mixed with the other sources of its medium, then cut into batches
             indices = rng.permutation(np.concatenate(drawn))
-            full = len(indices) // self.size
-            indices = self.bucket_by_length(indices[:full * self.size])
-            batches += list(indices.reshape(full, self.size))
+            n_batches = len(indices) // self.batch_size
+            indices = self.bucket_by_length(indices[:n_batches * self.batch_size])
+            batches += list(indices.reshape(n_batches, self.batch_size))
+
+        # batches of all media and lengths in random order
         for b in rng.permutation(len(batches))[self.position:]:
-            for part in np.split(batches[b], self.parts):
-                yield part[self.rank::self.world].tolist()
-
-
-# ---- batches ---------------------------------------------------------------------------------------------------------
-
-def collate_media(samples):
-    """What every batch has: video (B, T, 3, H, W), or features (B, T, L, C) of it, or None for both where there is text
-    alone; idx (B,), clips (how many different ones), medium, paths, bad."""
-    batch = {"idx": torch.tensor([s["idx"] for s in samples]), "medium": samples[0]["medium"],
-             "clips": len({s["idx"] for s in samples}),
-             "paths": [s["path"] for s in samples], "bad": [line for s in samples for line in s["bad"]]}
-    for key in ("video", "features"):
-        batch[key] = torch.stack([s[key] for s in samples]) if key in samples[0] else None
-    return batch
-
-
-def pad_ids(rows, wordpiece):
-    """Lists of ids -> ids (B, S), mask (B, S)."""
-    ids, _, mask = pad_batch([Prompt(row, row) for row in rows], wordpiece.pad_id)
-    return ids, mask
-
-
-@dataclass
-class Stage1Collate:
-    """Stage 1: the caption for the Q-Former. Adds ids (B, S), mask (B, S)."""
-    wordpiece: object
-    max_length: int = 32
-    sep: bool = False                  # QUIRK of tokenizer.WordPiece.encode: no [SEP]
-
-    def __call__(self, samples):
-        rows = [self.wordpiece.encode(s["text"], self.max_length, sep=self.sep) for s in samples]
-        ids, mask = pad_ids(rows, self.wordpiece)
-        return collate_media(samples) | {"ids": ids, "mask": mask}
-
-
-@dataclass
-class Stage2Collate:
-    """Stage 2: the caption as the LLM's answer. Adds ids, labels, mask (B, S), with n_video VIDEO ids in each row."""
-    tok: object
-    n_video: int
-    max_text: int = 512
-
-    def __call__(self, samples):
-        prompts = []
-        for s in samples:
-            instructions = CAPTION_INSTRUCTIONS[s["medium"]]
-            instruction = instructions[int(s["draw"] * len(instructions))]
-            prompts.append(caption_prompt(self.tok, s["text"], self.n_video, instruction, s["medium"], self.max_text))
-        ids, labels, mask = pad_batch(prompts, self.tok.eos_id)
-        return collate_media(samples) | add_packing({"ids": ids, "labels": labels, "mask": mask})
-
-
-@dataclass
-class Stage3Collate:
-    """Stage 3: conversations for the LLM (ids, labels, mask), the instruction for the Q-Former (instruction_ids, instruction_mask)."""
-    tok: object
-    wordpiece: object
-    n_video: int
-    max_text: int = 512
-    prompt_style: str = "vicuna"
-    question_in_qformer: bool = False  # QUIRK of model.Config
-    add_timestamps: bool = True          # say at which seconds a video's frames were taken
-    train_separators: bool = False     # QUIRK of prompt.vicuna_turns
-    max_instruction: int = 512         # ids of the Q-Former's text; the end of a longer one is kept
-
-    def __call__(self, samples):
-        prompts = [self.conversation(s) for s in samples]
-        ids, labels, mask = pad_batch(prompts, self.tok.eos_id)
-        rows = [self.wordpiece.encode(self.instruction(s["qas"][0]), self.max_instruction, sep=True, truncate="left")
-                for s in samples]
-        instruction_ids, instruction_mask = pad_ids(rows, self.wordpiece)
-        texts = add_packing({"ids": ids, "labels": labels, "mask": mask})
-        return collate_media(samples) | texts | {"instruction_ids": instruction_ids, "instruction_mask": instruction_mask}
-
-    def conversation(self, s):
-        """The sample as a Prompt. Raises SampleError where its instruction leaves no room for the video."""
-        message = seconds_message(s["seconds"]) if self.add_timestamps and s["medium"] == "video" else ""
-        try:
-            return conversation_prompt(self.tok, s["qas"], self.n_video, message, s["medium"], self.prompt_style,
-                                       self.max_text, self.train_separators)
-        except ValueError as error:
-            raise SampleError(f"{s['path']}: {error}") from None
-
-    def instruction(self, qa):
-        """The first turn's, as the LLM reads it too; the question is never there alone."""
-        text = qa.get("i") or ""
-        return f"{text} {qa.get('q') or ''}".strip() if text and self.question_in_qformer else text
-
-
-def seconds_message(seconds):
-    """What the conversation says of the frames: "The video contains 2 frames sampled at 0.3, 0.9 seconds."."""
-    times = ", ".join(str(round(s, 1)) for s in seconds)
-    return f"The video contains {len(seconds)} frames sampled at {times} seconds."
+            for micro_batch in np.split(batches[b], self.micro_batches):
+                yield micro_batch[self.rank::self.world_size].tolist()                   # this rank's samples
 
 
 def make_loader(dataset, sampler, collate, workers=0):
-    """Batches of one epoch from where the sampler stands; `workers` processes decode ahead."""
-    # subtle: workers start anew with every epoch, and so learn of dataset.set_epoch; their seeds come from a generator
-    # of their own, or going on would draw one number more from the one that dropout uses
+    """Batches of one epoch, from the sampler's position on; `workers` processes decode ahead."""
+    # subtle: workers start again with every epoch, which is how they learn of dataset.set_epoch. Their seeds need a
+    # generator of their own: a resumed run would otherwise draw one number more from the one that dropout uses
     return torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers,
                                        pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None,
                                        generator=torch.Generator().manual_seed(0), worker_init_fn=ignore_signals)
 
 
-def ignore_signals(worker):
-    """Ctrl-C and SIGTERM reach the workers as well, but they heed the process alone that they work for, whatever they
-    are handing over."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):                         # not on a Mac
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=heed_the_parent, daemon=True).start()
-    sys.excepthook = lambda *error: None           # of the thread that hands tensors over; others' errors are passed on
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+def collate_media(samples):
+    """What every batch has: video (B, T, 3, size, size) or features (B, T, L, C), None where samples have none;
+    idx (B,), clips (number of different ones), medium, paths, bad."""
+    batch = {"idx": torch.tensor([s["idx"] for s in samples]), "medium": samples[0]["medium"],
+             "clips": len({s["idx"] for s in samples}),
+             "paths": [s["path"] for s in samples], "bad": [line for s in samples for line in s["bad"]]}
+    for key in ("video", "features"):
+        batch[key] = torch.stack([s[key] for s in samples]) if key in samples[0] else None   # (B, T, ...)
+    return batch
 
 
-def heed_the_parent():
-    """Ends this process when a SIGTERM comes from the one that started it, as multiprocessing sends it."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
+@dataclass
+class Stage1Collate:
+    """Stage 1: the Q-Former reads and writes the caption. Adds ids (B, S), mask (B, S)."""
+    qformer_tok: object                # tokenizer.WordPiece
+    max_length: int = 32               # ids of a caption
+    sep: bool = False                  # QUIRK of tokenizer.WordPiece.encode: no [SEP]
+
+    def __call__(self, samples):
+        rows = [self.qformer_tok.encode(s["text"], self.max_length, sep=self.sep) for s in samples]
+        ids, mask = pad_ids(rows, self.qformer_tok.pad_id)                               # (B, S) each
+        return collate_media(samples) | {"ids": ids, "mask": mask}
 
 
-# ---- python data.py check --------------------------------------------------------------------------------------------
+@dataclass
+class Stage2Collate:
+    """Stage 2: the LLM answers with the caption. Adds ids, labels, mask (B, S), with n_video VIDEO ids in each row."""
+    llm_tok: object                    # tokenizer.SentencePiece
+    n_video: int                       # video tokens of a clip: the Q-Former's queries
+    max_text: int = 512                # ids of a caption
 
-class Media(torch.utils.data.Dataset):
-    """What is wrong with the medium of each good entry: (its number in the file, Fault or None)."""
-
-    def __init__(self, entries, decode):
-        self.entries, self.decode = entries, decode
-
-    def __len__(self):
-        return len(self.entries)
-
-    def __getitem__(self, i):
-        source = self.entries.source
-        path = source.path(self.entries[i])
-        if not Path(path).exists():
-            return i, EntryError("missing", f"{path}: no such file")
-        try:
-            if self.decode:                                # first, last and some between: a torn file lacks its end
-                read_media(path, lambda first, last, fps: np.linspace(first, last, 8).round().astype(int).tolist(),
-                           still=source.media == "image")
-        except MediaError as error:
-            return i, EntryError("undecodable", str(error))
-        return i, None
+    def __call__(self, samples):
+        # one of ten instructions for each caption, as the official stage 2 draws them
+        prompts = []
+        for s in samples:
+            instructions = CAPTION_INSTRUCTIONS[s["medium"]]
+            instruction = instructions[int(s["prompt_choice"] * len(instructions))]
+            prompts.append(caption_prompt(self.llm_tok, s["text"], self.n_video, instruction, s["medium"],
+                                          self.max_text))
+        ids, labels, mask = pad_batch(prompts, self.llm_tok.eos_id)                      # (B, S) each
+        return collate_media(samples) | add_packing({"ids": ids, "labels": labels, "mask": mask})
 
 
-def media_faults(entries, decode, workers):
-    """Yields (number in the file, Fault) of every medium that is missing or, with decode, cannot be read."""
-    loader = torch.utils.data.DataLoader(Media(entries, decode), 64, num_workers=workers, collate_fn=list)
-    with tqdm(total=len(entries), desc=Path(entries.source.anno).name, unit="file", leave=False,
-              disable=not sys.stderr.isatty()) as bar:
-        for batch in loader:
-            yield from ((entries.number(i), fault) for i, fault in batch if fault)
-            bar.update(len(batch))
+@dataclass
+class Stage3Collate:
+    """Stage 3: conversations. Adds ids, labels, mask (B, S) for the LLM, and the first turn's instruction for the
+    Q-Former: instruction_ids, instruction_mask (B, S)."""
+    llm_tok: object
+    qformer_tok: object
+    n_video: int
+    max_text: int = 512                # ids of a conversation, the video's not counted
+    prompt_style: str = "vicuna"       # or "mistral": prompt.conversation_prompt
+    question_in_qformer: bool = False  # QUIRK of model.Config
+    add_timestamps: bool = True        # tell the LLM at which seconds a video's frames were taken
+    train_separators: bool = False     # QUIRK of prompt.vicuna_turns
+    max_instruction: int = 512         # ids of the Q-Former's text; a longer one loses its beginning
+
+    def __call__(self, samples):
+        # conversations for the LLM; an instruction that leaves no room for the video is an error that names its clip
+        prompts = []
+        for s in samples:
+            message = seconds_message(s["seconds"]) if self.add_timestamps and s["medium"] == "video" else ""
+            try:
+                prompts.append(conversation_prompt(self.llm_tok, s["qas"], self.n_video, message, s["medium"],
+                                                   self.prompt_style, self.max_text, self.train_separators))
+            except ValueError as error:
+                raise SampleError(f"{s['path']}: {error}") from None
+        ids, labels, mask = pad_batch(prompts, self.llm_tok.eos_id)                      # (B, S) each
+
+        # the Q-Former reads the instruction too, so that its queries look for what is asked
+        rows = [self.qformer_tok.encode(self.instruction(s["qas"][0]), self.max_instruction, sep=True, truncate="left")
+                for s in samples]
+        instruction_ids, instruction_mask = pad_ids(rows, self.qformer_tok.pad_id)
+        batch = collate_media(samples) | add_packing({"ids": ids, "labels": labels, "mask": mask})
+        return batch | {"instruction_ids": instruction_ids, "instruction_mask": instruction_mask}
+
+    def instruction(self, qa):
+        """The instruction of a turn, with its question if question_in_qformer; never the question alone."""
+        text = qa.get("i") or ""
+        return f"{text} {qa.get('q') or ''}".strip() if text and self.question_in_qformer else text
 
 
-def check(corpus, decode=False, workers=0, show=10):
-    """Print what each source holds and the first faults in it, of each kind how many; -> how many faults."""
-    total = 0
-    for source in load_corpus(corpus):
-        entries = AnnotationFile(source)
-        kinds, lines = Counter(entries.header["kinds"]), entries.header["first"][:show]
-        for number, fault in media_faults(entries, decode, workers) if source.media != "text" and len(entries) else ():
-            kinds[fault.kind] += 1
-            lines += [f"entry {number}: {fault.text}"] * (len(lines) < show)
-        faulty, n = kinds.total(), len(entries) + entries.header["faulty"]
-        what = ": " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()) if faulty else ""
-        print(f"{source.anno}: {n} entries of {source.media}, {faulty} faulty{what}",
-              *(f"  {line}" for line in lines), *[f"  ... and {faulty - len(lines)} more"] * (faulty > len(lines)),
-              sep="\n", flush=True)
-        total += faulty
-    return total
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog="data.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["check"], help="count entries, list malformed ones and missing media")
-    parser.add_argument("corpus", help="JSON list of [annotation file, media root, medium]")
-    parser.add_argument("--decode", action="store_true", help="also open every medium and decode some of its frames")
-    parser.add_argument("--workers", type=int, default=1, help="processes that look at media (default %(default)s)")
-    parser.add_argument("--show", type=int, default=10, help="faults to print per source (default %(default)s)")
-    args = parser.parse_args(argv)
-    return 1 if check(args.corpus, args.decode, args.workers, args.show) else 0
+def seconds_message(seconds):
+    """[0.31, 0.9] -> "The video contains 2 frames sampled at 0.3, 0.9 seconds.": part of the conversation."""
+    times = ", ".join(str(round(s, 1)) for s in seconds)
+    return f"The video contains {len(seconds)} frames sampled at {times} seconds."
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("\nstopped")
-    except (ValueError, OSError) as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    # "check" was a command of this file
+    print("data.py: run python -m training.check_data", *sys.argv[2:], file=sys.stderr)
+    sys.exit(2)

@@ -3,11 +3,11 @@
     ids     <s> i ###Human : <Video> -1 -1 .. -1 </Video> ###Human : What moves ? ###Assistant : A red kite . ###
     labels  .   . .        . .       .  .  .  .  .        .        . .    .     . .            . A red kite . ###
 
--1 is VIDEO: model.py puts a projected query there. A dot is IGNORE: no loss. Labels stand under their own ids; the
-model shifts them. A text is joined first and tokenised once; each id then takes its label from the words it lies in, so
-no length is ever guessed. The formats are those of the official videochat2_pt_vicuna.py (stage 2),
-videochat2_it_vicuna.py and _mistral.py (stage 3) and mvbench.ipynb. Not here: the tokenizers (tokenizer.py), and what
-becomes of VIDEO (model.py).
+-1 is VIDEO: model.py puts a projected query there. A dot is IGNORE: no loss. A label is at the place of its own id; the
+model shifts them. A text is joined first and tokenised once; then each id gets its label from the words that it covers,
+so no length is ever guessed. The formats are those of the official videochat2_pt_vicuna.py (stage 2),
+videochat2_it_vicuna.py and _mistral.py (stage 3) and mvbench.ipynb. S: ids of a row; B: rows.
+Not here: the tokenizers (tokenizer.py) and what replaces VIDEO (model.py).
 
     pytest tests/test_prompt.py
 """
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-VIDEO = -1      # the id that marks one video token
-IGNORE = -100   # the label that takes no part in the loss, as in F.cross_entropy
+VIDEO = -1     # the id of one video token
+IGNORE = -100  # the label without a loss, as in F.cross_entropy
 
 CAPTION_INSTRUCTIONS = {
     "video": (
@@ -38,14 +38,14 @@ SYSTEM = (
     "objects, and the action and pose of persons. Based on your observations, select the best option that accurately "
     "addresses the question.\n")
 QUESTION_PROMPT = "Only give the best option."
-ANSWER_PROMPT = "Best option:("  # what the answer begins with, so that the option's letter comes next
+ANSWER_PROMPT = "Best option:("  # the answer's beginning, so the next token is the letter of an option
 
 
 @dataclass
 class Prompt:
     ids: list     # ids of the LLM's tokenizer, VIDEO where a video token goes
     labels: list  # as long as ids: the id itself where it is to be learnt, else IGNORE
-    soft: range = range(0)  # where words stand for a video's tokens and are to be blurred (standins.soft_embed)
+    soft: range = range(0)  # the toy's: where words replace a video's tokens and get noise (toy/pretrain.py)
 
     @property
     def slot(self):
@@ -53,99 +53,104 @@ class Prompt:
         return self.ids.index(VIDEO)
 
     def fill(self, ids, places=None):
-        """Puts the ids of a text in the video's place: at these of its places, or one after another from its first."""
-        begin = self.slot
+        """The toy's: puts a text's ids into the slot, at these places of it, or one after another from its start."""
+        start = self.slot
         for place, i in zip(range(len(ids)) if places is None else places, ids, strict=True):
-            self.ids[begin + place] = i
+            self.ids[start + place] = i
 
 
-def join(tok, parts):
-    """One tokenisation of `parts`, a list of (text, trained): an id is trained if its last character's part is."""
-    trained = [train for text, train in parts for _ in text]  # of each character
-    ids, ends = tok.encode_with_ends("".join(text for text, _ in parts))
-    return Prompt(ids, [i if trained[end] else IGNORE for i, end in zip(ids, ends, strict=True)])
+def encode_spans(tok, spans):
+    """Spans [(text, trained), ...], tokenised once as one text; an id is trained if its last character's span is.
+
+        [(" ###Assistant: ", False), ("A red kite.", True)]  ->  labels . . . A red kite .
+    """
+    trained_chars = [trained for text, trained in spans for _ in text]
+    ids, ends = tok.encode_with_ends("".join(text for text, _ in spans))
+    return Prompt(ids, [i if trained_chars[end] else IGNORE for i, end in zip(ids, ends, strict=True)])
 
 
-def with_video(tok, before, n_video, after):
-    """`<s>`, the text `before`, the slot, the prompt `after`."""
+def insert_slot(tok, before, n_video, after):
+    """`<s>`, the text `before`, n_video times VIDEO, then the Prompt `after`."""
     head = tok.encode(before, bos=True) + [VIDEO] * n_video
     return Prompt(head + after.ids, [IGNORE] * len(head) + after.labels)
 
 
-# ---- stage 2: captions -----------------------------------------------------------------------------------------------
-
-def caption_prompt(tok, caption, n_video, instruction, medium="video", max_text=512):
-    """`###Human: <Video>[slot]</Video> {instruction} ###Assistant: ` and, trained, `{caption}###` (max_text ids).
-
-    Source: videochat2_pt_vicuna.py; every piece is tokenised on its own there, so the caption brings its own space.
-    """
-    tag = medium.capitalize()
-    target = tok.encode(caption + "###")[:max_text]
-    asked = tok.encode(f"</{tag}> {instruction} ###Assistant: ")
-    after = Prompt(asked + target, [IGNORE] * len(asked) + target)
-    return with_video(tok, f"###Human: <{tag}>", n_video, after)
-
-
-# ---- stage 3: conversations ------------------------------------------------------------------------------------------
-
-def conversation_prompt(tok, qas, n_video, message="", medium="video", prompt_style="vicuna", max_text=512,
-                        train_separators=False):
-    """Instruction, video, and questions with answers; what is learnt: each answer and the mark that ends it.
-
-        vicuna   {i} ###Human: <Video>[slot]</Video> {message} ###Human: {q} ###Assistant: {a} ###
-        mistral  {i} [INST] <Video>[slot]</Video> {message} [/INST] [INST] {q} [/INST] {a}</s>
-
-    `qas`: dicts of "q", "a" and, read from the first alone, "i"; an empty q or i is left out. With `medium`
-    "text" there is no slot. At most max_text ids remain beside the video's; ValueError if that would cut the slot.
-    Source: it_dataset.py, videochat2_it_vicuna.py and videochat2_it_mistral.py.
-    """
-    if prompt_style not in ("vicuna", "mistral"):
-        raise ValueError(f"prompt_style {prompt_style!r}: expected vicuna or mistral")
-    human, closing = ("###Human:", "") if prompt_style == "vicuna" else ("[INST]", " [/INST]")
-    turns = vicuna_turns(qas, train_separators) if prompt_style == "vicuna" else mistral_turns(qas)
-    instruction, message, tag = (qas[0].get("i") or "").rstrip(" "), message.strip(), medium.capitalize()
-    if medium == "text":
-        before, lead, n_video = "", f"{instruction} {message}".strip(), 0
-    else:
-        before = f"{instruction} {human} <{tag}>".lstrip(" ")
-        lead = f"</{tag}> {message}".rstrip() + closing
-    prompt = with_video(tok, before, n_video, join(tok, [(lead, False), *turns]))
-    return cut(prompt, max_text + n_video)
-
-
-def vicuna_turns(qas, train_separators):
-    """(text, trained) parts: ` ###Human: {q} ###Assistant: {a} ###`.
-
-    # QUIRK videochat2_it_vicuna.py:268-281: the official labels also hold "###Human:" and "###Assistant:", which the
-    # model never has to say; train_separators=True does so too. Else only the ### behind an answer, its end, is learnt.
-    """
-    turns = [turn for qa in qas for turn in (("Human", qa.get("q") or ""), ("Assistant", qa["a"]))
-             if turn != ("Human", "")]
-    parts, answered = [], False
-    for role, text in turns:
-        parts += [(" ###", answered or train_separators), (f"{role}:", train_separators)]
-        answered = role == "Assistant"
-        parts += [(f" {text}", answered)]
-    return [*parts, (" ###", True)]
-
-
-def mistral_turns(qas):
-    """(text, trained) parts: ` [INST] {q} [/INST] {a}</s>`."""
-    parts = []
-    for qa in qas:
-        parts += [(f" [INST] {qa['q']} [/INST]", False)] if qa.get("q") else []
-        parts += [(f" {qa['a']}</s>", True)]
-    return parts
-
-
-def cut(prompt, length):
-    """The first `length` ids; the slot must survive whole."""
+def truncate(prompt, length):
+    """The first `length` ids. Raises ValueError if that would cut the slot."""
     if VIDEO in prompt.ids[length:]:
         raise ValueError(f"{prompt.slot} ids of text before the video: shorten the instruction or raise max_text")
     return Prompt(prompt.ids[:length], prompt.labels[:length])
 
 
-# ---- asking: MVBench and chat ----------------------------------------------------------------------------------------
+# ---- training: captions in stage 2, conversations in stage 3 ---------------------------------------------------------
+
+def caption_prompt(tok, caption, n_video, instruction, medium="video", max_text=512):
+    """`###Human: <Video>[slot]</Video> {instruction} ###Assistant: ` and, trained, `{caption}###` (max_text ids).
+
+    Source: videochat2_pt_vicuna.py, which tokenises the three texts apart, so that the caption starts with a space.
+    """
+    tag = medium.capitalize()
+    target = tok.encode(caption + "###")[:max_text]
+    request = tok.encode(f"</{tag}> {instruction} ###Assistant: ")
+    after = Prompt(request + target, [IGNORE] * len(request) + target)
+    return insert_slot(tok, f"###Human: <{tag}>", n_video, after)
+
+
+def conversation_prompt(tok, turns, n_video, message="", medium="video", prompt_style="vicuna", max_text=512,
+                        train_separators=False):
+    """Instruction, video, questions and answers; trained: each answer and the end after it.
+
+        vicuna   {i} ###Human: <Video>[slot]</Video> {message} ###Human: {q} ###Assistant: {a} ###
+        mistral  {i} [INST] <Video>[slot]</Video> {message} [/INST] [INST] {q} [/INST] {a}</s>
+
+    turns: [{"i": "Watch.", "q": "What moves?", "a": "A red kite."}, ...]; "i" is read from the first only, an empty q
+    or i is left out. With `medium` "text" there is no slot. At most max_text ids remain besides the video's; ValueError
+    if that would cut the slot. Source: it_dataset.py, videochat2_it_vicuna.py and videochat2_it_mistral.py.
+    """
+    if prompt_style not in ("vicuna", "mistral"):
+        raise ValueError(f"prompt_style {prompt_style!r}: expected vicuna or mistral")
+
+    # the texts on both sides of the slot
+    human, closing = ("###Human:", "") if prompt_style == "vicuna" else ("[INST]", " [/INST]")
+    instruction, message, tag = (turns[0].get("i") or "").rstrip(" "), message.strip(), medium.capitalize()
+    if medium == "text":
+        before, lead, n_video = "", f"{instruction} {message}".strip(), 0
+    else:
+        before = f"{instruction} {human} <{tag}>".lstrip(" ")
+        lead = f"</{tag}> {message}".rstrip() + closing
+
+    # all that follows the slot is one text, tokenised once
+    spans = vicuna_turns(turns, train_separators) if prompt_style == "vicuna" else mistral_turns(turns)
+    prompt = insert_slot(tok, before, n_video, encode_spans(tok, [(lead, False), *spans]))
+    return truncate(prompt, max_text + n_video)
+
+
+def vicuna_turns(turns, train_separators):
+    """Spans of ` ###Human: {q} ###Assistant: {a} ###`.
+
+    # QUIRK videochat2_it_vicuna.py:268-281: the official labels also hold "###Human:" and "###Assistant:", which the
+    # model never has to write; train_separators=True does the same. Otherwise only the ### after an answer is learnt.
+    """
+    spans, after_answer = [], False
+    for turn in turns:
+        for role, text in (("Human", turn.get("q")), ("Assistant", turn["a"])):
+            if text or role == "Assistant":
+                spans += [(" ###", after_answer or train_separators), (f"{role}:", train_separators)]
+                after_answer = role == "Assistant"
+                spans += [(f" {text}", after_answer)]
+    return [*spans, (" ###", True)]
+
+
+def mistral_turns(turns):
+    """Spans of ` [INST] {q} [/INST] {a}</s>`."""
+    spans = []
+    for turn in turns:
+        spans += [(f" [INST] {turn['q']} [/INST]", False)] if turn.get("q") else []
+        spans += [(f" {turn['a']}</s>", True)]
+    return spans
+
+
+# ---- generation: MVBench and chat ------------------------------------------------------------------------------------
 
 def mvbench_question(question, candidates):
     """`Question: {question}\\nOptions:\\n(A) ..\\n(B) ..\\n`; QUESTION_PROMPT comes next. Source: mvbench.ipynb."""
@@ -153,81 +158,76 @@ def mvbench_question(question, candidates):
     return f"Question: {question}\nOptions:\n{options}".rstrip() + "\n"
 
 
-def mvbench_prompt(tok, question, candidates, n_video, system=SYSTEM, answer_prompt=ANSWER_PROMPT, prompt_style="vicuna"):
-    """The benchmark's prompt, up to the bracket that the answer's letter follows. `system` stands in it twice.
+def mvbench_prompt(tok, question, candidates, n_video, system=SYSTEM, answer_prompt=ANSWER_PROMPT,
+                   prompt_style="vicuna"):
+    """The benchmark's prompt, up to the bracket before the answer's letter. `system` is in it twice.
 
-    An empty system or answer_prefix is the paper's table 8 or 9 without it.
+    An empty system or answer_prompt gives the ablation of the paper's table 8 or 9.
     """
-    asked = system + mvbench_question(question, candidates) + QUESTION_PROMPT
-    return chat_prompt(tok, [], asked, n_video, instruction=system, prompt_style=prompt_style, answer_prompt=answer_prompt)
+    text = system + mvbench_question(question, candidates) + QUESTION_PROMPT
+    return chat_prompt(tok, [], text, n_video, system, prompt_style=prompt_style, answer_prompt=answer_prompt)
 
 
-def chat_prompt(tok, history, question, n_video, instruction="", medium="video", prompt_style="vicuna", answer_prompt=""):
-    """A question about a video after `history`, a list of (question, answer); the answer is to follow.
+def chat_prompt(tok, history, question, n_video, instruction="", medium="video", prompt_style="vicuna",
+                answer_prompt=""):
+    """A question about a video after `history`, a list of (question, answer); the LLM writes the next answer.
 
-    Turns end in a newline and ###, unlike in training: so did the official chat and benchmark (mvbench.ipynb).
+    Source: the official chat and benchmark (mvbench.ipynb), whose turns end in a newline, unlike those of training.
     """
-    tag = medium.capitalize()
-    if prompt_style == "vicuna":
-        before, after = f"{instruction}###Human: <{tag}>", f"</{tag}>\n"
-        for q, a in history:
-            after += f"###Human: {q}\n###Assistant: {a}\n"
-        after += f"###Human: {question}\n###Assistant: {answer_prompt}".rstrip(" ")
-    else:
-        before, after = f"{instruction}[INST] <{tag}>", f"</{tag}> [/INST] "
-        for q, a in history:
-            after += f"[INST] {q} [/INST] {a}</s>"
-        after += f"[INST] {question} [/INST] {answer_prompt}".rstrip(" ")
-    ids = tok.encode(after)
-    return with_video(tok, before, n_video, Prompt(ids, [IGNORE] * len(ids)))
+    human, closing, turn, end = (
+        ("###Human:", "\n", "###Human: {}\n###Assistant: {}", "\n") if prompt_style == "vicuna" else
+        ("[INST]", " [/INST] ", "[INST] {} [/INST] {}", "</s>"))
+    turns = end.join(turn.format(q, a) for q, a in [*history, (question, answer_prompt)])
 
+    # subtle: no space at the end, also where the answer has no prompt; a generated answer begins with its own
+    ids = tok.encode(f"</{medium.capitalize()}>{closing}{turns}".rstrip(" "))
+    before = f"{instruction}{human} <{medium.capitalize()}>"
+    return insert_slot(tok, before, n_video, Prompt(ids, [IGNORE] * len(ids)))
 
-# ---- batches ---------------------------------------------------------------------------------------------------------
 
 def is_finished(tok, ids):
-    """Whether new ids end an answer: by </s> or ###."""
+    """Whether these new ids end an answer: with </s> or ###."""
     return ids[-1] == tok.eos_id or "###" in tok.decode(ids[-4:])
 
 
 def decode_answer(tok, ids):
-    """New ids -> the answer without what ended it."""
+    """New ids -> the answer, without its end."""
     return tok.decode([i for i in ids if i != tok.eos_id]).split("###")[0].strip()
 
 
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
 def pad_batch(prompts, pad_id, side="right", multiple=8):
-    """ids, labels, mask (1: token, 0: padding), all (B, S) of torch.long, S the longest rounded up to a multiple.
+    """Prompts -> ids, labels, mask (1: token, 0: padding), each (B, S) torch.long.
 
     Training pads on the right; generation on the left, so that all rows end together.
     """
-    longest = max(len(prompt.ids) for prompt in prompts)
-    length = -(-longest // multiple) * multiple            # tensor cores like multiples of 8
-    ids = torch.full((len(prompts), length), pad_id)       # (B, S)
-    labels = torch.full_like(ids, IGNORE)                  # (B, S)
-    mask = torch.zeros_like(ids)                           # (B, S)
-    for row, prompt in enumerate(prompts):
-        n = len(prompt.ids)
-        here = slice(n) if side == "right" else slice(length - n, length)
-        ids[row, here] = torch.tensor(prompt.ids)
-        labels[row, here] = torch.tensor(prompt.labels)
-        mask[row, here] = 1
+    ids, mask = pad_ids([prompt.ids for prompt in prompts], pad_id, side, multiple)
+    labels, _ = pad_ids([prompt.labels for prompt in prompts], IGNORE, side, multiple)
     return ids, labels, mask
 
 
-def pad_ids(rows, pad_id):
-    """Lists of ids -> ids, mask (B, S), padded on the right."""
-    ids, _, mask = pad_batch([Prompt(row, row) for row in rows], pad_id)
+def pad_ids(rows, pad_id, side="right", multiple=8):
+    """Lists of ids -> ids, mask, each (B, S); S is the longest row, rounded up: tensor cores need multiples of 8."""
+    length = -(-max(map(len, rows)) // multiple) * multiple
+    ids = torch.full((len(rows), length), pad_id)           # (B, S)
+    mask = torch.zeros_like(ids)                            # (B, S)
+    for i, row in enumerate(rows):
+        columns = slice(len(row)) if side == "right" else slice(length - len(row), length)
+        ids[i, columns] = torch.tensor(row)
+        mask[i, columns] = 1
     return ids, mask
 
 
 def pack_rows(t, lengths):
-    """Rows t (B, S, ...) of these lengths, without the padding on their right, one after another: (1, N, ...)."""
+    """Rows t (B, S, ...) of these lengths, without their padding on the right, one after another: (1, N, ...)."""
     return torch.cat([row[:n] for row, n in zip(t, lengths, strict=True)])[None]
 
 
 def add_packing(batch):
-    """A batch of texts with what the loss must know of them; a GPU, asked for it, would have to be waited for.
+    """Adds to a batch of ids, labels and mask what the loss needs; computed later, on a GPU, it would sync the GPU.
 
-    Adds lengths, a list of B, and targets (n,): the places, in the texts end to end, whose next word is learnt.
+    lengths: a list of B ints; targets (n,): positions in the packed rows whose next id is learnt.
     """
     lengths = batch["mask"].sum(1).tolist()
     targets = (pack_rows(batch["labels"], lengths)[0, 1:] != IGNORE).nonzero()[:, 0]

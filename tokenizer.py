@@ -1,12 +1,12 @@
-"""Text to ids: WordPiece, written out by hand, for the Q-Former; SentencePiece for the LLM.
+"""Text to ids: WordPiece, written by hand, for the Q-Former; SentencePiece for the LLM.
 
-    "a red kite"  --WordPiece-->      [CLS] a red kit ##e            what BERT read: lower case, words cut greedily
-                  --SentencePiece-->  ▁a ▁red ▁k ite                 what LLaMA read: a space opens a piece
+    "a red kite"  --WordPiece-->      [CLS] a red kit ##e      as for BERT: lower case, words split greedily
+                  --SentencePiece-->  ▁a ▁red ▁k ite           as for LLaMA: a space starts a piece
 
-WordPiece follows BERT uncased (Devlin et al. 2018; google-research/bert, tokenization.py) with the one token that
-VideoChat2 adds, [DEC], the start of a caption that is to be written. SentencePiece is the library of that name under
-the rules of Hugging Face's LlamaTokenizer (4.40.1, legacy): literal <s>, </s>, <unk> are split off first.
-Not here: prompts, labels and padding (prompt.py). The LLM's tokenizer is read, or trained for the toy, never altered.
+WordPiece follows BERT uncased (Devlin et al. 2018; google-research/bert, tokenization.py) plus the one token that
+VideoChat2 adds: [DEC], which starts a caption to be generated. SentencePiece is the library of that name, under the
+rules of Hugging Face's LlamaTokenizer (4.40.1, legacy): literal <s>, </s> and <unk> are split off first.
+Not here: prompts, labels and padding (prompt.py). An LLM's tokenizer is read, or trained for the toy, never changed.
 
     pytest tests/test_tokenizer.py
 """
@@ -18,102 +18,102 @@ from pathlib import Path
 
 import sentencepiece
 
-SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # of every BERT vocabulary
-DEC = "[DEC]"                                              # VideoChat2's own, after all others: id 30522 of 30523
-MAX_WORD = 100                                             # characters; a longer word is one [UNK]
+SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # in every BERT vocabulary
+DEC = "[DEC]"                                              # added by VideoChat2 at the end: id 30522 of 30523
+MAX_WORD = 100                                             # characters; a longer word becomes one [UNK]
 SPACE = "▁"                                                # how SentencePiece writes a space
-
+LITERALS = re.compile("(<s>|</s>|<unk>)")                  # special tokens when SentencePiece reads them in a text
+CJK = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # unified ideographs, extensions A-E, compatibility
+                 "\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]")
 
 # ---- WordPiece -------------------------------------------------------------------------------------------------------
 
 class WordPiece:
-    """Ids as the Q-Former wants them. `vocab` lists the pieces, the line number is the id; "##" continues a word."""
+    """The Q-Former's tokenizer. `vocab` lists the pieces in the order of their ids; "##" continues a word."""
 
     def __init__(self, vocab):
-        missing = [name for name in SPECIALS if name not in vocab]
-        if missing:
+        if missing := [name for name in SPECIALS if name not in vocab]:
             raise ValueError(f"vocabulary of {len(vocab)} entries lacks {' '.join(missing)}")
         self.pieces = list(vocab) + ([] if DEC in vocab else [DEC])
+        self.vocab_size = len(self.pieces)
         self.id_of = {piece: i for i, piece in enumerate(self.pieces)}
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (self.id_of[name] for name in SPECIALS)
         self.dec_id = self.id_of[DEC]
-        self.vocab_size = len(self.pieces)
-        self.split_specials = re.compile("(" + "|".join(map(re.escape, [*SPECIALS, DEC])) + ")")
+        self.specials = re.compile("(" + "|".join(map(re.escape, [*SPECIALS, DEC])) + ")")
 
     @classmethod
     def load(cls, path):
-        """Read a vocab.txt, one piece per line. Raises FileNotFoundError or ValueError with the file's name."""
+        """Reads a vocab.txt, one piece per line. Raises FileNotFoundError or ValueError with the file's name."""
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such WordPiece vocabulary (vocab.txt)")
         try:
-            # subtle: not splitlines(), which would also cut at the odd Unicode line marks that BERT's list may contain
+            # subtle: not splitlines(), which also splits at rare Unicode line separators that BERT's list may contain
             return cls(path.read_text(encoding="utf-8").rstrip("\n").split("\n"))
         except ValueError as error:
             raise ValueError(f"{path}: not a WordPiece vocabulary: {error}") from None
 
     def encode(self, text, max_length=None, sep=False, truncate="right"):
-        """`[CLS] w1 .. wn`, with `[SEP]` behind it if `sep`; at most `max_length` ids, cut at the side `truncate`.
+        """Ids of `[CLS] w1 .. wn`, then `[SEP]` if `sep`; at most `max_length` ids, cut at the side `truncate`.
 
         # QUIRK models/bert/tokenization_bert.py:264-265: stage 1 reads captions without [SEP]; stages 2 and 3 read the
         # instruction with it, and cut a long one on the left.
         """
-        ids = [i for chunk in self.split_specials.split(text) for i in self._chunk(chunk)]
+        # a literal [SEP] or [DEC] in the text is that token; all other text is words, and words are pieces
+        ids = []
+        for chunk in self.specials.split(text):
+            if chunk == DEC or chunk in SPECIALS:
+                ids.append(self.id_of[chunk])
+            else:
+                ids += [i for word in basic_tokenize(chunk) for i in self.wordpiece(word)]
+
+        # [CLS] and [SEP] always stay
         ends = [self.sep_id] if sep else []
-        room = len(ids) if max_length is None else max(max_length - 1 - len(ends), 0)  # [CLS] and [SEP] always stay
-        kept = ids[:room] if truncate == "right" else ids[max(len(ids) - room, 0):]
-        return [self.cls_id, *kept, *ends]
+        if max_length is not None:
+            n = max(max_length - 1 - len(ends), 0)
+            ids = ids[:n] if truncate == "right" else ids[max(len(ids) - n, 0):]
+        return [self.cls_id, *ids, *ends]
 
-    def _chunk(self, chunk):
-        if chunk == DEC or chunk in SPECIALS:
-            return [self.id_of[chunk]]
-        return [i for word in words(chunk) for i in self._word(word)]
+    def wordpiece(self, word):
+        """Ids of one word, greedily: the longest piece it starts with, then the longest "##" piece of the rest, ...
 
-    def _word(self, word):
-        """Greedy: the longest piece that fits, then the longest that continues it. One misfit makes the word [UNK]."""
+        A word that cannot be split to its end is one [UNK].
+        """
         if len(word) > MAX_WORD:
             return [self.unk_id]
         ids, start = [], 0
         while start < len(word):
-            mark = "##" if start else ""
-            check_state_dict = (end for end in range(len(word), start, -1) if mark + word[start:end] in self.id_of)
-            end = next(check_state_dict, None)
+            prefix = "##" if start else ""
+            matches = (end for end in range(len(word), start, -1) if prefix + word[start:end] in self.id_of)
+            end = next(matches, None)
             if end is None:
                 return [self.unk_id]
-            ids.append(self.id_of[mark + word[start:end]])
+            ids.append(self.id_of[prefix + word[start:end]])
             start = end
         return ids
 
 
-def words(text):
-    """BERT's basic tokenisation: "Don't blink, Zoë" -> don ' t blink , zoe"""
-    spaced = "".join(f" {c} " if is_cjk(c) else " " if c.isspace() else c for c in text if not is_dropped(c))
-    found = []
+def basic_tokenize(text):
+    """BERT's basic tokenisation into words: "Don't blink, Zoë" -> don ' t blink , zoe"""
+    # control characters and U+FFFD vanish; white space becomes a space, a Chinese character a word of its own
+    visible = (c for c in text if c in "\t\n\r" or c != "\ufffd" and not unicodedata.category(c).startswith("C"))
+    spaced = CJK.sub(r" \g<0> ", "".join(" " if c.isspace() else c for c in visible))
+    words = []
     for word in unicodedata.normalize("NFC", spaced).split():
-        bare = "".join(c for c in unicodedata.normalize("NFD", word.lower()) if unicodedata.category(c) != "Mn")
-        found += "".join(f" {c} " if is_punctuation(c) else c for c in bare).split()
-    return found
-
-
-def is_dropped(c):
-    return c not in "\t\n\r" and (c == "\ufffd" or unicodedata.category(c).startswith("C"))
+        # accents are combining marks (category Mn) once a letter is decomposed
+        plain = "".join(c for c in unicodedata.normalize("NFD", word.lower()) if unicodedata.category(c) != "Mn")
+        words += "".join(f" {c} " if is_punctuation(c) else c for c in plain).split()
+    return words
 
 
 def is_punctuation(c):
-    """Unicode's punctuation, and the ASCII signs that Unicode counts among symbols, as $ and ^."""
+    """Unicode's punctuation, and the ASCII signs that Unicode counts as symbols, such as $ and ^."""
     return unicodedata.category(c).startswith("P") or (c.isascii() and c.isprintable() and not c.isalnum() and c != " ")
 
 
-def is_cjk(c):
-    """Chinese characters stand alone as words: the unified ideographs with their extensions A-E and compatibility."""
-    ranges = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F),
-              (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F))
-    return any(low <= ord(c) <= high for low, high in ranges)
-
-
 def train_wordpiece(texts, path):
-    """Write a vocab.txt: specials, all words of `texts` (most frequent first), single characters, alone and as ##."""
-    count = Counter(word for text in texts for word in words(text))
+    """Writes a vocab.txt: specials, all words of `texts` (most frequent first), single characters, alone and as ##."""
+    count = Counter(word for text in texts for word in basic_tokenize(text))
     letters = sorted({c for word in count for c in word})
     by_count = sorted(count, key=lambda word: (-count[word], word))
     vocab = dict.fromkeys([*SPECIALS, *by_count, *letters, *("##" + c for c in letters)])
@@ -122,11 +122,8 @@ def train_wordpiece(texts, path):
 
 # ---- SentencePiece ---------------------------------------------------------------------------------------------------
 
-SPECIAL = re.compile("(<s>|</s>|<unk>)")
-
-
 class SentencePiece:
-    """A LLaMA-like tokenizer.model. Ids go in and out as plain lists; <s> and </s> are added only when asked for."""
+    """The LLM's tokenizer, from a tokenizer.model as LLaMA's. <s> and </s> are added only on request."""
 
     def __init__(self, path):
         if not Path(path).is_file():
@@ -142,42 +139,42 @@ class SentencePiece:
         self.special = {"<s>": self.bos_id, "</s>": self.eos_id, "<unk>": self.unk_id}
 
     def encode(self, text, bos=False, eos=False):
+        """Ids of `text`; bos, eos: with <s> before it, </s> after it."""
         ids = []
-        for chunk in SPECIAL.split(text):
+        for chunk in LITERALS.split(text):
             ids += [self.special[chunk]] if chunk in self.special else self.model.encode(chunk) if chunk else []
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def encode_with_ends(self, text):
-        """Ids of `text` and, for each, the index of its last character in `text`: which words it belongs to."""
-        ids, ends, at = [], [], 0
-        for chunk in SPECIAL.split(text):
+        """-> ids, and for each the index of its last character in `text`; so labels can follow the text (prompt.py)."""
+        # start: of the chunk in `text`
+        ids, ends, start = [], [], 0
+        for chunk in LITERALS.split(text):
             if chunk in self.special:
                 ids.append(self.special[chunk])
-                ends.append(at + len(chunk) - 1)
+                ends.append(start + len(chunk) - 1)
             elif chunk:
-                self._chunk(chunk, at, ids, ends)
-            at += len(chunk)
+                # count in bytes, since one character can be several byte pieces
+                # subtle: SentencePiece adds a space before every chunk, also after <s>: byte 0, of the first character
+                char_of_byte = [0] + [i for i, c in enumerate(chunk) for _ in c.replace(SPACE, " ").encode()]
+                n_bytes = 0
+                for piece in self.model.encode(chunk, out_type=str):
+                    ids.append(self.model.piece_to_id(piece))
+                    n_bytes += 1 if self.model.is_byte(ids[-1]) else len(piece.replace(SPACE, " ").encode())
+                    ends.append(start + char_of_byte[n_bytes - 1])
+            start += len(chunk)
         return ids, ends
 
-    def _chunk(self, chunk, at, ids, ends):
-        # subtle: SentencePiece opens every chunk, also behind <s>, with a space of its own: the first character gets it
-        character = [at] + [at + i for i, c in enumerate(chunk) for _ in c.replace(SPACE, " ").encode()]  # of each byte
-        size = 0
-        for piece in self.model.encode(chunk, out_type=str):
-            ids.append(self.model.piece_to_id(piece))
-            size += 1 if self.model.is_byte(ids[-1]) else len(piece.replace(SPACE, " ").encode())
-            ends.append(character[size - 1])
-
     def decode(self, ids):
-        """Text of `ids`; <s>, </s>, and rows that an LLM has beyond its tokenizer's pieces, leave no trace."""
+        """Text of `ids`, without <s>, </s> and the ids that an LLM has beyond its tokenizer's pieces."""
         return self.model.decode([i for i in ids if i < self.vocab_size])
 
 
 def train_sentencepiece(texts, path, vocab_size):
-    """Write a tokenizer.model as LLaMA's was made: BPE, single digits, bytes for what is unknown, text unchanged.
+    """Writes a tokenizer.model made as LLaMA's was: BPE, single digits, bytes for unknown characters, text unchanged.
 
-    `vocab_size` is the most there can be; few texts give fewer. Raises ValueError if it cannot hold even the letters.
-    Pieces never mix brackets and letters, so that the letter of "(B" is a token of its own. The newline is one too.
+    `vocab_size` is a maximum; few texts give fewer. Raises ValueError if it is too small for the single characters.
+    Pieces never mix brackets and letters, so the letter of "(B" is a token of its own. So is the newline.
     """
     model = io.BytesIO()
     try:

@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import pad_ids
 from llama import KVCache
-from prompt import SYSTEM, decode_answer, is_finished, mvbench_prompt
+from prompt import SYSTEM, decode_answer, is_finished, mvbench_prompt, pad_ids
 from video import FOLDER_FPS, NORMS, eval_frame_indices
 from weights.checkpoint import find_llm, read_config
 
@@ -104,7 +103,7 @@ def answers(model, wordpiece, tok, questions, generate):
         vision = model.encode_video(video)                                                           # (1, N, C)
         marks.append(time.perf_counter())
         words = wordpiece.encode(SYSTEM, min(cfg.max_text, cfg.qformer.max_positions), sep=True, truncate="left")
-        tokens = model.video_tokens(vision, *(t.to(model.device) for t in pad_ids([words], wordpiece)))   # (1, Q, D)
+        tokens = model.video_tokens(vision, *(t.to(model.device) for t in pad_ids([words], wordpiece.pad_id)))   # (1, Q, D)
         marks.append(time.perf_counter())
         prompt = mvbench_prompt(tok, q["question"], q["candidates"], n_video, prompt_style=cfg.prompt_style)
         new = generate(model.insert_video_tokens(torch.tensor([prompt.ids], device=model.device), tokens))

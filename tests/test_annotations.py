@@ -28,6 +28,11 @@ def test_a_corpus_in_all_its_forms(tmp_path):
     assert load_corpus([["a.json", "root"]])[0].anno == "a.json"
 
 
+def test_the_old_name_of_on_error_still_counts():
+    values = [load_corpus([{"anno": "a.json", "faulty": value}])[0].on_error for value in ("stop", "skip")]
+    assert values == ["raise", "skip"]
+
+
 @pytest.mark.parametrize("content, message", [
     ("{", "corpus.json: not JSON"),
     ({}, "corpus.json: expected a JSON list, found dict"),
@@ -35,7 +40,7 @@ def test_a_corpus_in_all_its_forms(tmp_path):
     ([["a.json", "", "video"], ["b.json"]], r"corpus.json: entry 1: expected \[anno, root\]"),
     ([{"video": "a.gif", "caption": "a"}], "corpus.json: entry 0: expected"),
     ([["a.json", "", "audio"]], "corpus.json: entry 0: media 'audio': expected video, image or text"),
-    ([{"anno": "a.json", "faulty": "hide"}], "corpus.json: entry 0: faulty 'hide': expected stop or skip"),
+    ([{"anno": "a.json", "on_error": "hide"}], "corpus.json: entry 0: on_error 'hide': expected raise or skip"),
 ])
 def test_a_faulty_corpus_is_named(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
@@ -82,11 +87,11 @@ def test_a_null_instruction_is_none(tmp_path):
 def test_faulty_entries_are_left_out_where_the_corpus_says_so_and_told(tmp_path, capsys):
     good = [{"video": f"{i}.mp4", "caption": f"clip {i}"} for i in range(6)]
     path = write(tmp_path / "a.json", [good[0], {}, good[1], good[2], {"video": "x", "caption": ""}, *good[3:]])
-    with pytest.raises(ValueError, match=r"entry 1: no \"video\".*2 faulty entries in all: python data.py check"):
+    with pytest.raises(ValueError, match=r"entry 1: no .video.*2 faulty entries in all: python -m training.check_data"):
         load_annotations(source(path))
-    entries = load_annotations(source(path, faulty="skip"))
+    entries = load_annotations(source(path, on_error="skip"))
     assert [entries[i] for i in range(len(entries))] == good
-    assert [entries.number(i) for i in range(6)] == [0, 2, 3, 5, 6, 7]
+    assert [entries.entry_number(i) for i in range(6)] == [0, 2, 3, 5, 6, 7]
     assert "2 faulty entries are left out, the first: entry 1" in capsys.readouterr().out
     assert entries.header["kinds"] == {"malformed": 1, "empty text": 1}
 
@@ -96,7 +101,7 @@ def test_the_texts_of_many_faults_do_not_spill_into_the_rows(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([{"视频" * 80: i} for i in range(150)] + wanted, ensure_ascii=False),
                                      encoding="utf-8")
     for _ in range(2):                                                     # made, and opened
-        entries = load_annotations(source(tmp_path / "a.json", faulty="skip"))
+        entries = load_annotations(source(tmp_path / "a.json", on_error="skip"))
         assert [entries[i] for i in range(200)] == wanted and 50 < len(entries.header["first"]) <= 100
 
 
@@ -120,9 +125,9 @@ def test_entries_and_their_places_whatever_the_chunks(tmp_path, text, chunk, mon
 
 @pytest.mark.parametrize("text, message", [
     ("", "a.json: not JSON: entry 0, at byte 0"), ("[", "not JSON: entry 0, at byte 1"),
-    ("[1, 2", "not JSON: expected , or ] behind entry 1, at byte 5"), ("[1 2]", "behind entry 0, at byte 3"),
+    ("[1, 2", "not JSON: expected , or ] after entry 1, at byte 5"), ("[1 2]", "after entry 0, at byte 3"),
     ("[1, ]", "not JSON: entry 1, at byte 4"), ('["abc', "not JSON: entry 0, at byte 1: Unterminated string"),
-    ("[1] 2", "more behind the list, at byte 4"), ('{"a": 1}', "expected a JSON list, found dict"),
+    ("[1] 2", "more text after the list, at byte 4"), ('{"a": 1}', "expected a JSON list, found dict"),
     ("3", "expected a JSON list, found int"), ("<html>", "not JSON: entry 0, at byte 0")])
 @pytest.mark.parametrize("chunk", [1, 1 << 22])
 def test_what_is_no_list_is_named_with_its_place(tmp_path, text, message, chunk, monkeypatch):
@@ -134,7 +139,7 @@ def test_what_is_no_list_is_named_with_its_place(tmp_path, text, message, chunk,
 
 def test_bytes_that_are_no_text(tmp_path):
     (tmp_path / "a.json").write_bytes(b'["\xff\xfe"]')
-    with pytest.raises(ValueError, match="a.json: not JSON: not UTF-8"):
+    with pytest.raises(ValueError, match="a.json: not JSON: entry 0, at byte 1: not UTF-8"):
         list(each_entry(tmp_path / "a.json"))
 
 
@@ -190,7 +195,7 @@ def test_an_interrupted_index_leaves_nothing(tmp_path, monkeypatch):
     def stop(entry, source):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(annotations, "fault_of", stop)
+    monkeypatch.setattr(annotations, "entry_error", stop)
     with pytest.raises(KeyboardInterrupt):
         AnnotationFile(source(path))
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
@@ -223,10 +228,10 @@ def test_a_file_that_changes_under_a_running_training_is_noticed(tmp_path):
 
 MEASURE = """
 import sys
-from training.annotations import Annotations, Source
+from training.annotations import AnnotationFile, Source
 from bench.speed import memory_of
 before = memory_of()
-entries = Annotations(Source(sys.argv[1], media="video", media_key="video"))
+entries = AnnotationFile(Source(sys.argv[1], media="video", media_key="video"))
 print(len(entries), memory_of() - before)
 """
 

@@ -281,7 +281,7 @@ def test_stage_2_gives_the_official_numbers(imported, medium, key):
     asked = CAPTION_INSTRUCTIONS[medium].index(f"Describe the following {medium} concisely.")
     videos = g["in.image_image"] if medium == "image" else g["in.image"]
     samples = [{"text": text, "medium": medium, "path": "", "idx": 0, "bad": [], "video": video,
-                "draw": (asked + 0.5) / len(CAPTION_INSTRUCTIONS[medium])}
+                "prompt_choice": (asked + 0.5) / len(CAPTION_INSTRUCTIONS[medium])}
                for text, video in zip(spec["captions"], videos, strict=True)]
     batch = Stage2Collate(llm_tok, 14, model.cfg.max_text)(samples)
     close(model.video_tokens(model.encode_video(batch["video"])), g[f"out.{key}img_embeds"])

@@ -14,6 +14,7 @@ import data
 from data import Sampler, VideoTextDataset
 from prompt import IGNORE, VIDEO
 from tokenizer import SentencePiece, WordPiece
+from training import check_data
 from training.annotations import load_corpus
 from video import MediaError, SampleError, Transform
 
@@ -63,7 +64,8 @@ def test_a_sample(world):
 
 def test_the_same_seed_gives_the_same_sample(world):
     one, two = clips(world)[2], clips(world)[2]
-    assert torch.equal(one["video"], two["video"]) and one["seconds"] == two["seconds"] and one["draw"] == two["draw"]
+    assert torch.equal(one["video"], two["video"]) and one["seconds"] == two["seconds"]
+    assert one["prompt_choice"] == two["prompt_choice"]
     later = clips(world)
     later.set_epoch(1)
     assert not torch.equal(one["video"], later[2]["video"])
@@ -93,6 +95,13 @@ def test_captions_and_instructions_do_not_mix(world):
     sources = load_corpus([[str(world / "videos.json"), "", "video"], [str(world / "qa.json"), "", "video"]])
     with pytest.raises(ValueError, match="captions and instructions in one corpus"):
         VideoTextDataset(sources, 4, Transform(32))
+
+
+def test_the_official_sampling_and_an_unknown_one(world):
+    sample = clips(world, sampling="official")[3]
+    assert sample["video"].shape == (4, 3, 32, 32) and max(sample["seconds"]) < 7.5    # never the last frame
+    with pytest.raises(ValueError, match="frame_sampling 'random': expected one of rand, middle, official, mvbench"):
+        clips(world, sampling="random")
 
 
 def test_other_keys_and_suffixes(world):
@@ -158,7 +167,7 @@ def test_weights(world):
 
 def test_processes_share_a_batch(world):
     whole = list(Sampler(clips(world), 4))
-    shares = [list(Sampler(clips(world), 4, rank=rank, world=2)) for rank in range(2)]
+    shares = [list(Sampler(clips(world), 4, rank=rank, world_size=2)) for rank in range(2)]
     assert [sorted(a + b) for a, b in zip(*shares, strict=True)] == [sorted(batch) for batch in whole]
 
 
@@ -208,7 +217,8 @@ def test_instruct_batch(world, tok, wordpiece):
     dataset = VideoTextDataset(load_corpus([[str(world / "qa.json"), str(world / "media"), "video"]]), 4, Transform(32))
     orders = set()
     for batch in batches_of(dataset, data.Stage3Collate(tok, wordpiece, n_video=5)):
-        assert batch["instruction_ids"][0, :4].tolist() == [101, 3422, 1012, 102] and batch["instruction_mask"].sum(1).tolist() == [4, 4]
+        assert batch["instruction_ids"][0, :4].tolist() == [101, 3422, 1012, 102]
+        assert batch["instruction_mask"].sum(1).tolist() == [4, 4]
         for ids, row in zip(batch["ids"], batch["labels"], strict=True):
             answers = tok.decode(row[row != IGNORE].tolist())
             assert sorted(a.strip() for a in answers.split("###")) == ["", "It is one.", "It is three.", "It is two."]
@@ -251,21 +261,28 @@ def test_workers_change_nothing(world, wordpiece):
         assert torch.equal(one["video"], two["video"]) and torch.equal(one["ids"], two["ids"])
 
 
-# ---- python data.py check --------------------------------------------------------------------------------------------
+# ---- python -m training.check_data -----------------------------------------------------------------------------------
 
 def test_check_lists_every_fault(world, capsys):
-    assert data.main(["check", str(world / "corpus.json"), "--decode"]) == 0
+    assert check_data.main([str(world / "corpus.json"), "--decode"]) == 0
     assert "videos.json: 6 entries of video, 0 faulty" in capsys.readouterr().out
     (world / "media" / "3.gif").write_bytes(b"broken" * 20)
     entries = json.loads((world / "videos.json").read_text())
     entries[1]["caption"], entries[2]["video"] = "", "none.gif"
     write(world / "videos.json", entries)
-    assert data.main(["check", str(world / "corpus.json")]) == 1
+    assert check_data.main([str(world / "corpus.json")]) == 1
     out = capsys.readouterr().out
     assert 'entry 1: an empty "caption"' in out and "entry 2: " in out and "none.gif: no such file" in out
     assert "videos.json: 6 entries of video, 2 faulty: 1 empty text, 1 missing" in out
-    assert data.main(["check", str(world / "corpus.json"), "--decode"]) == 1
+    assert check_data.main([str(world / "corpus.json"), "--decode"]) == 1
     assert "3.gif: cannot be decoded as a GIF" in capsys.readouterr().out
+
+
+def test_the_old_command_names_the_new_one(world):
+    command = [sys.executable, data.__file__, "check", "corpus.json", "--decode"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "data.py: run python -m training.check_data corpus.json --decode\n"
 
 
 def test_a_loader_that_is_left_open_does_not_keep_the_process(tmp_path):

@@ -52,7 +52,7 @@ def test_the_benchmark_s_frames_are_the_rule_s(video):
 
 def test_seconds_are_where_frames_are_taken(tmp_path):
     path = write_video(tmp_path / "a.mp4", rate=25)
-    frames, seconds = read_media(path, video_file.train_frames(4, "middle", None, 0.4, 1.2))
+    frames, seconds = read_media(path, video_file.train_frame_selector(4, "middle", None, 0.4, 1.2))
     taken = [number(frame.permute(1, 2, 0).numpy()) for frame in frames]
     assert taken == [12, 17, 22, 27] and seconds == pytest.approx([i / 25 for i in taken])
 
@@ -100,8 +100,8 @@ def test_a_decoder_that_hangs_is_left_behind(tmp_path, monkeypatch):
     for i in range(3):
         write_video(tmp_path / f"{i}.mp4", frames=10)
     real = video_file.read_video
-    monkeypatch.setattr(video_file, "read_video", lambda path, choose: time.sleep(600) if path.name == "1.mp4" else
-                        real(path, choose))
+    monkeypatch.setattr(video_file, "read_video", lambda path, select: time.sleep(600) if path.name == "1.mp4" else
+                        real(path, select))
     monkeypatch.setattr(video_file.read_media, "__defaults__", (False, 0.5))
     (tmp_path / "a.json").write_text(json.dumps([{"video": f"{i}.mp4", "caption": f"clip {i}"} for i in range(3)]))
     dataset = VideoTextDataset(load_corpus([[str(tmp_path / "a.json"), str(tmp_path), "video"]]), 2, Transform(32))

@@ -184,13 +184,13 @@ def test_recomputing_blocks_changes_nothing():
 def test_each_clip_is_in_one_part_of_one_process():
     dataset = range(64)
     joint = list(data.Sampler(dataset, 16))
-    shares = [list(data.Sampler(dataset, 16, rank=rank, world=2, accumulate=2)) for rank in range(2)]
+    shares = [list(data.Sampler(dataset, 16, rank=rank, world_size=2, grad_accum=2)) for rank in range(2)]
     assert all(len(part) == 4 for share in shares for part in share) and len(shares[0]) == 2 * len(joint)
     for step, batch in enumerate(joint):
         mine = [i for share in shares for part in share[2 * step:2 * step + 2] for i in part]
         assert sorted(mine) == sorted(batch)
     with pytest.raises(ValueError, match="a batch of 6 cannot be shared evenly by 2 processes in 2 parts"):
-        data.Sampler(dataset, 6, world=2, accumulate=2)
+        data.Sampler(dataset, 6, world_size=2, grad_accum=2)
 
 
 def test_a_text_without_video_loses_no_process():

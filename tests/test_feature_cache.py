@@ -1,4 +1,7 @@
-"""What is kept is what the ViT sees; other clips, frames or weights are seen anew. pytest tests/test_feature_cache.py"""
+"""What is cached is what the ViT computes, and with other clips, frames or weights it is computed again.
+
+    pytest tests/test_feature_cache.py
+"""
 import json
 import shutil
 from itertools import pairwise
@@ -29,10 +32,11 @@ def world(tmp_path):
     return tmp_path
 
 
-def clips(world, how="mvbench", crop=False, anno="captions.json"):
+def clips(world, sampling="mvbench", crop=False, anno="captions.json"):
     cfg = PRESETS["micro"]()
     sources = load_corpus([[str(world / anno), str(world), "video"]])
-    return data.VideoTextDataset(sources, cfg.align_frames, Transform(cfg.vit.img_size, train=True, crop=crop), how)
+    transform = Transform(cfg.vit.img_size, train=True, crop=crop)
+    return data.VideoTextDataset(sources, cfg.align_frames, transform, sampling)
 
 
 def vit():
@@ -89,7 +93,7 @@ def test_a_part_of_a_clip_is_refused_although_the_whole_is_kept(world, tmp_path)
         feature_cache.cache_features(vit(), cut, tmp_path / "kept", "cpu")
 
 
-@pytest.mark.parametrize("options", [{"how": "rand"}, {"crop": True}])
+@pytest.mark.parametrize("options", [{"sampling": "rand"}, {"sampling": "official"}, {"crop": True}])
 def test_clips_that_change_are_refused(world, tmp_path, options):
     with pytest.raises(ValueError, match="--cache-features"):
         feature_cache.cache_features(vit(), clips(world, **options), tmp_path / "kept", "cpu")

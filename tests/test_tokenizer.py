@@ -4,7 +4,7 @@ import json
 import pytest
 from conftest import BERT_VOCAB
 
-from tokenizer import SentencePiece, WordPiece, train_sentencepiece, train_wordpiece, words
+from tokenizer import SentencePiece, WordPiece, basic_tokenize, train_sentencepiece, train_wordpiece
 
 TOY = ["Question: Which shape moves?\nOptions:\n(A) the red circle\n(B) the blue star\nOnly give the best option.",
        "The red circle moves 12 steps ###Assistant: Best option:(B) the blue star ###"] * 20
@@ -52,9 +52,9 @@ def test_dec_stands_behind_the_vocabulary(golden, wordpiece):
 
 # ---- by hand ---------------------------------------------------------------------------------------------------------
 
-def test_words():
-    assert words("Don't blink,\tZoë!") == ["don", "'", "t", "blink", ",", "zoe", "!"]
-    assert words("a视频\ufffdb $5") == ["a", "视", "频", "b", "$", "5"]
+def test_basic_tokenization():
+    assert basic_tokenize("Don't blink,\tZoë!") == ["don", "'", "t", "blink", ",", "zoe", "!"]
+    assert basic_tokenize("a视频\ufffdb $5") == ["a", "视", "频", "b", "$", "5"]
 
 
 def test_greedy_longest_piece():

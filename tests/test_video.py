@@ -58,7 +58,7 @@ def test_benchmark_frames(recorded):
 def test_official_random_frames(recorded):
     for case in recorded["get_frame_indices_rand_seed42"]:
         n, total = case["num_frames"], case["vlen"]
-        found = video.train_frame_indices(n, total, "rand", random.Random(42), official=True)
+        found = video.train_frame_indices(n, total, "official", random.Random(42))
         if total >= 2 * n:
             assert found == case["out"], case
         assert sorted(found) == found and len(found) == n and found[-1] < total
@@ -87,7 +87,8 @@ def test_gif_frames_are_exact(tmp_path, size):
 
 def test_start_and_end_in_seconds(tmp_path):
     path = paint(tmp_path, "a.gif")
-    frames, _ = read_media(path, video.train_frames(4, "middle", None, 2.0, 4.0))  # frames 4 to 7 at 2 per second
+    select = video.train_frame_selector(4, "middle", None, 2.0, 4.0)       # frames 4 to 7 at 2 per second
+    frames, _ = read_media(path, select)
     assert bars(frames) == [4, 5, 6, 7]
     assert bars(video.read_eval_frames(path, 2, (2.0, 4.0))) == [5, 7]
     assert bars(video.read_eval_frames(path, 16)) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 8, 9, 10, 11, 12, 13, 14]
@@ -96,7 +97,7 @@ def test_start_and_end_in_seconds(tmp_path):
 def test_a_video_of_one_frame(tmp_path):
     path = paint(tmp_path, "a.gif", frames=1)
     assert bars(video.read_eval_frames(path, 4, (0.0, 2.0))) == [0, 0, 0, 0]
-    frames, seconds = read_media(path, video.train_frames(2, "rand", random.Random(0)))
+    frames, seconds = read_media(path, video.train_frame_selector(2, "rand", random.Random(0)))
     assert bars(frames) == [0, 0] and seconds == [0.0, 0.0]
 
 
@@ -104,12 +105,12 @@ def test_a_video_of_one_frame(tmp_path):
                                         ("1", "a.png"), ("RGBA", "a.webp"), ("L", "a.jpg"), ("P", "a.gif")])
 def test_every_kind_of_image_becomes_rgb(tmp_path, mode, name):
     Image.new("RGB", (20, 10), (255, 255, 255)).convert(mode).save(tmp_path / name)
-    frames, seconds = read_media(tmp_path / name, every, still=True)
+    frames, seconds = read_media(tmp_path / name, every, as_image=True)
     assert frames.shape == (1, 3, 10, 20) and frames.min() > 250 and seconds == [0.0]
 
 
 def test_where_an_image_is_meant_a_gif_is_its_first_frame(tmp_path):
-    frames, seconds = read_media(paint(tmp_path, "a.gif", 40), every, still=True)
+    frames, seconds = read_media(paint(tmp_path, "a.gif", 40), every, as_image=True)
     assert bars(frames) == [0] and seconds == [0.0] and frames.shape == (1, 3, 48, 48)
 
 
@@ -148,9 +149,9 @@ def test_a_png_with_too_much_text_in_it(tmp_path):
 def test_an_error_in_a_worker_stays_one_line():
     """DataLoader raises the error anew, with the worker's traceback before its words."""
     wrapped = MediaError("Caught MediaError in DataLoader worker process 0.\nOriginal Traceback (most recent call):\n"
-                         '  File "media.py", line 1, in sample\nmedia.MediaError: a.gif: no such file\n')
+                         '  File "video.py", line 1, in sample\nvideo.MediaError: a.gif: no such file\n')
     assert str(wrapped) == "a.gif: no such file"
-    assert str(SampleError("media.SampleError: a.gif: no room")) == "a.gif: no room"
+    assert str(SampleError("video.SampleError: a.gif: no room")) == "a.gif: no room"
     assert str(MediaError("a.gif: no such file")) == "a.gif: no such file"
 
 
@@ -174,7 +175,7 @@ def test_training_crops_are_the_same_in_all_frames():
     assert one.shape == (4, 3, 32, 32) and (one == one[:1]).all() and not torch.equal(one, two)
     for shape in ((40, 60), (8, 200), (200, 8)):
         for seed in range(50):
-            top, left, h, w = transform.random_box(*shape, random.Random(seed))
+            top, left, h, w = transform.random_resized_crop(*shape, random.Random(seed))
             assert 0 <= top <= shape[0] - h and 0 <= left <= shape[1] - w and h > 0 and w > 0
             assert shape != (40, 60) or 0.45 < h * w / 2400 < 1.05
 
@@ -203,7 +204,7 @@ def test_random_resized_crops_are_pillows():
     frames = torch.randint(0, 256, (1, 3, 90, 120), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     transform = Transform(48, train=True, norm="clip")
     for seed in range(5):
-        top, left, height, width = transform.random_box(90, 120, random.Random(seed))
+        top, left, height, width = transform.random_resized_crop(90, 120, random.Random(seed))
         image = Image.fromarray(frames[0].permute(1, 2, 0).numpy())
         image = image.crop((left, top, left + width, top + height)).resize((48, 48), Image.Resampling.BICUBIC)
         found = transform(frames, random.Random(seed))[0] * transform.std + transform.mean         # (3, 48, 48)

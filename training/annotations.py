@@ -1,17 +1,13 @@
-"""Annotation files, of any size: which there are (the corpus), what stands in them, and an index to reach every entry.
+"""Annotation files of any size: the corpus that lists them, checks of their entries, and an index for random access.
 
-    corpus.json -> load_corpus -> Source -> load_annotations -> Annotations: entries[i], without reading the whole file
+    corpus.json      [["captions.json", "videos", "video"], ...]        load_corpus -> list of Source
+    captions.json    [{"video": "0.mp4", "caption": "A cat."}, ...]     load_annotations(source) -> AnnotationFile
 
-A file of 25 million captions as Python objects takes many GB in every process. So each file is read through once, entry
-by entry, and where each begins is written beside it (NAME.index):
-
-    header (JSON, 64 KiB)    what the index is of, how many entries, what was wrong
-    rows                     of each good entry: first byte, bytes, characters of its text
-    numbers                  of the faulty entries
-
-After that, to open it takes no time, an entry is two small reads, and processes share all of it. An index that does not
-fit its annotation file any more, or was torn, is made again. Not here: media, samples, batches (data.py). Formats are
-the official ones: dataset/__init__.py, pt_dataset.py, it_dataset.py.
+25 million captions as Python objects take many GB in every process. So each file is read once, and the place of each
+entry is written next to it, in NAME.index: a header (JSON, 64 KiB), a row for each good entry, and the numbers of the
+faulty ones. From then on opening takes no time, an entry is two small reads, and all processes share the index. An
+index that is torn or does not fit its annotation file is made again. Not here: media, samples, batches (data.py).
+Source of the formats: the official dataset/__init__.py, pt_dataset.py and it_dataset.py.
 
     pytest tests/test_annotations.py
 """
@@ -20,7 +16,7 @@ import hashlib
 import json
 import os
 import re
-import sys
+from collections import Counter
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -28,88 +24,98 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from infra.files import atomic_file
+
 # ---- the corpus ------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Source:
-    """One annotation file of a corpus, and how it is to be read."""
-    anno: str              # JSON list of entries
-    root: str = ""         # folder that the entries' paths start from
-    media: str = "image"   # "video", "image" or "text"
-    weight: float = 1.0    # passes over the file in one epoch
-    media_key: str = ""    # key of the path in an entry; default: the name of the medium
-    suffix: str = ""       # put behind each path, where the file leaves ".mp4" off
-    faulty: str = "stop"   # or "skip": leave faulty entries out instead of refusing the file
+    """One annotation file of a corpus, and how to read it."""
+    anno: str               # JSON list of entries
+    root: str = ""          # folder of the media: entries have paths relative to it
+    media: str = "image"    # "video", "image" or "text"
+    weight: float = 1.0     # passes over the file in one epoch
+    media_key: str = ""     # key of the path in an entry; default: the same word as media
+    suffix: str = ""        # appended to each path, for files that omit ".mp4"
+    on_error: str = "raise" # or "skip": leave faulty entries out instead of refusing the file
 
     def path(self, entry):
-        """Of the entry's medium."""
+        """Path of the entry's medium."""
         return str(Path(self.root) / (entry[self.media_key] + self.suffix))
 
 
 def load_corpus(corpus):
     """Sources of a corpus: a JSON file or a list, of [anno, root], [anno, root, "video" | "text"] or dicts of Source.
 
-    In a file, relative paths start from the file's folder. Two items mean images, as in the official configs.
+    Paths in a file are relative to the file's folder. Two items mean images, as in the official configs.
     """
     name, folder = "corpus", Path()
     if not isinstance(corpus, list | tuple):
-        name, folder, corpus = corpus, Path(corpus).parent, [entry for *_, entry in each_entry(corpus)]
+        name, folder, corpus = corpus, Path(corpus).parent, [item for *_, item in each_entry(corpus)]
+    if not corpus:
+        raise ValueError(f"{name}: the corpus has no sources")
+
     known = {f.name for f in fields(Source)}
     sources = []
     for i, item in enumerate(corpus):
+        # a short form is the first fields in their order; on_error was once called faulty, and its "raise" "stop"
         if isinstance(item, list | tuple) and 2 <= len(item) <= 3:
-            item = dict(zip(("anno", "root", "media")[:len(item)], item, strict=True))
+            item = dict(zip(("anno", "root", "media"), item, strict=False))
+        if isinstance(item, dict) and "faulty" in item:
+            item = {"on_error": "raise" if item["faulty"] == "stop" else item["faulty"], **item}
+            del item["faulty"]
+
+        # every field is known, and so is its value
         if not isinstance(item, dict) or "anno" not in item or set(item) - known:
             raise ValueError(f"{name}: entry {i}: expected [anno, root], [anno, root, medium] or an object of "
                              f"{', '.join(sorted(known))}, found {str(item)[:80]}")
         source = Source(**item)
-        for key, allowed in (("media", ("video", "image", "text")), ("faulty", ("stop", "skip"))):
-            if getattr(source, key) not in allowed:
-                raise ValueError(f"{name}: entry {i}: {key} {getattr(source, key)!r}: expected "
-                                 f"{', '.join(allowed[:-1])} or {allowed[-1]}")
+        if source.media not in ("video", "image", "text"):
+            raise ValueError(f"{name}: entry {i}: media {source.media!r}: expected video, image or text")
+        if source.on_error not in ("raise", "skip"):
+            raise ValueError(f"{name}: entry {i}: on_error {source.on_error!r}: expected raise or skip")
         source.anno, source.root = str(folder / source.anno), str(folder / source.root)
         source.media_key = source.media_key or source.media
         sources.append(source)
-    if not sources:
-        raise ValueError(f"{name}: the corpus has no sources")
     return sources
 
 
-# ---- what may be wrong with an entry ---------------------------------------------------------------------------------
+# ---- checks of an entry ----------------------------------------------------------------------------------------------
 
 class EntryError(NamedTuple):
-    kind: str      # "malformed" or "empty text"; with the medium (data.py) also "missing" and "undecodable"
+    kind: str      # "malformed" or "empty text"; check_data.py adds "missing" and "undecodable"
     text: str
 
 
 def entry_error(entry, source):
-    """What is wrong with an entry, or None."""
+    """What is wrong with an entry -> EntryError or None."""
+    # the medium, and the part of it that the text is about
     if not isinstance(entry, dict):
         return EntryError("malformed", f"expected an object, found {type(entry).__name__}")
     if source.media != "text" and not is_text(entry.get(source.media_key)):
         return EntryError("malformed", f'no "{source.media_key}" with the path of its {source.media}; '
-                                  f'it has {", ".join(entry) or "nothing"}')
-    span = [entry.get("start"), entry.get("end")]
-    if span != [None, None] and not (all(isinstance(s, int | float) for s in span) and 0 <= span[0] < span[1]):
-        return EntryError("malformed", f'"start" and "end" must be seconds, start before end; found {span[0]} and {span[1]}')
-    if "QA" in entry:
-        return fault_of_qa(entry)
-    if "caption" not in entry:
-        return EntryError("malformed", f'neither "caption" nor "QA"; it has {", ".join(entry) or "nothing"}')
-    captions = entry["caption"] if isinstance(entry["caption"], list) else [entry["caption"]]
-    if not captions or not all(map(is_text, captions)):
-        return EntryError("empty text", 'an empty "caption", or one that is not text')
-    return None
+                                       f'it has {", ".join(entry) or "nothing"}')
+    start, end = entry.get("start"), entry.get("end")
+    are_seconds = isinstance(start, int | float) and isinstance(end, int | float) and 0 <= start < end
+    if (start, end) != (None, None) and not are_seconds:
+        return EntryError("malformed", f'"start" and "end" must be seconds, start before end; found {start} and {end}')
 
+    # captions: one, or several of which each sample draws one
+    if "QA" not in entry:
+        if "caption" not in entry:
+            return EntryError("malformed", f'neither "caption" nor "QA"; it has {", ".join(entry) or "nothing"}')
+        captions = entry["caption"] if isinstance(entry["caption"], list) else [entry["caption"]]
+        valid = captions and all(map(is_text, captions))
+        return None if valid else EntryError("empty text", 'an empty "caption", or one that is not text')
 
-def fault_of_qa(entry):
-    qas = entry["QA"]
-    if not isinstance(qas, list) or not qas or not all(isinstance(qa, dict) for qa in qas):
+    # a conversation: every turn needs an answer, may have a question, and the first an instruction
+    turns = entry["QA"]
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         return EntryError("malformed", '"QA" must be a list of {"i", "q", "a"}')
-    for n, qa in enumerate(qas):
-        if not is_text(qa.get("a")):
+    for n, turn in enumerate(turns):
+        if not is_text(turn.get("a")):
             return EntryError("empty text", f'QA {n} has no answer "a"')
-        if not all(isinstance(qa.get(key) or "", str) for key in "iq"):
+        if not all(isinstance(turn.get(key) or "", str) for key in "iq"):
             return EntryError("malformed", f'QA {n} has an "i" or "q" that is not text')
     return None
 
@@ -119,203 +125,164 @@ def is_text(value):
 
 
 def text_length(entry):
-    """Characters of an entry's text: of its longest caption, or of its whole conversation."""
+    """Characters of an entry's text: of its longest caption, or of its conversation."""
     if "QA" in entry:
-        return sum(len(qa.get(key) or "") for qa in entry["QA"] for key in "iqa")
+        return sum(len(turn.get(key) or "") for turn in entry["QA"] for key in "iqa")
     captions = entry["caption"]
     return len(captions) if isinstance(captions, str) else max(map(len, captions))
 
 
 # ---- reading a long list, entry by entry -----------------------------------------------------------------------------
 
-CHUNK = 1 << 22            # bytes that are read together
-LONGEST = 1 << 26          # characters; an entry of more is taken for a file that is no list of entries
-GAP = re.compile(r"[ \t\n\r]*")
+CHUNK = 1 << 22            # bytes per read
+LONGEST = 1 << 26          # bytes; a longer entry means that the file is no list of entries
 SCAN = json.JSONDecoder().raw_decode
+NEXT = re.compile(r"[ \t\n\r]*([^ \t\n\r]?)")  # white space, then the character after it, if any
 
 
-class Window:
-    """The part of a JSON file that is being looked at: text from `at` on, which is `byte` in the file."""
+def each_entry(path):
+    """Yields (first byte, number of bytes, entry) of a JSON list, with a few MB in memory. ValueError if it is none."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such annotation file")
+    with open(path, "rb") as f:
+        # the opening bracket; a closing one right after it makes an empty list
+        f.seek(3 if f.read(3) == codecs.BOM_UTF8 else 0)
+        first = next_char(f)
+        if first != "[":
+            base = f.tell() - len(first)
+            value, *_, problem = scan_value(first + f.read(LONGEST).decode("latin-1"), 0)
+            raise ValueError(f"{path}: not JSON: entry 0, at byte {base}: {problem}" if problem else
+                             f"{path}: expected a JSON list, found {type(value).__name__}")
+        delimiter = next_char(f)
+        base, text, at, number = f.tell() - (delimiter not in ("", "]")), "", 0, 0
+        f.seek(base)
 
-    def __init__(self, f):
-        self.f, self.utf8 = f, codecs.getincrementaldecoder("utf-8")()
-        self.text, self.at, self.byte = "", 0, 0
-        if f.read(3) == codecs.BOM_UTF8:
-            self.byte = 3
-        f.seek(self.byte)
+        # subtle: Latin-1 makes one character of each byte, so text[at] is byte base + at of the file; only the , or ]
+        # after a value shows that it is complete, because "12" at the end of a chunk may become "1234"
+        while delimiter != "]":
+            at = NEXT.match(text, at).start(1)
+            value, end, after, problem = scan_value(text, at)
+            complete = after and after[1] in (",", "]")
+            chunk = "" if complete or len(text) - at > LONGEST else f.read(CHUNK).decode("latin-1")
+            if complete:
+                yield base + at, end - at, value
+                at, delimiter, number = after.end(), after[1], number + 1
+            elif chunk:
+                base, text, at = base + at, text[at:] + chunk, 0
+            else:
+                problem = (f"entry {number}, at byte {base + at}: {problem}" if problem else
+                           f"expected , or ] after entry {number}, at byte {base + after.start(1)}")
+                raise ValueError(f"{path}: not JSON: {problem}")
 
-    def more(self):
-        """Appends another chunk -> whether there was one."""
-        raw = self.f.read(CHUNK)
-        self.text += self.utf8.decode(raw, final=not raw)
-        return bool(raw)
-
-    def go(self, to):
-        """Moves on to this place of the text, and forgets what lies far behind."""
-        self.byte += to - self.at if self.text.isascii() else len(self.text[self.at:to].encode())
-        self.at = to
-        if self.at > CHUNK:
-            self.text, self.at = self.text[self.at:], 0
-
-    def peek(self):
-        """The next character that is no gap; "" at the end."""
-        while True:
-            self.go(GAP.match(self.text, self.at).end())
-            if self.at < len(self.text) or not self.more():
-                return self.text[self.at:self.at + 1]
-
-    def entry(self, number):
-        """Takes the next value -> (first byte, bytes, value). number: for the error, where there is no value."""
-        self.peek()
-        while True:
-            # subtle: a value is whole when its end stands behind it: 12 at the end of the text may be the half of 1234
-            try:
-                (value, end), fault = SCAN(self.text, self.at), None
-                rest = GAP.match(self.text, end).end()
-                whole = rest < len(self.text) and (rest > end or self.text[rest] in ",]")
-            except json.JSONDecodeError as error:
-                whole, fault = False, error
-            if whole or len(self.text) - self.at > LONGEST or not self.more():
-                break
-        if fault:
-            raise NotAList(f"not JSON: entry {number}, at byte {self.byte}: {fault.msg}")
-        begin = self.byte
-        self.go(end)
-        return begin, self.byte - begin, value
+        # nothing may come after the closing bracket
+        f.seek(base + at)
+        if next_char(f):
+            raise ValueError(f"{path}: not JSON: more text after the list, at byte {f.tell() - 1}")
 
 
-def each_entry(path, progress=lambda done: None):
-    """Yields (first byte, bytes, entry) of a JSON list, with a few MB in memory. ValueError where it is none.
+def next_char(f):
+    """Reads past white space -> the next character, "" at the end of the file."""
+    while (byte := f.read(1)) and byte in b" \t\n\r":
+        pass
+    return byte.decode("latin-1")
 
-    progress: called with the bytes that are done, now and then.
+
+def scan_value(text, at):
+    """-> the JSON value at text[at], where it ends, the match of NEXT there; what is wrong, if there is no value.
+
+    JSON's own signs are ASCII, so a value's end is right in Latin-1; other words are decoded again, as UTF-8.
     """
     try:
-        with open(path, "rb") as f:
-            yield from entries_of(Window(f), progress)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such annotation file") from None
-    except NotAList as error:
-        raise ValueError(f"{path}: {error}") from None
+        value, end = SCAN(text, at)
+        if not (raw := text[at:end]).isascii():
+            value, _ = SCAN(raw.encode("latin-1").decode(), 0)
+        return value, end, NEXT.match(text, end), ""
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not JSON: not UTF-8 ({error.reason})") from None
-
-
-class NotAList(Exception):
-    """Why a file is no JSON list."""
-
-
-def entries_of(window, progress):
-    if window.peek() != "[":
-        _, _, other = window.entry(0)
-        raise NotAList(f"expected a JSON list, found {type(other).__name__}")
-    window.go(window.at + 1)
-    number = 0
-    while number or window.peek() != "]":
-        yield window.entry(number)
-        number += 1
-        if number % 10_000 == 0:
-            progress(window.byte)
-        if window.peek() != ",":
-            break
-        window.go(window.at + 1)
-    if window.peek() != "]":
-        raise NotAList(f"not JSON: expected , or ] behind entry {number - 1}, at byte {window.byte}")
-    window.go(window.at + 1)
-    if window.peek():
-        raise NotAList(f"not JSON: more behind the list, at byte {window.byte}")
+        return None, at, None, f"not UTF-8 ({error.reason})"
+    except json.JSONDecodeError as error:
+        return None, at, None, error.msg
 
 
 # ---- the index -------------------------------------------------------------------------------------------------------
 
-HEADER = 1 << 16
-ROW = np.dtype([("start", "<i8"), ("length", "<i4"), ("chars", "<i4")])
-SHOWN = 100                # faulty entries whose text the header keeps
+HEADER = 1 << 16           # bytes
+ROW = np.dtype([("start", "<i8"), ("length", "<i4"), ("chars", "<i4")])  # first byte, bytes, characters of the text
+BLOCK = 1 << 16            # rows per write
+SHOWN = 100                # faulty entries whose text is in the header
 
 
-def index_path(source):
-    """Beside the annotation file; where none fits and nothing may be written there, in the user's cache."""
-    beside = Path(f"{source.anno}.index")
-    if os.access(beside.parent, os.W_OK) or read_header(beside, source):
-        return beside
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "videochat2"
-    cache.mkdir(parents=True, exist_ok=True)
-    return cache / f"{hashlib.sha256(str(beside.resolve()).encode()).hexdigest()[:16]}.index"
-
-
-def made_for(source):
-    """What an index has to be of, or it is made again: this file as it is now, read in this way."""
+def index_key(source):
+    """What an index is made of: this version of the file, read in this way. With another key it is made again."""
     stat = os.stat(source.anno)
-    return {"format": 1, "bytes": stat.st_size, "modified": stat.st_mtime_ns, "media": source.media,
+    return {"format": 2, "bytes": stat.st_size, "modified": stat.st_mtime_ns, "media": source.media,
             "media_key": source.media_key}
 
 
 def read_header(path, source):
-    """The header of a whole index that fits its annotation file, or None."""
+    """The header of a complete index that fits its annotation file, or None."""
     try:
         with open(path, "rb") as f:
             header = json.loads(f.read(HEADER))
-        whole = HEADER + header["entries"] * ROW.itemsize + header["faulty"] * 8
-        return header if header["made_for"] == made_for(source) and os.path.getsize(path) == whole else None
+        size = HEADER + header["entries"] * ROW.itemsize + header["faulty"] * 8
+        return header if header["index_key"] == index_key(source) and os.path.getsize(path) == size else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
+def index_path(source):
+    """Next to the annotation file; in the user's cache if no index is there and none may be written there."""
+    path = Path(f"{source.anno}.index")
+    if os.access(path.parent, os.W_OK) or read_header(path, source):
+        return path
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "videochat2"
+    cache.mkdir(parents=True, exist_ok=True)
+    return cache / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}.index"
+
+
 def make_index(source, path):
-    """Reads the annotation file through and writes its index, whole or not at all -> its header."""
-    header = {"made_for": made_for(source), "entries": 0, "faulty": 0, "qa": 0, "cut": 0, "kinds": {}, "first": []}
-    temporary, numbers, size = Path(f"{path}.{os.getpid()}.partial"), [], header["made_for"]["bytes"]
-    bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"index of {Path(source.anno).name}", leave=False,
-               disable=size < 1e7 or not sys.stderr.isatty())
-    try:
-        with open(temporary, "wb") as f:
-            f.write(b" " * HEADER)
-            for rows in good_rows(source, header, numbers, lambda done: bar.update(done - bar.n)):
+    """Reads the annotation file once and writes its index, whole or not at all -> its header."""
+    key = index_key(source)
+    header = {"index_key": key, "entries": 0, "faulty": 0, "qa": 0, "has_bounds": 0, "kinds": Counter(), "first": []}
+    rows, faulty = [], []
+    bar = tqdm(total=key["bytes"], unit="B", unit_scale=True, desc=f"index of {Path(source.anno).name}", leave=False,
+               disable=key["bytes"] < 1e7 or None)
+    with bar, atomic_file(path) as temporary, open(temporary, "wb") as f:
+        f.seek(HEADER)
+        for number, (start, length, entry) in enumerate(each_entry(source.anno)):
+            # a faulty entry is counted and gets no row
+            error = entry_error(entry, source)
+            if error and len(faulty) < SHOWN:
+                header["first"].append(f"entry {number}: {error.text[:160]}")
+            if error:
+                faulty.append(number)
+                header["kinds"][error.kind] += 1
+                continue
+
+            # a row for a good one, written in blocks so that memory does not grow with the file
+            header["entries"] += 1
+            header["qa"] += "QA" in entry
+            header["has_bounds"] += entry.get("start") is not None
+            rows.append((start, length, text_length(entry)))
+            if len(rows) == BLOCK:
                 f.write(np.array(rows, ROW).tobytes())
-            f.write(np.array(numbers, "<i8").tobytes())
-            f.seek(0)
-            f.write(header_bytes(header))
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
-    finally:
-        bar.close()
-        temporary.unlink(missing_ok=True)
+                rows.clear()
+                bar.update(start - bar.n)
+        f.write(np.array(rows, ROW).tobytes() + np.array(faulty, "<i8").tobytes())
+
+        # the header comes last, when all is counted; it holds as many of the faults' texts as fit
+        header["faulty"] = len(faulty)
+        while len(text := json.dumps(header, ensure_ascii=False).encode()) > HEADER:
+            header["first"].pop()
+        f.seek(0)
+        f.write(text.ljust(HEADER))
     return header
 
 
-def header_bytes(header):
-    """HEADER bytes; of the faults' texts as many as find room."""
-    while len(text := json.dumps(header, ensure_ascii=False).encode()) > HEADER:
-        header["first"].pop()
-    return text.ljust(HEADER)
-
-
-def good_rows(source, header, numbers, progress):
-    """Yields lists of rows of the good entries; notes in header and numbers what there is, and what is faulty."""
-    rows = []
-    for number, (start, length, entry) in enumerate(each_entry(source.anno, progress)):
-        fault = entry_error(entry, source)
-        if fault:
-            numbers.append(number)
-            header["faulty"] += 1
-            header["kinds"][fault.kind] = header["kinds"].get(fault.kind, 0) + 1
-            header["first"] += [f"entry {number}: {fault.text[:160]}"] * (len(numbers) <= SHOWN)
-            continue
-        header["entries"] += 1
-        header["qa"] += "QA" in entry
-        header["cut"] += entry.get("start") is not None
-        rows.append((start, length, text_length(entry)))
-        if len(rows) == 1 << 16:
-            yield rows
-            rows = []
-    yield rows
-
-
 class AnnotationFile:
-    """The good entries of a source: len(), and entries[i] read from the file.
+    """The good entries of a source: len() and entries[i], read from the file at each access.
 
-    header["qa"] of them are conversations, header["cut"] have a start and an end. Costs a process next to nothing:
-    chars, one number per entry, is mapped into memory, and all else stays on the disk.
+    header: how many are conversations ("qa"), have a start and an end ("has_bounds"), and what was faulty.
+    chars: (n,), the text length of each entry. It is mapped into memory, and nothing else is in memory.
     """
 
     def __init__(self, source):
@@ -323,13 +290,12 @@ class AnnotationFile:
             raise FileNotFoundError(f"{source.anno}: no such annotation file")
         self.source, self.index = source, index_path(source)
         self.header = read_header(self.index, source) or make_index(source, self.index)
-        self.open()
-
-    def open(self):
-        self.files = [open(self.index, "rb"), open(self.source.anno, "rb")]
-        n = self.header["entries"]
-        rows = np.memmap(self.index, ROW, "r", HEADER, (n,)) if n else np.empty(0, ROW)
+        self.files = [open(self.index, "rb"), open(source.anno, "rb")]
+        rows = np.memmap(self.index, ROW, "r", HEADER, (len(self),)) if len(self) else np.empty(0, ROW)
         self.chars = rows["chars"]
+
+    def __reduce__(self):
+        return AnnotationFile, (self.source,)              # a spawned process opens the files itself
 
     def __len__(self):
         return self.header["entries"]
@@ -337,6 +303,7 @@ class AnnotationFile:
     def __getitem__(self, i):
         if not -len(self) <= i < len(self):
             raise IndexError(f"{self.source.anno} has {len(self)} entries, not entry {i}")
+        # pread has no file position, so processes can share the open files
         index, anno = (f.fileno() for f in self.files)
         row = np.frombuffer(os.pread(index, ROW.itemsize, HEADER + i % len(self) * ROW.itemsize), ROW)[0]
         try:
@@ -344,29 +311,21 @@ class AnnotationFile:
         except ValueError:
             raise ValueError(f"{self.source.anno} has changed: entry {i} is no longer where it was") from None
 
-    def number(self, i):
-        """Of a good entry, in the file, where the faulty ones count, too."""
+    def entry_number(self, i):
+        """Position in the file of good entry i, with the faulty ones counted."""
         faulty = np.fromfile(self.index, "<i8", -1, "", HEADER + len(self) * ROW.itemsize)
         return i + int(np.searchsorted(faulty - np.arange(len(faulty)), i, side="right"))
 
-    def __getstate__(self):                                # a process that is spawned opens the files anew
-        return {"source": self.source, "index": self.index, "header": self.header}
-
-    def __setstate__(self, state):
-        self.__dict__ |= state
-        self.open()
-
 
 def load_annotations(source):
-    """The entries of a source. A faulty one is a ValueError that names file and entry, or is left out and told."""
+    """The entries of a source. A faulty one raises a ValueError that names it or, with on_error "skip", is reported."""
     entries = AnnotationFile(source)
-    header = entries.header
-    if header["faulty"] and source.faulty == "stop":
-        rest = f" ({header['faulty']} faulty entries in all: python data.py check lists them; " \
-               '"faulty": "skip" in the corpus leaves them out)'
-        raise ValueError(f"{source.anno}: {header['first'][0]}{rest}")
-    if header["faulty"]:
-        print(f"{source.anno}: {header['faulty']} faulty entries are left out, the first: {header['first'][0]}")
+    n_faulty, first = entries.header["faulty"], entries.header["first"]
+    if n_faulty and source.on_error == "raise":
+        raise ValueError(f"{source.anno}: {first[0]} ({n_faulty} faulty entries in all: python -m training.check_data "
+                         'lists them; "on_error": "skip" in the corpus leaves them out)')
+    if n_faulty:
+        print(f"{source.anno}: {n_faulty} faulty entries are left out, the first: {first[0]}")
     if not len(entries):
         raise ValueError(f"{source.anno}: the list is empty")
     return entries

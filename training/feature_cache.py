@@ -1,17 +1,16 @@
-"""What a frozen ViT sees in every clip, kept on disk: it looks once, and what comes behind it learns from that as often
-as it likes.
+"""Features of a frozen ViT on disk: it encodes every clip once, and training reads them as often as it likes.
 
-    VideoTextDataset, ViT -> keep() -> features.npy (clips, T, L, C) in half precision, and info.json: what made them
-                                    VideoTextDataset.features = Features(folder): samples then hold "features", not "video"
+    VideoTextDataset, ViT -> cache_features -> FOLDER/features.npy (clips, T, L, C), float16
+                                               FOLDER/info.json: what they were made from, one row or error per clip
+    dataset.features = Features(FOLDER): its samples then have "features" instead of "video"
 
-Only for clips that are the same each time: neither random frames nor random crops. Features of another ViT, other clips
-or other frames are made anew. Not here: the ViT (vit_video.py), reading (video.py), the loop (train.py).
+Only for clips that are the same each time: no random frames, no random crops. With another ViT, other clips or other
+frames the features are made again. Not here: the ViT (vit_video.py), reading (video.py), the loop (train.py).
 
-Run:    python train.py --stage 1 --cache-features
+    python train.py --stage 1 --cache-features
 """
 import json
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,86 +23,86 @@ from video import MediaError
 
 
 class Features:
-    """The folder that keep() wrote, by path of the clip. Opened at each access: worker processes share nothing."""
+    """The features in a folder, by the clip's path. Opened at each access, so loader processes share nothing."""
 
     def __init__(self, folder):
         self.path = Path(folder) / "features.npy"
         self.clips = read_json(Path(folder) / "info.json")["clips"]
 
     def __getitem__(self, path):
-        """-> features (T, L, C) float, seconds of the frames. MediaError for a clip that could not be read."""
+        """-> {"features": (T, L, C) float, "seconds": of its frames}. MediaError for a clip that could not be read."""
         clip = self.clips[path]
-        if "bad" in clip:
+        if "bad" in clip:                                                      # the dataset replaces the sample
             raise MediaError(clip["bad"])
-        features = np.load(self.path, mmap_mode="r")[clip["row"]].astype(np.float32)
+        features = np.load(self.path, mmap_mode="r")[clip["row"]].astype(np.float32)     # (T, L, C)
         return {"features": torch.from_numpy(features), "seconds": clip["seconds"]}
 
 
-class EachOnce(Dataset):
-    """Each clip of a VideoTextDataset in order, without any taking another's place: (path, sample or None, error)."""
+class UniqueClips(Dataset):
+    """Each clip of a VideoTextDataset once, an unreadable one not replaced: (path, sample or None, error)."""
 
-    def __init__(self, clips, entries):
-        self.clips, self.entries = clips, list(entries.items())                    # (path, index of an entry with it)
+    def __init__(self, dataset, index_of):
+        self.dataset, self.clips = dataset, list(index_of.items())             # (path, index of a sample with it)
 
     def __len__(self):
-        return len(self.entries)
+        return len(self.clips)
 
-    def __getitem__(self, number):
-        path, index = self.entries[number]
+    def __getitem__(self, i):
+        path, index = self.clips[i]
         try:
-            return path, self.clips.sample(index), ""
+            return path, self.dataset.sample(index), ""
         except MediaError as error:
             return path, None, str(error)
 
 
 def stamp(path):
-    """Size and time of a file, or None where there is none: another file of that name is another clip."""
+    """Size and time of a file, None if it is missing; a file that has changed is another clip."""
     return [os.stat(path).st_size, os.stat(path).st_mtime_ns] if os.path.exists(path) else None
 
 
-def origin(vit, clips):
-    """What the features of a clip depend on, besides its file, as JSON."""
-    return {"vit": fingerprint(vit.state_dict()), "frames": clips.num_frames, "how": clips.how,
-            "pixels": clips.transform.size, "mean": clips.transform.mean.flatten().tolist()}
+def cache_key(vit, dataset):
+    """What the features of a clip depend on besides its file, as JSON."""
+    return {"vit": fingerprint(vit.state_dict()), "frames": dataset.num_frames, "sampling": dataset.sampling,
+            "pixels": dataset.transform.size, "mean": dataset.transform.mean.flatten().tolist()}
 
 
-def lies_there(folder, made_from, stamps):
-    """Whether the folder holds features of all these clips (path -> stamp), made from the same."""
-    info = Path(folder) / "info.json"
-    found = read_json(info) if info.is_file() else {"made_from": None}
-    return found["made_from"] == made_from and all(
-        found["clips"].get(path, {}).get("stamp", ()) == mark for path, mark in stamps.items())
+def is_valid(folder, key, stamps):
+    """Whether the folder has the features of all these clips (path -> stamp), made from the same."""
+    info = read_json(Path(folder) / "info.json") if (Path(folder) / "info.json").is_file() else {}
+    return info.get("cache_key") == key and all(
+        info["clips"].get(path, {}).get("stamp", ()) == stamps[path] for path in stamps)
 
 
 @torch.no_grad()
-def cache_features(vit, clips, folder, device, workers=0, batch=32):
-    """Features of all clips (a VideoTextDataset) in `folder`: those that lie there if they are these, else made now."""
-    first = {clips.path(index): index for index in reversed(range(len(clips)))}    # path -> the first entry with it
-    drawn = clips.how == "rand" or clips.transform.crop or clips.transform.flip
-    cut = any(entries.header["cut"] for entries in clips.entries)
-    if drawn or cut or any(source.media != "video" for source in clips.sources):
+def cache_features(vit, dataset, folder, device, workers=0, batch=32):
+    """-> Features of all clips of a VideoTextDataset: those in `folder` if they are valid, otherwise made now."""
+    # one row must serve every sample of a clip
+    is_random = dataset.sampling in ("rand", "official") or dataset.transform.crop or dataset.transform.flip
+    has_parts = any(entries.header["has_bounds"] for entries in dataset.entries)
+    if is_random or has_parts or any(source.media != "video" for source in dataset.sources):
         raise ValueError("--cache-features is for whole videos whose frames and crops are the same each time; "
                          "leave it out")
-    stamps, made_from = {path: stamp(path) for path in first}, origin(vit, clips)
-    if lies_there(folder, made_from, stamps):
+    index_of = {dataset.path(index): index for index in reversed(range(len(dataset)))}   # the first sample with a path
+    stamps, key = {path: stamp(path) for path in index_of}, cache_key(vit, dataset)
+    if is_valid(folder, key, stamps):
         return Features(folder)
+
+    # encode batch by batch, straight into a file on disk; an unreadable clip gets its error instead of a row
     vit = vit.to(device).eval()
-    loader = DataLoader(EachOnce(clips, first), batch, collate_fn=list, num_workers=workers)
-    print(f"the ViT looks at {len(first):,} clips; what it sees is kept in {folder}", flush=True)
-    table = {}
+    print(f"the ViT encodes {len(index_of):,} clips once; their features are written to {folder}", flush=True)
+    loader = DataLoader(UniqueClips(dataset, index_of), batch, collate_fn=list, num_workers=workers)
+    clips = {}                                                                           # path -> what info.json says
     with atomic_folder(folder) as temporary:
-        shape = len(first), clips.num_frames, vit.cfg.grid ** 2, vit.cfg.width
+        shape = len(index_of), dataset.num_frames, vit.cfg.grid ** 2, vit.cfg.width      # (clips, T, L, C)
         features = np.lib.format.open_memmap(temporary / "features.npy", "w+", np.float16, shape)
-        for samples in tqdm(loader, desc="features", unit="batch", disable=not sys.stderr.isatty()):
-            seen = []
-            for path, sample, error in samples:
-                row = len(table)
-                table[path] = {"stamp": stamps[path], **(
-                    {"row": row, "seconds": sample["seconds"]} if sample else {"bad": error})}
-                seen += [(row, sample["video"])] if sample else []
-            if seen:
-                rows, videos = zip(*seen, strict=True)
-                features[list(rows)] = vit(torch.stack(videos).to(device)).half().cpu().numpy()
-        features.flush()
-        (temporary / "info.json").write_text(json.dumps({"made_from": made_from, "clips": table}))
+        for samples in tqdm(loader, desc="features", unit="batch", disable=None):
+            for row, (path, sample, error) in enumerate(samples, len(clips)):
+                result = {"row": row, "seconds": sample["seconds"]} if sample else {"bad": error}
+                clips[path] = {"stamp": stamps[path]} | result
+            readable = [(clips[path]["row"], sample["video"]) for path, sample, _ in samples if sample]
+            if readable:
+                rows, videos = zip(*readable, strict=True)
+                features[list(rows)] = vit(torch.stack(videos).to(device)).half().cpu().numpy()  # (len(rows), T, L, C)
+        features.flush()                                                                 # before the folder is renamed
+        (temporary / "info.json").write_text(json.dumps({"cache_key": key, "clips": clips}))
     return Features(folder)
