@@ -1,344 +1,285 @@
-"""Questions about videos -> answers, many at a time, and nothing computed twice.
+"""Answers many questions at once, and computes nothing twice. The answers are those of mvbench.answer_one.
 
-    frames -> look -> (B, N, C) -> read -> (B, Q, D) -> answer -> "(B) It jumps."      letters 0.03 0.91 0.06
+    clips (B, T, 3, H, W) -> encode_clips (B, N, C) -> video_tokens (B, Q, D) -> answer: "(B) It jumps."
 
-What makes it quick changes no answer:
-  - The Q-Former reads the instruction, not the question, so a clip's tokens serve all of its questions.
-  - A prompt is head, video, what all questions begin with, and the rest. The LLM reads the head once, the next two once
-    a clip, the rest for each question, each part on top of the keys and values of the parts before.
-  - The first step of an answer gives the letter, and the letter tells what the model will very probably say: "B) It
-    jumps. ###". A second step reads all this at once, and says at each word whether it would have come next. Where
-    another would have come, it is said instead, and the next step goes on from there: every answer is what greedy
-    generation gives word by word. (The idea: arXiv 2211.17192, with the options in the place of a draft model.)
+1. The Q-Former reads the system prompt and not the question, so a clip's video tokens serve all of its questions.
 
-Also here: the controls, which take from a clip what it should not be answerable without. Not here: which questions
-(tasks.py), files and processes (mvbench.py), scores (scorers.py). Source: paper section 3 and tables 8, 9, 11;
-mvbench.ipynb; the likelihood of each option: SEED-Bench, arXiv 2307.16125, section 3.3.
+2. Prompts begin alike. The LLM reads each node of this tree once, on top of the cached keys and values above it:
+
+       head          "Carefully watch ... ###Human: <Video>"                                once
+        |- clip      video tokens, "</Video> ###Human: Carefully watch ... Question: What"    once a clip
+        |   |- tail  "moves? Options: (A) ... ###Assistant: Best option:("                    once a question
+        |   '- tail  "stops? Options: (A) ... ###Assistant: Best option:("
+        '- clip ...
+
+3. The options are drafts of the answer. The LLM's first token, B, says which one will probably follow. The next step
+   reads it all, and shows for each token what the LLM writes after it:
+
+       reads     B    )    It   jumps  .
+       writes    )    It   jumps  .    ###         all accepted: the rest of the answer in one step
+       or else   )    It   spins                   two accepted; "spins" is new, and the next step starts from there
+
+   So every answer is greedy generation's, token by token. (Speculative decoding, arXiv 2211.17192.)
+
+Not here: how questions are asked (protocol.py), what is a batch (batches.py), scores (scorers.py).
+Source: paper section 3; mvbench.ipynb.
 
     pytest tests/test_engine.py
 """
 import time
-import zlib
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from evaluation.protocol import NO_VIDEO, Protocol, apply_control, noise_like
 from evaluation.tasks import LETTERS
 from llama import KVCache
-from prompt import (
-    ANSWER_PROMPT,
-    SYSTEM,
-    Prompt,
-    chat_prompt,
-    decode_answer,
-    is_finished,
-    mvbench_prompt,
-    mvbench_question,
-    pad_batch,
-    pad_ids,
-)
+from prompt import chat_prompt, decode_answer, is_finished, mvbench_prompt, pad_ids
 
-CONTROLS = {
-    "blank": "no video: what the Q-Former sees is zeros",
-    "noise": "no video: what the LLM reads are random vectors, as large as those of a blank one",
-    "single": "the middle frame alone, in the place of every frame",
-    "shuffle": "the frames in random order",
-    "reverse": "the frames from last to first",
-}
-ANSWER_ROOM = 32    # tokens that an answer takes in the cache, as a rule
-DECODES = {
-    "generate": "greedy, as the paper",
-    "letter": "the most probable option letter behind the answer prompt",
-    "likelihood": "of each option's text, the options not being shown; the mean over its tokens, as SEED-Bench",
-}
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How the questions are asked. The defaults are the paper's; what else it has tried is a field away."""
-    system: str = SYSTEM                # table 8: without it 49.9
-    answer_prompt: str = ANSWER_PROMPT  # table 9: without it 50.1
-    question_in_qformer: bool = False   # table 11: with it 50.8
-    decode: str = "generate"
-    max_new_tokens: int = 100
+ANSWER_ROOM = 32    # tokens of an answer that the cache has room for from the start
 
 
 @dataclass
 class Answer:
-    said: str               # first line, behind the bracket that the prompt has opened
-    letters: list           # probability of each option's letter as the first word, [] without the answer prompt
-    likelihoods: list       # mean log-probability of each option's tokens, with decode "likelihood"
+    text: str               # its first line, with the bracket that the prompt ends in
+    letters: list           # probability of each option's letter as the first token; [] without an answer prompt
+    likelihoods: list       # mean log-probability of each option's tokens, for decode "likelihood"
 
 
 class Clock:
-    """Where the time goes: seconds by part."""
+    """Seconds by part: `with clock("ViT"): ...` adds to clock.seconds["ViT"]."""
 
     def __init__(self, device="cpu"):
         self.seconds, self.on_gpu = defaultdict(float), torch.device(device).type == "cuda"
 
     @contextmanager
     def __call__(self, part):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         yield
         if self.on_gpu:
-            torch.cuda.synchronize()                           # or the time would be counted where it is waited for
-        self.seconds[part] += time.perf_counter() - begun
+            torch.cuda.synchronize()    # or the time would count for the next part, which waits for the GPU
+        self.seconds[part] += time.perf_counter() - start
 
 
-# ------------------------------------------------------------------------------------------------------- the controls
+def letter_ids(llm_tok):
+    """The ids of the letters A to E after a bracket.
 
-
-def clip_seed(media, bound):
-    """The same for a clip on every machine, in every order and process."""
-    return zlib.crc32(f"{media} {bound}".encode())
-
-
-def altered(video, control, seed):
-    """One clip's frames (T, 3, H, W) under a control that changes frames; as they are under any other."""
-    T = len(video)
-    if control == "single":
-        return video[T // 2].expand_as(video)
-    if control == "reverse":
-        return video.flip(0)
-    if control == "shuffle":
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(T, generator=generator)
-        while T > 1 and torch.equal(order, torch.arange(T)):
-            order = torch.randperm(T, generator=generator)
-        return video[order]
-    return video
-
-
-# ------------------------------------------------------------------------------------------------------- the questions
-
-
-def letter_ids(tok):
-    """The ids that name the options, behind a bracket."""
-    return [tok.encode(f"({letter}")[-1] for letter in LETTERS]
+    subtle: SentencePiece has two pieces for a letter, one that begins a word ("_A") and one that continues it ("A").
+    After "Best option:(" the LLM writes the second; so a letter is encoded with its bracket, and the last id taken.
+    """
+    return [llm_tok.encode(f"({letter}")[-1] for letter in LETTERS]
 
 
 class Engine:
-    """A model with its tokenizers, asked under one protocol."""
+    """A model with its tokenizers, asked by one protocol. The pictures are in the header of this file."""
 
-    def __init__(self, model, wordpiece, tok, protocol=None):
-        self.model, self.wordpiece, self.tok, self.protocol = model, wordpiece, tok, protocol or Protocol()
+    def __init__(self, model, qformer_tok, llm_tok, protocol=None):
+        self.model, self.qformer_tok, self.llm_tok = model, qformer_tok, llm_tok
+        self.protocol, self.clock = protocol or Protocol(), Clock(model.device)
         self.n_video = model.cfg.n_query + model.cfg.n_extra
-        self.letter_ids = letter_ids(tok)
-        # the ids that can be an answer's last: all others need not be looked at, which takes longer than one thinks
-        self.last_ids = {i for i in range(tok.vocab_size) if i == tok.eos_id or set("#\n") & set(tok.decode([i]))}
-        self.clock = Clock(model.device)
-        self.multiple = 8 if self.clock.on_gpu else 1          # of padded lengths
-        self.head, self.blank = None, None                     # KVCache of the prompts' head; tokens of a blank video
+        self.pad_multiple = 8 if self.clock.on_gpu else 1
+        self.head_cache, self.blank_tokens = None, None        # computed when they are first needed
 
-    # ---- what the LLM reads of the clips
+        # decoding is slow: only the ids that can end an answer are decoded to see whether they do
+        self.letter_ids = letter_ids(llm_tok)
+        self.last_ids = {i for i in range(llm_tok.vocab_size)
+                         if i == llm_tok.eos_id or set("#\n") & set(llm_tok.decode([i]))}
 
-    def watch(self, video, control, seeds):
-        """Clips (B, T, 3, H, W), a seed for each -> what the Q-Former sees of them (B, N, C); zeros without video."""
-        if control in ("blank", "noise"):
+    @torch.inference_mode()
+    def encode_clips(self, video, control, seeds):
+        """Clips (B, T, 3, H, W) under a control, with a seed for each -> what the Q-Former reads of them (B, N, C)."""
+        if control in NO_VIDEO:
             cfg = self.model.cfg.vit
             zeros = torch.zeros(1, video.shape[1] * cfg.grid ** 2, cfg.width, device=self.model.device)
-            return zeros.expand(len(video), -1, -1)
-        return self.look(torch.stack([altered(clip, control, seed) for clip, seed in zip(video, seeds, strict=True)]))
-
-    def tokens(self, vision, control, seeds, questions):
-        """What the Q-Former sees (B, N, C), with a seed and a question for each -> what the LLM reads (B, Q, D)."""
-        if control not in ("blank", "noise"):
-            return self.read(vision, questions)
-        if self.protocol.question_in_qformer:
-            tokens = self.read(vision, questions)
-        else:
-            if self.blank is None:                             # the same for all clips
-                self.blank = self.read(vision[:1], questions[:1])
-            tokens = self.blank.expand(len(questions), -1, -1)
-        return tokens if control == "blank" else noise_like(tokens, seeds)
-
-    @torch.inference_mode()
-    def look(self, video):
-        """video (B, T, 3, H, W) -> what the Q-Former sees of it (B, N, C)."""
+            return zeros.expand(len(video), -1, -1)                                            # (B, N, C)
+        frames = torch.stack([apply_control(clip, control, seed) for clip, seed in zip(video, seeds, strict=True)])
         with self.clock("ViT"):
-            return self.model.encode_video(video.to(self.model.device))
+            return self.model.encode_video(frames.to(self.model.device))                       # (B, N, C)
 
     @torch.inference_mode()
-    def read(self, vision, questions):
-        """vision (B, N, C) with a question for each -> what the LLM reads (B, Q, D).
-
-        The Q-Former reads the system prompt along, and the question only where the protocol says so.
-        """
-        with self.clock("Q-Former"):
-            texts = [self.protocol.system]                                 # one for all
-            if self.protocol.question_in_qformer:
-                texts = [self.protocol.system + mvbench_question(q["question"], q["candidates"]) for q in questions]
-            length = min(self.model.cfg.max_text, self.model.cfg.qformer.max_positions)
-            rows = [self.wordpiece.encode(text, length, sep=True, truncate="left") for text in texts]
-            instruction_ids, instruction_mask = (t.to(vision.device) for t in pad_ids(rows, self.wordpiece.pad_id))   # (B, S)
-            return self.model.video_tokens(vision, instruction_ids, instruction_mask)
-
-    # ---- prompts
+    def video_tokens(self, vision, control, seeds, questions):
+        """vision (B, N, C), with a seed and a question for each row -> what the LLM reads of it (B, Q, D)."""
+        # without video and question, all rows of all batches are the same: one is computed, once
+        shared = control in NO_VIDEO and not self.protocol.question_in_qformer
+        tokens = self.blank_tokens if shared else None
+        if tokens is None:
+            texts = [self.protocol.instruction(q) for q in questions]
+            texts = texts if self.protocol.question_in_qformer else texts[:1]                  # one for all rows
+            max_length = min(self.model.cfg.max_text, self.model.cfg.qformer.max_positions)
+            rows = [self.qformer_tok.encode(text, max_length, sep=True, truncate="left") for text in texts]
+            ids, mask = (t.to(vision.device) for t in pad_ids(rows, self.qformer_tok.pad_id))  # (B or 1, S)
+            with self.clock("Q-Former"):
+                tokens = self.model.video_tokens(vision[:1] if shared else vision, ids, mask)  # (B or 1, Q, D)
+        if shared:
+            self.blank_tokens = tokens
+            tokens = tokens.expand(len(questions), -1, -1)                                     # (B, Q, D)
+        return noise_like(tokens, seeds) if control == "noise" else tokens
 
     def prompt(self, q):
-        return mvbench_prompt(self.tok, q["question"], q["candidates"], self.n_video, self.protocol.system,
+        """The question's prompt, up to the bracket that the letter follows."""
+        return mvbench_prompt(self.llm_tok, q["question"], q["candidates"], self.n_video, self.protocol.system,
                               self.protocol.answer_prompt, self.model.cfg.prompt_style)
 
-    def option_prompts(self, q):
-        """A prompt for each option, its text being the answer and its ids the labels; no prompt shows the options."""
-        def told(text):
-            return chat_prompt(self.tok, [], f"{self.protocol.system}Question: {q['question']}", self.n_video,
-                               self.protocol.system, prompt_style=self.model.cfg.prompt_style, answer_prompt=text)
-        asked, prompts = told(""), [told(text) for text in q["candidates"]]
-        for prompt in prompts:
-            begin = common_length([asked, prompt])
-            prompt.labels[begin:] = prompt.ids[begin:]
-        return prompts
-
-    # ---- answers
-
     @torch.inference_mode()
-    def answer(self, questions, tokens, clips=None, prompts=None):
-        """Questions about clips, by their place in tokens (B, Q, D) (default: one each) -> an Answer for each.
+    def answer(self, questions, video_tokens, clips=None, prompts=None):
+        """Questions -> an Answer for each. clips: the row of video_tokens (B, Q, D) for each; by default its own.
 
-        prompts: of the questions, where they are known.
+        prompts: those of the questions, if the caller has them already.
         """
         clips = list(range(len(questions))) if clips is None else clips
         with self.clock("LLM"):
             if self.protocol.decode == "likelihood":
-                return self.by_likelihood(questions, tokens, clips)
+                return self.answer_by_likelihood(questions, video_tokens, clips)
+
+            # the first token, and how probable each letter is
             prompts = prompts or [self.prompt(q) for q in questions]
-            hidden, cache = self.prefill(prompts, tokens, clips, last=1)                       # (B, 1, D)
+            hidden, cache = self.prefill(prompts, video_tokens, clips, logits_to_keep=1)       # (B, 1, D)
             logits = self.model.llama_model.lm_head(hidden[:, 0]).float()                      # (B, V)
-            letters = logits.softmax(-1)[:, self.letter_ids].tolist() if self.opened else [[]] * len(questions)
-            letters = [p[:len(q["candidates"])] for q, p in zip(questions, letters, strict=True)]
+            letters = [[] for _ in questions]
+            if self.protocol.opening:
+                p = logits.softmax(-1)[:, self.letter_ids].tolist()                            # (B, letters)
+                letters = [row[:len(q["candidates"])] for q, row in zip(questions, p, strict=True)]
+
             if self.protocol.decode == "letter":
-                said = [f"({LETTERS[best_of(p)]})" for p in letters]
+                texts = [f"({LETTERS[argmax(p)]})" for p in letters]
             else:
-                room = [self.model.cfg.llama.max_positions - len(p.ids) for p in prompts]
-                said = map(self.first_line, self.speak(questions, logits.argmax(-1).tolist(), cache, room))
-            return [Answer(text, p, []) for text, p in zip(said, letters, strict=True)]
+                texts = map(self.text, self.generate_with_drafts(questions, prompts, logits.argmax(-1).tolist(), cache))
+            return [Answer(text, p, []) for text, p in zip(texts, letters, strict=True)]
 
-    @property
-    def opened(self):
-        """Whether the prompt ends in the bracket that a letter follows."""
-        return self.protocol.answer_prompt.endswith("(")
+    def prefill(self, prompts, video_tokens, clips, logits_to_keep=None):
+        """The LLM reads the header's tree -> (hidden states (B, logits_to_keep, D) of the tails' last tokens, KVCache).
 
-    def prefill(self, prompts, tokens, clips, last=None):
-        """-> (hidden states (B, last, D) of the prompts' last ids, which end together; a KVCache of all that was read).
+        Tails are padded on the left, so that all prompts end together.
         """
-        llm = self.model.llama_model
-        begin, after = prompts[0].slot, prompts[0].slot + self.n_video
-        # what foretells the answer is left to be read by each: the last id, or the one before the labels
+        llm, device = self.model.llama_model, self.model.device
+        begin, end = prompts[0].slot, prompts[0].slot + self.n_video                           # of the video tokens
+
+        # the head
+        if self.head_cache is None:
+            self.head_cache = KVCache(llm.cfg.depth)
+            ids = torch.tensor([prompts[0].ids[:begin]], device=device)
+            llm(llm.embed(ids), cache=self.head_cache, logits_to_keep=0)
+
+        # what all prompts have in common ends before the token that predicts the answer: each tail has that one itself
         common = min(common_length(prompts), *(len(p.ids) - sum(i >= 0 for i in p.labels) - 1 for p in prompts))
-        if self.head is None:
-            self.head = KVCache(llm.cfg.depth)
-            llm(llm.embed(self.ids([prompts[0].ids[:begin]])), cache=self.head, logits_to_keep=0)
-        ids, _, mask = pad_batch([Prompt(p.ids[common:], p.labels[common:]) for p in prompts], self.tok.eos_id, "left",
-                                 self.multiple)
-        shown = list(dict.fromkeys(clips))
-        words = llm.embed(self.ids([prompts[0].ids[after:common]])).expand(len(shown), -1, -1)
-        room = self.n_video + words.shape[1] + ids.shape[1] + ANSWER_ROOM
-        cache = self.head.select_rows([0] * len(shown), room)
-        llm(torch.cat((tokens[shown].to(words.dtype), words), 1), cache=cache, logits_to_keep=0)
-        if clips != shown:
-            cache = cache.select_rows([shown.index(clip) for clip in clips], ids.shape[1] + ANSWER_ROOM)
-        return llm(llm.embed(ids.to(self.model.device)), mask.to(self.model.device), cache, last), cache
+        tails = [p.ids[common:] for p in prompts]
+        ids, mask = pad_ids(tails, self.llm_tok.eos_id, "left", self.pad_multiple)             # (B, s)
 
-    def ids(self, rows):
-        return torch.tensor(rows, dtype=torch.long, device=self.model.device)
+        # the clips: video tokens, and the common text after them
+        unique = list(dict.fromkeys(clips))
+        common_ids = torch.tensor([prompts[0].ids[end:common]], dtype=torch.long, device=device)
+        words = llm.embed(common_ids).expand(len(unique), -1, -1)
+        embeds = torch.cat((video_tokens[unique].to(words.dtype), words), 1)                   # (clips, Q + words, D)
+        cache = self.head_cache.select_rows([0] * len(unique), embeds.shape[1] + ids.shape[1] + ANSWER_ROOM)
+        llm(embeds, cache=cache, logits_to_keep=0)
 
-    def speak(self, questions, first, cache, room):
-        """Greedy answers (lists of new ids), their first ids being known; cache: of the prompts, room: ids that the LLM
-        can take behind each.
+        # the tails, each on a copy of its clip's keys and values
+        if clips != unique:
+            cache = cache.select_rows([unique.index(clip) for clip in clips], ids.shape[1] + ANSWER_ROOM)
+        return llm(llm.embed(ids.to(device)), mask.to(device), cache, logits_to_keep), cache   # (B, s, D)
 
-        Each step reads what was said last and, on trial, what the options let expect; as far as the model would have
-        said just this, it has been said.
-        """
-        llm, said, options = self.model.llama_model, [[i] for i in first], [self.option_ids(q) for q in questions]
-        rows = list(range(len(questions)))                                 # of the cache
-        while left := [i for i in rows if not self.ended(said[i])]:
-            if left != rows:
-                cache, rows = cache.select_rows([rows.index(i) for i in left]), left
-            most = [min(room[i], self.protocol.max_new_tokens) - len(said[i]) for i in rows]
-            fed = [[said[i][-1], *continuation(said[i], options[i])[:max(0, n)]]
-                   for i, n in zip(rows, most, strict=True)]
-            prompts = [Prompt(row, row) for row in fed]
-            ids, _, mask = pad_batch(prompts, self.tok.eos_id, multiple=self.multiple)
-            hidden = llm(llm.embed(ids.to(self.model.device)), mask.to(self.model.device), cache)  # (b, s, D)
-            best = llm.lm_head(hidden).argmax(-1).tolist()                                         # (b, s)
-            new = [self.accepted(said[i], fed[row][1:], best[row]) for row, i in enumerate(rows)]
-            begin = cache.mask.shape[1] - ids.shape[1]
+    def generate_with_drafts(self, questions, prompts, first_ids, cache):
+        """Greedy answers (B lists of ids) that begin with first_ids; cache: of all that prefill has read."""
+        llm, answers, drafts = self.model.llama_model, [[i] for i in first_ids], [self.drafts(q) for q in questions]
+        limits = [min(llm.cfg.max_positions - len(p.ids), self.protocol.max_new_tokens) for p in prompts]
+
+        # rows: the questions that the cache has a row for; complete answers leave it
+        rows = list(range(len(questions)))
+        while active := [i for i in rows if not self.is_complete(answers[i])]:
+            if active != rows:
+                cache, rows = cache.select_rows([rows.index(i) for i in active]), active
+
+            # a row's input is its last id, and a draft of what follows, as far as there is room
+            fed = []
+            for i in rows:
+                draft = continuation(answers[i], drafts[i])
+                fed.append([answers[i][-1], *draft[:max(0, limits[i] - len(answers[i]))]])
+            ids, mask = pad_ids(fed, self.llm_tok.eos_id, multiple=self.pad_multiple)                  # (rows, s)
+            hidden = llm(llm.embed(ids.to(self.model.device)), mask.to(self.model.device), cache)      # (rows, s, D)
+            best = llm.lm_head(hidden).argmax(-1).tolist()                                             # (rows, s)
+
+            # accept what the draft got right, and hide the rest of it from the next steps
+            begin, n_new = cache.mask.shape[1] - ids.shape[1], []
             for row, i in enumerate(rows):
-                said[i] += new[row]
-                cache.mask[row, begin + len(new[row]):] = 0                # what was tried and not said
-            cache.mask = cache.mask[:, :begin + max(map(len, new))]        # what nobody said leaves the cache
-        return said
+                new = self.accept(answers[i], fed[row][1:], best[row])
+                answers[i] += new
+                n_new.append(len(new))
+                cache.mask[row, begin + len(new):] = 0
+            cache.mask = cache.mask[:, :begin + max(n_new)]    # what no row has accepted leaves the cache
+        return answers
 
-    def accepted(self, said, tried, best):
-        """What is said next: the best ids, up to the first that is not the one which was tried."""
+    def accept(self, answer, draft, best):
+        """The ids that continue an answer: the best ones, up to and including the first that is not the draft's."""
         new = []
-        for word, wanted in zip(best, [*tried, None], strict=False):
-            new.append(word)
-            if word != wanted or self.ended(said + new):
+        for i, expected in zip(best, [*draft, None], strict=False):
+            new.append(i)
+            if i != expected or self.is_complete(answer + new):
                 break
         return new
 
-    def ended(self, ids):
-        return len(ids) >= self.protocol.max_new_tokens or ids[-1] in self.last_ids and self.complete(ids)
-
-    def option_ids(self, q):
-        """Of each option, the ids of the answer that names it, up to its end, as in training."""
+    def drafts(self, q):
+        """The answer that names each option, as ids, with the mark that ends it, as in training."""
         end = "</s>" if self.model.cfg.prompt_style == "mistral" else " ###"
-        return [self.tok.encode(f"({letter}) {text}{end}")
+        return [self.llm_tok.encode(f"({letter}) {text}{end}")
                 for letter, text in zip(LETTERS, q["candidates"], strict=False)]
 
-    def by_likelihood(self, questions, tokens, clips):
+    def is_complete(self, ids):
+        """Whether an answer ends here: by its length, by ### or </s>, or because its first line ends."""
+        ends = ids[-1] in self.last_ids and (is_finished(self.llm_tok, ids)
+                                             or "\n" in self.llm_tok.decode(ids[-4:]).lstrip())
+        return ends or len(ids) >= self.protocol.max_new_tokens
+
+    def text(self, ids):
+        """An answer's ids -> its first line, after the bracket that the prompt ends in."""
+        return self.protocol.opening + decode_answer(self.llm_tok, ids).split("\n")[0].rstrip()
+
+    def option_prompts(self, q):
+        """A prompt for each option: its text is the answer, and its ids are the labels. No prompt lists the options."""
+        def prompt(answer):
+            return chat_prompt(self.llm_tok, [], f"{self.protocol.system}Question: {q['question']}", self.n_video,
+                               self.protocol.system, prompt_style=self.model.cfg.prompt_style, answer_prompt=answer)
+        prompts = [prompt(text) for text in q["candidates"]]
+        for p in prompts:
+            begin = common_length([prompt(""), p])
+            p.labels[begin:] = p.ids[begin:]
+        return prompts
+
+    def answer_by_likelihood(self, questions, video_tokens, clips):
+        """As answer, for decode "likelihood": the option whose tokens have the highest mean log-probability."""
         options = [(i, prompt) for i, q in enumerate(questions) for prompt in self.option_prompts(q)]
-        prompts = [prompt for _, prompt in options]
-        hidden, _ = self.prefill(prompts, tokens, [clips[i] for i, _ in options])              # (B * options, s, D)
-        found = defaultdict(list)
-        for (i, prompt), row in zip(options, hidden, strict=True):
+        hidden, _ = self.prefill([p for _, p in options], video_tokens, [clips[i] for i, _ in options])
+        likelihoods = [[] for _ in questions]
+        for (i, prompt), row in zip(options, hidden, strict=True):                             # row: (s, D)
             target = [label for label in prompt.labels if label >= 0]
-            logits = self.model.llama_model.lm_head(row[-len(target) - 1:-1]).float()          # (length, V)
-            chosen = logits.log_softmax(-1)[range(len(target)), target]
-            found[i].append(chosen.mean().item())
-        best = {i: best_of(p) for i, p in found.items()}
-        return [Answer(f"({LETTERS[best[i]]}) {q['candidates'][best[i]]}", [], found[i])
-                for i, q in enumerate(questions)]
-
-    def complete(self, ids):
-        """An answer ends at ### or </s>, and only its first line counts."""
-        return is_finished(self.tok, ids) or "\n" in self.tok.decode(ids[-4:]).lstrip()
-
-    def first_line(self, ids):
-        """New ids -> the prediction: the answer's first line, behind the bracket that the prompt has opened."""
-        return ("(" if self.opened else "") + decode_answer(self.tok, ids).split("\n")[0].rstrip()
+            logits = self.model.llama_model.lm_head(row[-len(target) - 1:-1]).float()          # (n, V)
+            likelihoods[i].append(logits.log_softmax(-1)[range(len(target)), target].mean().item())
+        return [Answer(f"({LETTERS[argmax(p)]}) {q['candidates'][argmax(p)]}", [], p)
+                for q, p in zip(questions, likelihoods, strict=True)]
 
 
-def noise_like(tokens, seeds):
-    """Random vectors (B, Q, D), a seed for each row, with the mean and spread that each channel has over tokens."""
-    noise = torch.stack([torch.randn(tokens.shape[1:], generator=torch.Generator().manual_seed(seed))
-                         for seed in seeds]).to(tokens)
-    return tokens.mean(1, keepdim=True) + noise * tokens.std(1, keepdim=True)
-
-
-def best_of(values):
-    """The place of the largest."""
+def argmax(values):
     return max(range(len(values)), key=values.__getitem__)
 
 
-def continuation(said, texts):
-    """What follows, in one of the texts (lists of ids), on the longest piece that `said` ends with; [] if none does."""
-    best, length = [], 0
-    for text in texts:
-        for at in range(1, len(text)):
-            same = 0
-            while same < min(at, len(said)) and text[at - 1 - same] == said[-1 - same]:
-                same += 1
-            if same > length:
-                best, length = text[at:], same
+def continuation(answer, drafts):
+    """What follows, in one of the drafts, the longest piece that the answer ends with; [] if none has any of it.
+
+    answer [.., 5, 6] and drafts [1, 5, 6, 7], [2, 6, 9] -> [7], for "5, 6" is longer than "6".
+    """
+    best, longest = [], 0
+    for draft in drafts:
+        for at in range(1, len(draft)):
+            n = 0
+            while n < min(at, len(answer)) and draft[at - 1 - n] == answer[-1 - n]:
+                n += 1
+            if n > longest:
+                best, longest = draft[at:], n
     return best
 
 
 def common_length(prompts):
     """How many ids all prompts begin with."""
-    first, last = min(p.ids for p in prompts), max(p.ids for p in prompts)     # the two that differ soonest
+    first, last = min(p.ids for p in prompts), max(p.ids for p in prompts)      # in sorted order, these differ soonest
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))

@@ -1,23 +1,48 @@
-"""The answers on disk: written as they come, gone on with after any interruption, and never mixed.
+"""A condition is one way to ask all questions; its answers are on disk as they come, and never mixed with others.
 
-    predictions.jsonl            a line per question, in the benchmark's order, once all are answered
-    predictions.rank0.jsonl      until then: what each process has answered so far
-    settings.json                what the answers depend on: checkpoint, prompt, frames, questions, ...
+    FOLDER/predictions.jsonl            a row for each question, in the benchmark's order, once all are answered
+    FOLDER/predictions.rank0.jsonl      until then: what each process has answered so far
+    FOLDER/settings.json                what the answers depend on: checkpoint, prompt, frames, questions, ...
+    FOLDER/predictions.blank.jsonl ...  the same for every other condition: a control, or "permute"
 
-Another checkpoint, prompt or number of frames is refused, with both named. A line that a killed process has left half
-written is dropped. Not here: who answers (mvbench.py), what the rows are worth (scorers.py, stats.py).
+A run resumes after any interruption: what is in these files is not asked again, and a line that a killed process left
+half written is dropped. Another checkpoint, prompt or number of frames is refused, with both values named.
+Not here: how the answers are made (engine.py), what the rows are worth (scorers.py, stats.py).
 
     pytest tests/test_predictions.py
 """
 import json
+import re
 from pathlib import Path
 
-from infra.files import read_json, save_text
+from evaluation.protocol import CONTROLS
+from evaluation.scorers import is_right
+from evaluation.tasks import letter_of
+from infra.files import read_json, save_text, write_json
+
+# settings by the names that older versions wrote
+OLD_SETTINGS = {"asked for": "question prompt", "8 bits": "int8"}
 
 
 def key_of(row):
-    """What a row is the answer to."""
+    """Which question, with its options in which order, a row answers."""
     return row["task"], row["index"], row.get("shift", 0)
+
+
+def rotate_options(q, n):
+    """The question with its options rotated by n: with 1, option B comes first."""
+    return {**q, "candidates": q["candidates"][n:] + q["candidates"][:n], "shift": n}
+
+
+def make_row(q, answer, scorer, unread=""):
+    """A row of predictions.jsonl. unread: why the medium cannot be read; then there is no answer, and it is wrong."""
+    row = {**q, "letter": letter_of(q), "prediction": "", "letter_probabilities": []}
+    if unread:
+        row["unread"] = unread
+    else:
+        row |= {"prediction": answer.text, "letter_probabilities": [round(p, 4) for p in answer.letters]}
+        row |= {"likelihoods": [round(p, 4) for p in answer.likelihoods]} if answer.likelihoods else {}
+    return {**row, "correct": is_right(scorer, row)}
 
 
 def read_rows(path):
@@ -33,63 +58,97 @@ def read_rows(path):
     return rows
 
 
-class Predictions:
-    """The rows of one way of asking: one control, or the permuted options. Several processes may fill it."""
+class Condition:
+    """One way to ask all questions, and its answers; each process has its own object, and writes its own file.
 
-    def __init__(self, out, name, settings, rank=0):
-        """out: a folder; name: e.g. ".blank", "" for the plain run; settings: {what: value} as JSON knows them."""
-        self.out, self.name, self.settings = Path(out), name, settings
-        self.path = self.out / f"predictions{name}.jsonl"
-        self.part = self.out / f"predictions{name}.rank{rank}.jsonl"
-        self.file = None
+    name: "" for the protocol itself, one of CONTROLS, or "permute" for other orders of the options. settings: {what:
+    value}, as JSON knows them. requested: False for a condition that an earlier run has finished: it is only reported.
+    """
 
-    @property
-    def parts(self):
-        return sorted(self.out.glob(f"predictions{self.name}.rank*.jsonl"))
+    def __init__(self, folder, name="", settings=None, rank=0, requested=True):
+        self.folder, self.name, self.settings, self.requested = Path(folder), name, settings or {}, requested
+        self.control = "" if name == "permute" else name
+        suffix = f".{name}" if name else ""
+        self.path = self.folder / f"predictions{suffix}.jsonl"
+        self.settings_path = self.folder / f"settings{suffix}.json"
+        self.rank_path = self.folder / f"predictions{suffix}.rank{rank}.jsonl"
+        self.file, self.rows = None, {}                        # rows: what read() found on disk, by key_of
 
-    def begin(self, restart, notes):
-        """By one process, before all others: checks that what is there belongs to these settings, or removes it.
+    # ---- questions
 
-        notes: what else settings.json shall tell; commands are collected. Raises ValueError naming what differs.
+    def variants(self, q):
+        """The question as this condition asks it: once, or in each cyclic order of its options but their own."""
+        return [rotate_options(q, n) for n in range(1, len(q["candidates"]))] if self.name == "permute" else [q]
+
+    def is_open(self, q):
+        """Whether it has no answer yet. A medium that could not be read is tried again in each run."""
+        return "unread" in self.rows.get(key_of(q), {"unread": ""})
+
+    def open(self, questions):
+        """The variants of these questions that have no answer yet."""
+        return [v for q in questions for v in self.variants(q) if self.is_open(v)]
+
+    # ---- files
+
+    def files(self):
+        """The files with answers that exist: the final one, and those of processes that have not been merged."""
+        return [p for p in (self.path, *sorted(self.folder.glob(f"{self.path.stem}.rank*.jsonl"))) if p.is_file()]
+
+    def saved(self):
+        """settings.json: {"settings", "commands", ...}, or {} where there is none."""
+        info = read_json(self.settings_path) if self.settings_path.is_file() else {}
+        settings = {OLD_SETTINGS.get(what, what): value for what, value in info.get("settings", {}).items()}
+        return {**info, "settings": settings} if info else {}
+
+    def is_finished(self):
+        """Whether an earlier run with these settings has finished it."""
+        return self.path.is_file() and self.saved().get("settings") == self.settings
+
+    def prepare(self, restart, notes):
+        """In one process, before all others read: checks that the files have these settings, or deletes them.
+
+        notes: more to keep in settings.json; commands are collected. Raises ValueError naming what differs.
         """
-        known = [path for path in (self.path, *self.parts) if path.exists()]
-        found = read_json(self.told) if self.told.is_file() and not restart else {}
-        if restart:
-            for path in known:
-                path.unlink()
-        elif known:
-            differ = [f"{what}: {short(found.get('settings', {}).get(what))} there, {short(value)} now"
-                      for what, value in self.settings.items() if found.get("settings", {}).get(what) != value]
-            if differ:
-                raise ValueError(f"{known[0]} holds answers under other settings ({'; '.join(differ)}): choose another "
-                                 "folder by --out, or --restart to ask anew and lose them")
-            for path in known:
+        files, info = self.files(), {} if restart else self.saved()
+        for path in files if restart else ():
+            path.unlink()
+
+        # files of these settings are resumed; the last line may be torn
+        if files and not restart:
+            old = info.get("settings", {})
+            differences = [f"{what}: {shorten(old.get(what))} there, {shorten(value)} now"
+                           for what, value in self.settings.items() if old.get(what) != value]
+            if differences:
+                raise ValueError(f"{files[0]} holds answers under other settings ({'; '.join(differences)}): choose "
+                                 "another folder with --out, or --restart to delete them and ask again")
+            for path in files:
                 drop_torn_line(path)
-        self.out.mkdir(parents=True, exist_ok=True)
-        commands = list(dict.fromkeys([*(found.get("commands", []) if known else []), *notes["commands"]]))
-        save_text(json.dumps({"settings": self.settings, **notes, "commands": commands}, indent=2), self.told)
 
-    @property
-    def told(self):
-        return self.out / f"settings{self.name}.json"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        commands = [*(info.get("commands", []) if files else []), *notes["commands"]]
+        write_json({"settings": self.settings, **notes, "commands": list(dict.fromkeys(commands))}, self.settings_path)
 
-    def is_of_these_settings(self):
-        """Whether a finished file is there, with these settings."""
-        return (self.path.is_file() and self.told.is_file()
-                and read_json(self.told).get("settings") == self.settings)
+    def check_media(self, questions):
+        """ValueError if an answer is about another medium than the one that is there now."""
+        sizes = {key_of(q)[:2]: q["size"] for q in questions if q["media"]}
+        other = [row for key, row in self.read().items()
+                 if "unread" not in row and sizes.get(key[:2], row["size"]) != row["size"]]
+        if other:
+            raise ValueError(f"{self.path} is about other media: {len(other)} have another size now, the first being "
+                             f"{other[0]['video']} of {other[0]['task']}; choose another folder with --out, or "
+                             "--restart to ask again")
 
     def read(self):
-        """{key: row} of everything that has been answered; of two rows, the one that could be watched."""
+        """{key: row} of everything on disk; of two rows for a question, the one whose medium could be read."""
         rows = {}
-        for path in (self.path, *self.parts):
-            if path.exists():
-                rows |= {key: row for key, row in read_rows(path).items() if key not in rows or "unread" in rows[key]}
+        for path in self.files():
+            rows |= {key: row for key, row in read_rows(path).items() if key not in rows or "unread" in rows[key]}
         return rows
 
     def write(self, rows):
-        """Appends rows to this process's part; they are on disk when it returns, whatever happens to the process."""
+        """Appends rows to this process's file; they survive the end of the process, however it comes."""
         if self.file is None:
-            self.file = open(self.part, "a", encoding="utf-8")
+            self.file = open(self.rank_path, "a", encoding="utf-8")
         self.file.write("".join(json.dumps(row) + "\n" for row in rows))
         self.file.flush()
 
@@ -99,26 +158,38 @@ class Predictions:
             self.file = None
 
     def merge(self, order):
-        """By one process, when all are done: the one file, its rows in the order of these keys, others behind."""
-        rows, parts = self.read(), self.parts
+        """In one process, when all are done: makes one file of all, sorted by these keys -> their rows, in order."""
+        rows, parts = self.read(), [path for path in self.files() if path != self.path]
         if parts:
             place = {key: i for i, key in enumerate(order)}
-            lines = [json.dumps(rows[key]) for key in sorted(rows, key=lambda key: (place.get(key, len(place)), key))]
-            save_text("\n".join(lines) + "\n", self.path)
+            keys = sorted(rows, key=lambda key: (place.get(key, len(place)), key))     # rows of a larger run: last
+            save_text("".join(json.dumps(rows[key]) + "\n" for key in keys), self.path)
             for path in parts:
                 path.unlink()
         return [rows[key] for key in order if key in rows]
 
 
-def short(value):
+def shorten(value):
     """A setting as an error shows it."""
     text = json.dumps(value)
     return text if len(text) <= 40 else text[:37] + "..."
 
 
 def drop_torn_line(path):
-    """Cuts off what stands behind the last line end."""
+    """Cuts off what follows the last line end."""
     data = path.read_bytes()
     if data and not data.endswith(b"\n"):
         with open(path, "r+b") as f:
             f.truncate(data.rfind(b"\n") + 1)
+
+
+def adopt_old_files(out, setting):
+    """Moves files of older versions, which had the setting ("frames8.part") in each name, into the setting's folder."""
+    names = "|".join((*CONTROLS, "permute"))
+    pattern = re.compile(rf"(predictions|settings)((?:\.(?:{names}))?)\.{re.escape(setting)}((?:\.rank\d+)?\.jsonl?)")
+    for path in Path(out).glob("*.json*") if setting else ():
+        match = pattern.fullmatch(path.name)
+        new = Path(out) / setting / "".join(match.groups()) if match else path
+        if match and not new.exists():
+            new.parent.mkdir(exist_ok=True)
+            path.rename(new)

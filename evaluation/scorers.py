@@ -1,18 +1,18 @@
 """Was the answer right? Four scorers of multiple-choice answers, as pure functions.
 
-A scorer takes what a model said and the options, and returns the letters that it would count as right, were they the
-key. None: it could not parse the answer. One: it understood. More: it lets the answer through whatever is asked, as the
-official scorer does with "(". So one definition serves for all four, and says what each is worth:
+A scorer maps a model's answer and the options to the letters that it would count as right if they were the key. None:
+it could not parse the answer. One: it understood the answer. More: it accepts the answer whatever the key is, as the
+official scorer does with "(". So a single definition serves all four, and shows what each is worth:
 
     official     mvbench.ipynb, check_ans: the first word is part of "(b)", or "(b)" is part of it
-    lmms-eval    the first letter from A to E that stands alone; "a man (C)" is A, an option's text is nothing
-    vlmevalkit   official's rule; failing that, the one letter that stands alone, or the one option whose text occurs
+    lmms-eval    the first letter from A to E that stands alone: "a man (C)" is A, the text of an option is nothing
+    vlmevalkit   the official rule; failing that, the one letter that stands alone, or the one option whose text occurs
     strict       exactly one option is named, by its letter or by its text, and nothing contradicts it
 
-Not here: who asks (mvbench.py), how sure a number is (stats.py).
+Not here: how questions are asked (engine.py), how certain a score is (stats.py).
 Source: mvbench.ipynb; lmms_eval/tasks/mvbench/utils.py, mcq_acc; without a judge LLM, vlmeval/dataset/utils/mvbench.py,
-check_ans_with_model, and vlmeval/utils/matching_util.py, can_infer, at 18fc37a (later ones look at the answer's length
-and the letter's place too).
+check_ans_with_model, and vlmeval/utils/matching_util.py, can_infer, at 18fc37a (later versions also look at the
+answer's length and at the letter's position).
 
     pytest tests/test_scorers.py
 """
@@ -21,87 +21,85 @@ from collections import Counter
 
 from evaluation.tasks import LETTERS, letter_of
 
-# what lmms-eval takes out of an answer before it looks for a letter
+# what lmms-eval removes from an answer before it looks for a letter
 PUNCTUATION = ';/[]"{}()=+\\_->,<@`?!'
-# what VLMEvalKit takes for a refusal; the first one counts as right on every question, for its score of -1 is "true"
+# what VLMEvalKit takes for a refusal; a failed request is right on every question, for its score of -1 is "true"
 FAILED = "Failed to obtain answer via API"
 REFUSALS = ("Sorry, I can't help with images of people yet.", "I can't process this file.",
             "I'm sorry, but without the image provided", "Cannot determine the answer")
 
 
-def official(said, candidates):
+def official(text, candidates):
     """QUIRK mvbench.ipynb check_ans: substrings count both ways, so the empty answer "(" is right on every question."""
-    first = said.lower().split(" ")[0]
+    first = text.lower().split(" ")[0]
     options = {letter: f"({letter.lower()})" for letter in LETTERS[:len(candidates)]}
     return {letter for letter, option in options.items() if first.replace(".", "") in option or option in first}
 
 
-def lmms_eval(said, candidates):
-    """The letter of "B. text", or the first of A to E that stands alone, in capitals or not."""
-    listed = re.match(r"([a-e])\.\s*.", said.strip(), re.I)
-    found = listed or re.search(r"\b([a-e])\b", without_punctuation(" ".join(re.split(r"[\n\t]", said)).strip()), re.I)
-    return {found[1].upper()} & set(LETTERS[:len(candidates)]) if found else set()
+def lmms_eval(text, candidates):
+    """The letter of "B. text", or else the first letter from A to E that stands alone, in upper or lower case."""
+    match = re.match(r"([a-e])\.\s*.", text.strip(), re.I)
+    if not match:
+        # punctuation beside a space disappears, elsewhere it becomes a space; with a number like 1,000, all disappears
+        cleaned = line = " ".join(re.split(r"[\n\t]", text)).strip()
+        thousands = re.search(r"\d,\d", line)
+        for char in PUNCTUATION:
+            remove = thousands or f"{char} " in line or f" {char}" in line
+            cleaned = cleaned.replace(char, "" if remove else " ")
+        match = re.search(r"\b([a-e])\b", re.sub(r"\.(?!\d)", "", cleaned), re.I)
+    return {match[1].upper()} & set(LETTERS[:len(candidates)]) if match else set()
 
 
-def without_punctuation(text):
-    """Punctuation beside a space, or with a number like 1,000 about, is dropped; elsewhere it becomes a space."""
-    cleaned, thousands = text, re.search(r"\d,\d", text)
-    for mark in PUNCTUATION:
-        beside = f"{mark} " in text or f" {mark}" in text or thousands
-        cleaned = cleaned.replace(mark, "" if beside else " ")
-    return re.sub(r"\.(?!\d)", "", cleaned)
+def vlmevalkit(text, candidates):
+    """The official rule, or one letter or one text that occurs; a failed request is right on every question."""
+    if FAILED in text:
+        return set(LETTERS[:len(candidates)])
+    return official(text, candidates) | inferred(text, candidates)
 
 
-def vlmevalkit(said, candidates):
-    """The official rule, or else one letter or one text that occurs; a failed request is right on every question."""
-    letters = set(LETTERS[:len(candidates)])
-    if FAILED in said:
-        return letters
-    return official(said, candidates) | inferred(said, candidates)
-
-
-def inferred(said, candidates):
-    """The one option letter that stands alone, in capitals; without one, the one option whose text occurs."""
-    if any(refusal in said for refusal in REFUSALS):
+def inferred(text, candidates):
+    """The one option letter that stands alone, in upper case; without any, the one option whose text occurs."""
+    if any(refusal in text for refusal in REFUSALS):
         return set()
-    words = set(re.sub(r"[.()\[\],:;!*#{}]", " ", said).split())
+    words = set(re.sub(r"[.()\[\],:;!*#{}]", " ", text).split())
     letters = words & set(LETTERS[:len(candidates)])
     if len(letters) == 1:
         return letters
-    if "Z" in words and not letters:
-        return set()                                                       # its own sign for "none of them"
-    texts = {letter for letter, text in zip(LETTERS, candidates, strict=False) if str(text).lower() in said.lower()}
+    if "Z" in words and not letters:                                       # VLMEvalKit's sign for "none of them"
+        return set()
+    texts = {letter for letter, option in zip(LETTERS, candidates, strict=False) if str(option).lower() in text.lower()}
     return texts if len(texts) == 1 else set()
 
 
-def strict(said, candidates):
-    """One option, named by letter ("(B)" anywhere; "B", "B.", "B)", "B:" at the beginning) or by its whole text.
+def strict(text, candidates):
+    """One option, named by its letter ("(B)" anywhere; "B", "B.", "B)", "B:" at the start) or by its whole text.
 
-    Letter and text that speak of different options, two letters, two texts, a letter that is no option: nothing. A
-    letter at the beginning that is not set off ("B He ran.") names no option, but no other text counts beside it.
+    Nothing, if letter and text name different options, or for two letters, two texts, or a letter that is no option. A
+    letter at the start that is not set off ("B He ran.") names no option, but rules out the texts of all others.
     """
-    begun = re.match(r"([A-E])(?:[.):]|$)", said.strip())
-    letters = set(re.findall(r"\(([A-Z])\)", said.upper())) | ({begun[1]} if begun else set())
-    texts, hint = texts_named(said, candidates), re.match(r"\(?([A-E])\b", said.strip())
+    start = re.match(r"([A-E])(?:[.):]|$)", text.strip())
+    letters = set(re.findall(r"\(([A-Z])\)", text.upper())) | ({start[1]} if start else set())
+    texts, hint = options_in(text, candidates), re.match(r"\(?([A-E])\b", text.strip())
+
     if letters:
-        agree = not texts or letters <= texts
-        return letters if len(letters) == 1 and agree and letters <= set(LETTERS[:len(candidates)]) else set()
-    same = {candidates[LETTERS.index(letter)] for letter in texts}
-    return texts if len(same) == 1 and (hint is None or hint[1] in texts) else set()
+        agree = letters <= set(LETTERS[:len(candidates)]) and (not texts or letters <= texts)
+        return letters if len(letters) == 1 and agree else set()
+    different = {candidates[LETTERS.index(letter)] for letter in texts}
+    return texts if len(different) == 1 and (hint is None or hint[1] in texts) else set()
 
 
-def texts_named(said, candidates):
-    """Letters of the options whose text occurs, as whole words; "red" within a "dark red" that occurs does not."""
-    left, found = normal(said), set()
-    for text in sorted(set(map(normal, candidates)), key=len, reverse=True):
-        pattern = rf"(?<!\w){re.escape(text)}(?!\w)"
-        if text and re.search(pattern, left):
-            left = re.sub(pattern, "\0", left)
-            found.add(text)
-    return {letter for letter, text in zip(LETTERS, candidates, strict=False) if normal(text) in found}
+def options_in(text, candidates):
+    """Letters of the options whose text occurs as whole words; "red" inside a "dark red" that occurs does not count."""
+    rest, occurring = normalise(text), set()
+    for option in sorted(set(map(normalise, candidates)), key=len, reverse=True):
+        pattern = rf"(?<!\w){re.escape(option)}(?!\w)"
+        if option and re.search(pattern, rest):
+            rest = re.sub(pattern, "\0", rest)
+            occurring.add(option)
+    return {letter for letter, option in zip(LETTERS, candidates, strict=False) if normalise(option) in occurring}
 
 
-def normal(text):
+def normalise(text):
     """Lower case, single spaces, no full stop at the end."""
     return " ".join(str(text).lower().split()).rstrip(".")
 
@@ -109,18 +107,16 @@ def normal(text):
 SCORERS = {"official": official, "lmms-eval": lmms_eval, "vlmevalkit": vlmevalkit, "strict": strict}
 
 
-def keys_of(scorer, row):
-    """The letters that are right. Of equal options lmms-eval takes the first, strict takes any, the others the last."""
-    letters = [letter for letter, text in zip(LETTERS, row["candidates"], strict=False) if text == row["answer"]]
-    return {"lmms-eval": set(letters[:1]), "strict": set(letters)}.get(scorer, {letter_of(row)})
-
-
 def is_right(scorer, row):
-    """Whether a scorer counts a row of predictions.jsonl as right. What could not be watched is never right."""
+    """Whether a scorer counts a row of predictions.jsonl as right. An unreadable medium is never right.
+
+    Of equal options, lmms-eval counts the first as the key, strict any of them, the others the last.
+    """
     if row.get("unread"):
         return False
-    accepted = SCORERS[scorer](row["prediction"], row["candidates"])
-    return bool(accepted & keys_of(scorer, row))
+    letters = [letter for letter, text in zip(LETTERS, row["candidates"], strict=False) if text == row["answer"]]
+    keys = {"lmms-eval": set(letters[:1]), "strict": set(letters)}.get(scorer, {letter_of(row)})
+    return bool(SCORERS[scorer](row["prediction"], row["candidates"]) & keys)
 
 
 def is_counted(scorer, row):
@@ -129,19 +125,18 @@ def is_counted(scorer, row):
 
 
 def compare_scorers(rows):
-    """Rows -> ({scorer: {"right", "counted", "percent", "unparsed", "any"}}, the rows on which they do not agree).
+    """Rows -> ({scorer: {"right", "counted", "percent", "unparsed", "any"}}, the rows on which the scorers disagree).
 
-    unparsed: answers that it took no option from; any: answers that it would count as right under several keys.
+    unparsed: answers from which the scorer took no option; any: answers that it counts as right under several keys.
     """
-    table, verdicts = {}, []
+    table, verdicts = {}, {}
     for name, scorer in SCORERS.items():
-        understood = Counter(min(2, len(scorer(row["prediction"], row["candidates"]))) for row in rows
-                             if not row.get("unread"))
-        right = [is_right(name, row) for row in rows]
-        counted = sum(is_counted(name, row) for row in rows)
-        verdicts.append(right)
-        table[name] = {"right": sum(right), "counted": counted, "percent": 100 * sum(right) / max(1, counted),
-                       "unparsed": understood[0], "any": understood[2]}
-    differ = [dict(row, verdicts=dict(zip(SCORERS, each, strict=True)))
-              for row, each in zip(rows, zip(*verdicts, strict=True), strict=True) if len(set(each)) > 1]
-    return table, differ
+        n_letters = Counter(min(2, len(scorer(row["prediction"], row["candidates"]))) for row in rows
+                            if not row.get("unread"))
+        verdicts[name] = [is_right(name, row) for row in rows]
+        right, counted = sum(verdicts[name]), sum(is_counted(name, row) for row in rows)
+        table[name] = {"right": right, "counted": counted, "percent": 100 * right / max(1, counted),
+                       "unparsed": n_letters[0], "any": n_letters[2]}
+
+    by_row = [dict(zip(verdicts, each, strict=True)) for each in zip(*verdicts.values(), strict=True)]
+    return table, [{**row, "verdicts": v} for row, v in zip(rows, by_row, strict=True) if len(set(v.values())) > 1]

@@ -1,13 +1,13 @@
-"""How sure is a number? Intervals, paired comparisons, calibration, and how evenly the letters are used.
+"""How certain is a score? Intervals, paired comparisons, calibration, and how evenly the letters are used.
 
-    wilson            a share of n questions, 95 %
-    over_videos       an average of questions that share videos: the videos are drawn anew, not the questions
-    mcnemar           two runs on the same questions: could luck have made the difference?
-    calibration       is what is said with 80 % right in 80 of 100 cases?
-    letters           is a letter answered more often than it is the key?
-    permutations      is the same option chosen when the options change places?
+    wilson                     95 % interval of a share of n questions
+    cluster_bootstrap          95 % interval of a mean over questions that share videos: videos are drawn, not questions
+    mcnemar                    two runs on the same questions: could luck explain the difference?
+    calibration                of the answers given with 80 % confidence, are 80 % right?
+    letter_counts              is a letter answered more often than it is the key?
+    option_order_consistency   is the same option chosen when the options change places?
 
-All take rows of predictions.jsonl (mvbench.py). Not here: what counts as right (scorers.py).
+All take rows of predictions.jsonl. Not here: what counts as right (scorers.py).
 Source: Wilson 1927; Efron's percentile bootstrap, by clusters; McNemar 1947, the exact test; expected calibration
 error: arXiv 1706.04599; all orders of the options: MMBench's CircularEval, arXiv 2307.06281.
 
@@ -21,12 +21,12 @@ import numpy as np
 from evaluation.scorers import official
 from evaluation.tasks import LETTERS, letter_of
 
-Z = 1.959964            # 95 % of a normal distribution lie within so many standard deviations
+Z = 1.959964            # 95 % of a normal distribution are within Z standard deviations
 DRAWS = 5000
 
 
 def wilson(right, n):
-    """right of n -> (low, high), 0 to 1: the shares under which the outcome is no rarer than 5 %; n = 0: (0, 1)."""
+    """right of n -> (low, high), from 0 to 1: the shares that are compatible with it at 5 %; n = 0: (0, 1)."""
     if n == 0:
         return 0.0, 1.0
     share, shrink = right / n, 1 + Z * Z / n
@@ -35,10 +35,10 @@ def wilson(right, n):
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def over_videos(rows, values, of=None, seed=0):
-    """Mean of values (one per row, e.g. right: 1 or 0) -> (low, high), 95 %, by drawing the rows' videos anew.
+def cluster_bootstrap(rows, values, statistic=None, seed=0):
+    """Mean of values, one for each row (right: 1 or 0) -> (low, high), 95 %, by drawing the rows' videos again.
 
-    values may be several per row (n, k); `of` then makes one number of their means (draws, k).
+    With k values for each row, (n, k), `statistic` maps the means of many draws (draws, k) to a number each (draws,).
     """
     groups = defaultdict(list)
     for row, value in zip(rows, values, strict=True):
@@ -47,88 +47,86 @@ def over_videos(rows, values, of=None, seed=0):
         return 0.0, 1.0
     sums = np.array([np.sum(group, 0) for group in groups.values()], dtype=float)          # (videos,) or (videos, k)
     sizes = np.array([len(group) for group in groups.values()], dtype=float)               # (videos,)
-    rng, means = np.random.default_rng(seed), []
-    for _ in range(DRAWS // 100):                                                          # in parts: flat memory
+
+    # 100 draws at a time, so that memory stays flat
+    rng, results = np.random.default_rng(seed), []
+    for _ in range(DRAWS // 100):
         drawn = rng.integers(len(sums), size=(100, len(sums)))
-        found = (sums[drawn].sum(1).T / sizes[drawn].sum(1)).T                             # (100,) or (100, k)
-        means.append(of(found) if of else found)
-    low, high = np.percentile(np.concatenate(means), (2.5, 97.5))
+        means = (sums[drawn].sum(1).T / sizes[drawn].sum(1)).T                             # (100,) or (100, k)
+        results.append(statistic(means) if statistic else means)
+    low, high = np.percentile(np.concatenate(results), (2.5, 97.5))
     return float(low), float(high)
 
 
-def share_over_videos(rows, right):
-    """As over_videos, of marks right or wrong. All right, or all wrong: draws say nothing, and the interval is Wilson's
-    of so many videos."""
+def accuracy_interval(rows, right):
+    """cluster_bootstrap of booleans. If they are all the same, draws show nothing: Wilson's interval of n videos."""
     if len(set(right)) == 1:
-        videos = len({row["media"] for row in rows})
-        return wilson(videos if right[0] else 0, videos)
-    return over_videos(rows, right)
+        n_videos = len({row["media"] for row in rows})
+        return wilson(n_videos if right[0] else 0, n_videos)
+    return cluster_bootstrap(rows, right)
 
 
 def mcnemar(only_a, only_b):
-    """Questions that only A, or only B, has right -> the two-sided exact p that they are as good as each other."""
+    """How many questions only A, and only B, has right -> the exact two-sided p of "both are equally good"."""
     n = only_a + only_b
     tail = sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1))
     return min(1.0, 2 * tail / 2 ** n)                                                     # integers: no overflow
 
 
 def answered_letter(row):
-    """The letter that an answer stands for, or "": the one that the official scorer takes from it."""
+    """The letter that the official scorer takes from an answer, or "" if it takes none or several."""
     accepted = official(row["prediction"], row["candidates"])
     return next(iter(accepted)) if len(accepted) == 1 else ""
 
 
-def letters(rows):
-    """{letter: (how often it is an option, the key, the answer)}, and under "" the answers that are no letter."""
-    table = {letter: [0, 0, 0] for letter in LETTERS}
-    table[""] = [0, 0, 0]
+def letter_counts(rows):
+    """{letter: (how often it is an option, the key, the answer)}; "" counts the answers that are no letter."""
+    table = {letter: [0, 0, 0] for letter in (*LETTERS, "")}
     for row in rows:
-        if row.get("unread"):
-            continue
-        for letter in LETTERS[:len(row["candidates"])]:
-            table[letter][0] += 1
-        table[letter_of(row)][1] += 1
-        table[answered_letter(row)][2] += 1
+        if not row.get("unread"):
+            for letter in LETTERS[:len(row["candidates"])]:
+                table[letter][0] += 1
+            table[letter_of(row)][1] += 1
+            table[answered_letter(row)][2] += 1
     return {letter: tuple(counts) for letter, counts in table.items()}
 
 
 def calibration(rows, bins=10):
-    """Rows with option probabilities -> (expected calibration error, [(mean confidence, share right, n), ...]).
+    """Rows with letter probabilities -> (expected calibration error, [(mean confidence, share right, n), ...]).
 
-    Confidence: the probability of the most probable option's letter, among the options. None where no row has any.
+    Confidence: the highest probability of a letter, as a share of all options' letters. None if no row has any.
     """
-    found = []
+    points = []
     for row in rows:
         p = np.array(row.get("letter_probabilities") or [])
         if p.sum() > 0:
-            found.append((p.max() / p.sum(), LETTERS[int(p.argmax())] == letter_of(row)))
-    if not found:
+            points.append((p.max() / p.sum(), LETTERS[int(p.argmax())] == letter_of(row)))
+    if not points:
         return None
-    confidence, right = np.array(found, dtype=float).T                                     # (n,), (n,)
-    places = np.minimum((confidence * bins).astype(int), bins - 1)
-    groups = [(float(confidence[places == i].mean()), float(right[places == i].mean()), int((places == i).sum()))
-              for i in range(bins) if (places == i).any()]
-    return sum(n * abs(sure - share) for sure, share, n in groups) / len(found), groups
+    confidence, right = np.array(points, dtype=float).T                                    # (n,), (n,)
+    bin_of = np.minimum((confidence * bins).astype(int), bins - 1)                         # (n,)
+    groups = [(float(confidence[bin_of == i].mean()), float(right[bin_of == i].mean()), int((bin_of == i).sum()))
+              for i in range(bins) if (bin_of == i).any()]
+    return sum(n * abs(mean - share) for mean, share, n in groups) / len(points), groups
 
 
-def permutations(rows):
-    """Rows of all cyclic orders ("shift" 0, 1, ...) -> what became of the questions whose options changed places.
+def option_order_consistency(rows):
+    """Rows of all cyclic orders ("shift" 0, 1, ...) -> percentages over the questions that have them all.
 
-    questions; mean: percent right over all orders; always: right in every order; same: the same option chosen in every
-    order, right or wrong; letters: as letters(), each letter being the key equally often by construction.
+    questions: how many; mean: right, over all orders; always: right in every order; same: the same option is chosen in
+    every order; letters: as letter_counts, where each letter is the key equally often by construction.
     """
     by_question = defaultdict(list)
     for row in rows:
         by_question[row["task"], row["index"]].append(row)
-    whole = [some for some in by_question.values() if len(some) == len(some[0]["candidates"])]
-    asked = [row for some in whole for row in some]
-    same = sum(len({chosen_text(row) for row in some}) == 1 and chosen_text(some[0]) != "" for some in whole)
-    n = max(1, len(whole))
-    return {"questions": len(whole), "mean": 100 * sum(row["correct"] for row in asked) / max(1, len(asked)),
-            "always": 100 * sum(all(row["correct"] for row in some) for some in whole) / n, "same": 100 * same / n,
-            "letters": letters(asked)}
+    complete = [group for group in by_question.values() if len(group) == len(group[0]["candidates"])]
 
-
-def chosen_text(row):
-    letter = answered_letter(row)
-    return row["candidates"][LETTERS.index(letter)] if letter else ""
+    n_always = n_same = 0
+    for group in complete:
+        letters = [answered_letter(row) for row in group]
+        texts = {row["candidates"][LETTERS.index(c)] if c else "" for row, c in zip(group, letters, strict=True)}
+        n_always += all(row["correct"] for row in group)
+        n_same += len(texts) == 1 and texts != {""}
+    answers, n = [row for group in complete for row in group], max(1, len(complete))
+    return {"questions": len(complete), "mean": 100 * sum(row["correct"] for row in answers) / max(1, len(answers)),
+            "always": 100 * n_always / n, "same": 100 * n_same / n, "letters": letter_counts(answers)}

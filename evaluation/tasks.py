@@ -1,11 +1,12 @@
-"""The 20 tasks of MVBench: their questions, and where the media that these speak of lie on people's disks.
+"""Benchmarks of multiple-choice questions about videos: their tasks, their questions, and where their media are.
 
     MVBench/json/action_sequence.json     [{"video", "question", "candidates", "answer", "start", "end"}, ...]
-    MVBench/video/star/Charades_v1_480/   the media; other trees that the archives give are found as well: find_media
+    MVBench/video/star/Charades_v1_480/   the media; find_media knows the other trees that the archives unpack into
 
-The toy world has the same layout, and so has TVBench, whose 10 tasks are here too. Not here: how the questions are
-asked (ask.py) and scored (scorers.py), how the toy's are made (qagen.py). Source: paper table 1; mvbench.ipynb,
-data_list; TVBench: arXiv 2410.07752, github.com/daniel-cores/tvbench, infer.ipynb.
+A benchmark is a value: a name, tasks, a function that reads a task's file, and a scorer. MVBENCH and TVBENCH are two
+of them, and the toy world has MVBench's layout; one with files of another format needs a reader of its own.
+Not here: how a question is asked (engine.py) and scored (scorers.py), how the toy's questions are made (qagen).
+Source: paper table 1; mvbench.ipynb, data_list; TVBench: arXiv 2410.07752, github.com/daniel-cores/tvbench.
 
     pytest tests/test_real_layout.py
 """
@@ -14,6 +15,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,13 +26,36 @@ LETTERS = "ABCDE"
 
 @dataclass(frozen=True)
 class Task:
-    """A row of the paper's table: where a task's questions and media lie."""
-    name: str       # "Action Sequence"
-    short: str      # "AS"
-    file: str       # json/{file}.json
-    folder: str     # video/{folder}/
+    """A row of a benchmark's table: its names, and where its questions and media are."""
+    name: str               # "Action Sequence"
+    short: str              # "AS"
+    file: str               # json/{file}.json
+    folder: str             # video/{folder}/
     bound: bool = False     # only the seconds from "start" to "end" of the medium are shown
 
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark as a value. All of them share everything but the reader, `questions`.
+
+    questions(root, task) -> (path of the task's file, its entries, or None if there is no such file). An entry is a
+    dict as in MVBench's files, whatever the file looks like: "video", "question", "candidates", "answer" (one of the
+    candidates), and for a task with bounds "start" and "end" in seconds. For a file with a column for each option:
+
+        def columns(root, task):
+            path = Path(root) / "val.csv"
+            return path, [{"video": row["video"] + ".mp4", "question": row["question"], "answer": row["a" + row["key"]],
+                           "candidates": [row[f"a{i}"] for i in range(5)]} for row in csv.DictReader(open(path))]
+    """
+    name: str                               # as reports show it
+    tasks: list                             # of Task, in the order of its table
+    questions: Callable
+    scorer: str = "official"                # of scorers.SCORERS: what "correct" means in predictions.jsonl
+    version: Callable | None = None         # entries of all tasks -> which published version this is, in words
+    leaderboard: bool = False               # whether a leaderboard takes leaderboard.json
+
+
+# ------------------------------------------------------------------------------------------------- MVBench and TVBench
 
 TASKS = [
     Task("Action Sequence", "AS", "action_sequence", "star/Charades_v1_480", bound=True),
@@ -54,7 +79,32 @@ TASKS = [
     Task("Episodic Reasoning", "ER", "episodic_reasoning", "tvqa/frames_fps3_hq", bound=True),  # folders of frames
     Task("Counterfactual Inference", "CI", "counterfactual_inference", "clevrer/video_validation"),
 ]
-TVBENCH = [
+# media that came with the questions of 2024-06-13, which replaced some 30 (Ask-Anything issues 198 and 236)
+REVISED = ("EDXBD.mp4", "video_14727.mp4", "video_13446.mp4")
+
+
+def json_questions(root, task):
+    """Reader of MVBench's layout: json/{task}.json, or {task}.json where everything is in one folder."""
+    path = Path(root) / f"{task.file}.json"
+    path = path if path.is_file() else Path(root) / "json" / f"{task.file}.json"
+    entries = read_json(path) if path.is_file() else None
+    if entries is not None and not isinstance(entries, list):
+        raise ValueError(f"{path} is a JSON {type(entries).__name__}, not a list of questions")
+    return path, entries
+
+
+def mvbench_version(entries):
+    """Which of the published versions of MVBench has these entries."""
+    if len(entries) != 4000:
+        return f"{len(entries):,} questions: none of MVBench's published versions, which have 4,000"
+    for name in REVISED:
+        if any(entry.get("video") == name for entry in entries):
+            return f"MVBench as revised on 2024-06-13 (it asks about {name})"
+    return "MVBench before its revision of 2024-06-13 (it asks about none of " + ", ".join(REVISED) + ")"
+
+
+MVBENCH = Benchmark("MVBench", TASKS, json_questions, version=mvbench_version, leaderboard=True)
+TVBENCH = Benchmark("TVBench", [
     Task("Action Count", "AC", "action_count", "action_count"),
     Task("Object Count", "OC", "object_count", "object_count"),
     Task("Action Sequence", "AS", "action_sequence", "action_sequence", bound=True),
@@ -65,126 +115,111 @@ TVBENCH = [
     Task("Unexpected Action", "UA", "unexpected_action", "unexpected_action"),
     Task("Egocentric Sequence", "ES", "egocentric_sequence", "egocentric_sequence"),
     Task("Moving Direction", "MD", "moving_direction", "moving_direction"),
-]
-# media that came with the questions of 2024-06-13, which replaced some 30 (Ask-Anything issues 198 and 236)
-REVISED = ("EDXBD.mp4", "video_14727.mp4", "video_13446.mp4")
+], json_questions)
+BENCHMARKS = {"mvbench": MVBENCH, "tvbench": TVBENCH}       # as --benchmark names them
 
 # -------------------------------------------------------------------------------------------------------- the questions
 
 
-def load_questions(root, only=(), limit=0, tasks=TASKS):
-    """MVBench folder -> list of dicts: task, index, video, media, size, bound, question, candidates, answer.
+def load_questions(root, only=(), limit=0, benchmark=MVBENCH):
+    """Benchmark folder -> list of dicts: task, index, video, media, size, bound, question, candidates, answer.
 
-    only: task names; limit: the first so many of each task; tasks: TASKS or TVBENCH. A medium that is nowhere has media
-    "". ValueError names file, entry and fault; FileNotFoundError a folder without any of the tasks.
+    only: task names; limit: the first n questions of each task. Where the medium is missing, media is "". ValueError
+    names the file, the entry and what is wrong with it; FileNotFoundError a folder that holds none of the tasks.
     """
-    unknown = sorted(set(only) - {task.name for task in tasks})
+    names = [task.name for task in benchmark.tasks]
+    unknown = sorted(set(only) - set(names))
     if unknown:
-        raise ValueError(f"the benchmark has no task {', '.join(unknown)}; it has "
-                         + ", ".join(task.name for task in tasks))
-    questions, absent = [], []
-    for task in tasks:
+        raise ValueError(f"{benchmark.name} has no task {', '.join(unknown)}; its tasks are {', '.join(names)}")
+
+    questions, missing = [], []
+    for task in benchmark.tasks:
         if only and task.name not in only:
             continue
-        path = annotation_file(root, task)
-        if not path.is_file():
-            absent.append(path)
+        path, entries = benchmark.questions(root, task)
+        if entries is None:
+            missing.append(path)
             continue
-        items = read_json(path)
-        if not isinstance(items, list):
-            raise ValueError(f"{path} is not a list of questions")
-        for index, item in enumerate(items[:limit or None]):
-            questions.append(question_of(task, index, item, path, root))
-    if not questions:
-        raise FileNotFoundError(f"{absent[0]} does not exist, nor any other task's file: --data is the folder that "
-                                "holds json/ and video/ of the benchmark")
-    for path in absent:
+        questions += [make_question(task, i, entry, path, root) for i, entry in enumerate(entries[:limit or None])]
+
+    # one missing file is a task less; if all are missing, the folder is the wrong one
+    if missing and not questions:
+        raise FileNotFoundError(f"{missing[0]} does not exist, nor does the file of any other task: --data is the "
+                                "folder that holds json/ and video/ of the benchmark")
+    for path in missing:
         print(f"{path} does not exist: this task is left out", file=sys.stderr)
     return questions
 
 
-def annotation_file(root, task):
-    """json/{task}.json, or beside the media where all lies in one folder."""
-    flat = Path(root) / f"{task.file}.json"
-    return flat if flat.is_file() else Path(root) / "json" / f"{task.file}.json"
-
-
-def question_of(task, index, item, path, root):
-    """One entry of a task's file, checked."""
-    wrong = [key for key in ("video", "question") if not isinstance(item.get(key), str)]
-    wrong += ["answer"] if not isinstance(item.get("answer"), str | int | float) else []
-    wrong += ["candidates"] if not 2 <= len(item.get("candidates") or []) <= len(LETTERS) else []
-    wrong += [key for key in ("start", "end") if task.bound and not is_second(item.get(key))]
+def make_question(task, index, entry, path, root):
+    """One entry of a task's file, checked, with its medium found."""
+    wrong = [key for key in ("video", "question") if not isinstance(entry.get(key), str)]
+    wrong += ["answer"] if not isinstance(entry.get("answer"), str | int | float) else []
+    wrong += ["candidates"] if not 2 <= len(entry.get("candidates") or []) <= len(LETTERS) else []
+    bound = (entry.get("start"), entry.get("end")) if task.bound else None
+    wrong += [key for key, second in zip(("start", "end"), bound or (), strict=False)
+              if not isinstance(second, int | float) or not math.isfinite(second)]
     if wrong:
         raise ValueError(f"{path}, entry {index}: missing or malformed {', '.join(wrong)}")
-    if item["answer"] not in item["candidates"]:
-        raise ValueError(f"{path}, entry {index}: the answer {item['answer']!r} is not among the candidates")
-    bound = (item["start"], item["end"]) if task.bound else None
-    media = find_media(root, task.folder, item["video"])
-    return {"task": task.name, "index": index, "video": item["video"], "media": media, "size": size_of(media),
-            "bound": bound, "question": item["question"], "candidates": [str(text) for text in item["candidates"]],
-            "answer": str(item["answer"])}
+    if entry["answer"] not in entry["candidates"]:
+        raise ValueError(f"{path}, entry {index}: the answer {entry['answer']!r} is not among the candidates")
 
-
-def is_second(value):
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def size_of(media):
-    """By which a medium is known again: its bytes, or a folder's number of files; 0 for none."""
-    path = Path(media)
-    return 0 if not media else len(os.listdir(path)) if path.is_dir() else path.stat().st_size
+    media = find_media(root, task.folder, entry["video"])
+    return {"task": task.name, "index": index, "video": entry["video"], "media": media, "size": media_size(media),
+            "bound": bound, "question": entry["question"], "candidates": list(map(str, entry["candidates"])),
+            "answer": str(entry["answer"])}
 
 
 def find_media(root, folder, name):
-    """Where a medium lies, or "": in the official tree, or in one of the trees that people have made of its archives.
+    """Path of a medium, in the official tree or in one that people have made of its archives; "" if it is missing.
 
-    The archives' folders may lie in video/ or beside it, each in a folder of its archive's name or not; the files that
-    came later in data0613/, merged or not; and all media of a task, or of all tasks, in one flat folder. Silent copies
-    in another format (ssv2 as mp4) are taken where the original is missing.
+    The archives' folders may be in video/ or beside it, each inside a folder of its archive's name or not; later files
+    may be in data0613/; the media of a task, or of all tasks, may be in one flat folder. If the original is missing, an
+    .mp4 of the same name will do: something-something v2 is often converted.
     """
     first, last = folder.split("/")[0], folder.split("/")[-1]
     bases = [Path(root) / base for base in ("video", "video/data0613", "data0613", ".")]
-    places = [base / sub for base in bases for sub in (folder, f"{first}/{folder}", last, first, "")]
+    folders = [base / sub for base in bases for sub in (folder, f"{first}/{folder}", last, first, "")]
     for variant in (name, Path(name).stem + ".mp4"):
-        for place in places:
+        for place in folders:
             if (place / variant).exists() and (place / variant) != place:
                 return str(place / variant)
     return ""
 
 
-def missing_media(questions, tasks=TASKS):
-    """Lines that say, per task, how many questions have no medium, and why that may be."""
+def media_size(media):
+    """What tells a medium from another of the same name: its bytes, or a folder's number of files; 0 if missing."""
+    if not media:
+        return 0
+    return len(os.listdir(media)) if os.path.isdir(media) else os.path.getsize(media)
+
+
+def missing_media(questions, benchmark=MVBENCH):
+    """A line for each task with missing media: how many of its questions have none, and why that may be."""
     lines = []
-    for task in tasks:
-        asked = [q for q in questions if q["task"] == task.name]
-        gone = sum(not q["media"] for q in asked)
-        if gone:
+    for task in benchmark.tasks:
+        has_media = [bool(q["media"]) for q in questions if q["task"] == task.name]
+        if not all(has_media):
             hint = "; NTU RGB+D's owners give these videos out, on request" if task.short == "FP" else ""
-            lines.append(f"{task.name}: {gone} of {len(asked)} media are missing (video/{task.folder}/){hint}")
+            lines.append(f"{task.name}: {has_media.count(False)} of {len(has_media)} media are missing "
+                         f"(video/{task.folder}/){hint}")
     return lines
 
 
-def describe(root, tasks=TASKS):
-    """Benchmark folder -> (16 hexadecimal digits of what is asked, which of the published versions it is, in words).
+def describe(root, benchmark=MVBENCH):
+    """Benchmark folder -> (fingerprint of its questions, 16 hexadecimal digits; its version in words).
 
-    The digits are those of videos by name, bounds, questions, options and answers, however the files are written.
+    The fingerprint covers videos by name, bounds, questions, options and answers, not how the files are formatted.
     """
-    found = [(task, item) for task in tasks if annotation_file(root, task).is_file()
-             for item in read_json(annotation_file(root, task))]
+    entries = [(task.name, entry) for task in benchmark.tasks for entry in benchmark.questions(root, task)[1] or []]
     keys = ("video", "start", "end", "question", "candidates", "answer")
-    asked = [[task.name, *map(item.get, keys)] for task, item in found]
-    digits = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
-    revised = [name for name in REVISED if any(item.get("video") == name for _, item in found)]
-    if tasks is not TASKS:
-        return digits, f"TVBench, {len(found):,} questions"
-    if len(found) != 4000:
-        return digits, f"{len(found):,} questions: none of MVBench's published versions, which have 4,000"
-    if revised:
-        return digits, f"MVBench as revised on 2024-06-13 (it asks about {revised[0]})"
-    return digits, "MVBench before its revision of 2024-06-13 (it asks about none of " + ", ".join(REVISED) + ")"
+    content = json.dumps([[task, *map(entry.get, keys)] for task, entry in entries])
+    version = f"{benchmark.name}, {len(entries):,} questions"
+    if benchmark.version:
+        version = benchmark.version([entry for _, entry in entries])
+    return hashlib.sha256(content.encode()).hexdigest()[:16], version
 
 
 def letter_of(q):
-    """The right answer's letter. QUIRK mvbench.ipynb qa_template: of equal candidates the last one counts."""
+    """The letter of the right answer. QUIRK mvbench.ipynb qa_template: of equal candidates the last one counts."""
     return LETTERS[len(q["candidates"]) - 1 - q["candidates"][::-1].index(q["answer"])]

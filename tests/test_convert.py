@@ -13,7 +13,8 @@ from videos import write_video
 
 import train
 from data import Stage2Collate, Stage3Collate
-from evaluation.engine import Engine, Protocol
+from evaluation.engine import Engine
+from evaluation.protocol import Protocol
 from infra import files
 from infra.distributed import Distributed
 from llama import Llama, LlamaConfig
@@ -324,7 +325,7 @@ def test_mvbench_s_first_logits_are_those_of_transformers_and_peft(given, import
     model, qformer_tok, llm_tok = checkpoint.load_checkpoint(imported / "stage3")
     ours = Engine(model, qformer_tok, llm_tok, Protocol(max_new_tokens=1, **ablation))
     video = torch.randn(1, 8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    tokens = ours.read(ours.look(video), [q])                              # (1, 14, D)
+    tokens = ours.video_tokens(ours.encode_clips(video, "", [0]), "", [0], [q])    # (1, 14, D)
     seen = []
     model.llama_model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out))
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 Run: pytest tests/test_mvbench.py
 """
+import csv
 import gc
 import json
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,11 +21,14 @@ import torch
 from PIL import Image
 
 import mvbench
-from bench import reference
+from evaluation import batches
 from evaluation.engine import Engine
-from evaluation.predictions import key_of
+from evaluation.predictions import Condition, key_of, rotate_options
+from evaluation.protocol import Protocol
+from evaluation.scorers import is_right
 from evaluation.stats import wilson
-from evaluation.tasks import TASKS, TVBENCH, describe, letter_of, load_questions
+from evaluation.tasks import BENCHMARKS, MVBENCH, TASKS, TVBENCH, Benchmark, describe, letter_of, load_questions
+from infra.distributed import Distributed
 from infra.files import lock_folder
 from toy import world
 from weights.checkpoint import load_checkpoint
@@ -35,7 +40,7 @@ def test_the_table_is_the_paper_s():
     assert len(TASKS) == 20
     assert " ".join(task.short for task in TASKS) == "AS AP AA FA UA OE OI OS MD AL ST AC MC MA SC FP CO EN ER CI"
     assert [task.short for task in TASKS if task.bound] == ["AS", "AP", "OI", "AL", "ER"]
-    assert len(TVBENCH) == 10 and [task.short for task in TVBENCH if task.bound] == ["AS", "AL"]
+    assert len(TVBENCH.tasks) == 10 and [task.short for task in TVBENCH.tasks if task.bound] == ["AS", "AL"]
 
 
 def question(**changes):
@@ -49,7 +54,7 @@ def test_of_equal_candidates_the_last_one_counts():
 
 
 def test_options_move_on_and_the_key_with_them():
-    turned = mvbench.turned(question(), 1)
+    turned = rotate_options(question(), 1)
     assert turned["candidates"] == ["3", "4", "2"] and letter_of(turned) == "A" and turned["shift"] == 1
     assert key_of(turned) == ("Action Count", 0, 1) != key_of(question())
 
@@ -108,7 +113,7 @@ def run(ckpt, tree, out, *more):
 
 
 def files(out):
-    return {path.name: path.read_bytes() for path in sorted(out.glob("predictions*.jsonl"))}
+    return {path.name: path.read_bytes() for path in sorted(out.rglob("predictions*.jsonl"))}
 
 
 def same(one, other):
@@ -201,14 +206,14 @@ def undisturbed(ckpt, tree, tmp_path_factory):
 def test_killed_at_any_question_and_started_again(undisturbed, ckpt, tree, tmp_path, how, code):
     """The same final files, bit for bit, as of a run that nothing has disturbed."""
     process = start(ckpt, tree, tmp_path / "killed", *SMALL)
-    part = tmp_path / "killed" / "predictions.part.rank0.jsonl"
+    part = tmp_path / "killed" / "part" / "predictions.rank0.jsonl"
     begun = time.time()
     while not part.exists() or not part.stat().st_size:
         assert time.time() - begun < 60
         time.sleep(0.002)
     process.send_signal(how)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == code and (how == signal.SIGKILL or "the same command goes on" in err.decode())
+    assert process.returncode == code and (how == signal.SIGKILL or "the same command resumes" in err.decode())
     process = start(ckpt, tree, tmp_path / "killed", *SMALL)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err.decode()
@@ -229,9 +234,9 @@ def test_cut_off_anywhere_even_within_a_line(whole_run, whole, ckpt, tree, tmp_p
 def test_started_again_when_all_is_answered_asks_nothing(ckpt, tree, tmp_path, capsys, monkeypatch):
     first = run(ckpt, tree, tmp_path, "--only", "State Change")
     monkeypatch.setattr(mvbench, "load_from_args", None)                       # no model is needed
-    (tmp_path / "report.part.html").unlink()
+    (tmp_path / "part" / "report.html").unlink()
     assert run(ckpt, tree, tmp_path, "--only", "State Change") == first
-    assert "All had been answered before" in capsys.readouterr().out and (tmp_path / "report.part.html").exists()
+    assert "Everything was answered before" in capsys.readouterr().out and (tmp_path / "part" / "report.html").exists()
 
 
 def test_a_larger_part_goes_on_from_a_smaller_one(ckpt, tree, tmp_path, capsys):
@@ -243,7 +248,7 @@ def test_a_larger_part_goes_on_from_a_smaller_one(ckpt, tree, tmp_path, capsys):
 def test_other_settings_are_refused(ckpt, tree, tmp_path):
     small = ("--only", "State Change")
     run(ckpt, tree, tmp_path, *small)
-    path = tmp_path / "settings.part.json"
+    path = tmp_path / "part" / "settings.json"
     found = json.loads(path.read_text())
     found["settings"]["checkpoint"], found["settings"]["frames"] = "0123456789abcdef", 8
     path.write_text(json.dumps(found))
@@ -252,7 +257,7 @@ def test_other_settings_are_refused(ckpt, tree, tmp_path):
     path.unlink()
     with pytest.raises(ValueError, match="under other settings"):          # nobody knows under which
         run(ckpt, tree, tmp_path, *small)
-    assert len(run(ckpt, tree, tmp_path, *small, "--restart")["predictions.part.jsonl"].splitlines()) == 2
+    assert len(run(ckpt, tree, tmp_path, *small, "--restart")["predictions.jsonl"].splitlines()) == 2
 
 
 def copied(tree, out, *tasks):
@@ -270,7 +275,7 @@ def test_other_media_under_the_same_names_are_refused(ckpt, tree, tmp_path):
     run(ckpt, data, tmp_path / "out")
     with open(data / "video" / "perception" / "videos" / "SC_1.mp4", "ab") as f:
         f.write(b"more")
-    with pytest.raises(ValueError, match="speaks of other media: 1 have another size now, the first being SC_1.mp4 of"):
+    with pytest.raises(ValueError, match="is about other media: 1 have another size now, the first being SC_1.mp4 of"):
         run(ckpt, data, tmp_path / "out")
 
 
@@ -294,8 +299,8 @@ def test_pictures_are_still_videos_and_whatever_a_decoder_dies_of_has_a_name(ckp
     entries = json.loads((data / "json" / "state_change.json").read_text())
     Image.new("RGB", (80, 60), "red").save(data / "video" / "perception" / "videos" / "a.png")
     (data / "json" / "state_change.json").write_text(json.dumps([{**entries[0], "video": "a.png"}, entries[1]]))
-    real = mvbench.load_eval_clip
-    monkeypatch.setattr(mvbench, "load_eval_clip", lambda path, *more: 1 / 0 if "SC_1" in path else real(path, *more))
+    real = batches.load_eval_clip
+    monkeypatch.setattr(batches, "load_eval_clip", lambda path, *more: 1 / 0 if "SC_1" in path else real(path, *more))
     (lines,) = run(ckpt, data, tmp_path / "out").values()
     one, other = map(json.loads, lines.splitlines())
     assert one["prediction"].startswith("(") and other["unread"].endswith("SC_1.mp4: ZeroDivisionError: division "
@@ -333,7 +338,7 @@ def test_ctrl_c_with_workers_is_one_line(ckpt, tree, tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err.decode().strip() == "stopped; what has been answered is kept, and the same command goes on"
+    assert err.decode().strip() == "stopped; the answers so far are saved, and the same command resumes"
 
 
 def test_two_runs_in_one_folder_are_refused(ckpt, tree, tmp_path):
@@ -370,21 +375,48 @@ def toy(tmp_path_factory):
     return folder / "mvbench"
 
 
-def test_the_plain_way_gives_the_same_answers(ckpt, toy, tmp_path):
-    """One question at a time, decoded by other code, the LLM being transformers' with peft's LoRA."""
-    (lines,) = run(ckpt, toy, tmp_path, "--limit", "2").values()
-    found = [json.loads(line)["prediction"] for line in lines.splitlines()]
-    loaded = load_checkpoint(ckpt)
-    for generate in (reference.own_llm(loaded[0], loaded[2]),
-                     reference.transformers_llm(loaded[0], loaded[2], ckpt)):
-        plain, _ = reference.answers(*loaded, load_questions(toy, limit=2), generate)
-        assert plain == found
+def test_answer_one_is_the_definition_of_all_answers(ckpt, tree, toy, tmp_path):
+    """One question at a time, its prompt as a whole, its answer token by token: what the engine answers, it answers."""
+    model, qformer_tok, llm_tok = load_checkpoint(ckpt)
+    for data, protocol, options in ((tree, Protocol(), ()), (toy, Protocol(), ("--limit", "2")),
+                                    (toy, Protocol(system="", answer_prompt="", question_in_qformer=True),
+                                     ("--limit", "1", "--no-system", "--no-answer-prompt", "--question-in-qformer"))):
+        (lines,) = run(ckpt, data, tmp_path / "-".join(map(str, (data.parent.name, *options))), *options).values()
+        rows = [json.loads(line) for line in lines.splitlines()]
+        assert len({row["task"] for row in rows}) == 20
+        for row in rows:
+            assert mvbench.answer_one(model, qformer_tok, llm_tok, row, protocol) == row["prediction"]
+
+
+def test_a_benchmark_is_a_value(ckpt, tree, tmp_path, monkeypatch):
+    """One in other files, with its own reader and scorer, on the media of the tree."""
+    def columns(root, task):
+        path = Path(root) / f"{task.file}.csv"
+        rows = csv.DictReader(path.read_text().splitlines()) if path.is_file() else None
+        return path, rows and [{"video": r["video"], "question": r["question"], "candidates": [r["a0"], r["a1"]],
+                                "answer": r[f"a{r['key']}"]} for r in rows]
+
+    task = replace(MVBENCH.tasks[14], name="Change", file="change")        # State Change
+    benchmark = Benchmark("CSVBench", [task, replace(task, name="Gone", file="gone")], columns, scorer="strict")
+    (tmp_path / "change.csv").write_text("video,question,a0,a1,key\nSC_0.mp4,What?,It jumps.,It spins.,1\n")
+    (tmp_path / "video").symlink_to(tree / "video")
+    (q,) = load_questions(tmp_path, benchmark=benchmark)
+    assert (q["task"], q["answer"], q["bound"]) == ("Change", "It spins.", None) and q["media"].endswith("SC_0.mp4")
+    digits, version = describe(tmp_path, benchmark)
+    assert version == "CSVBench, 1 questions" and len(digits) == 16
+    monkeypatch.setitem(BENCHMARKS, "csv", benchmark)
+    args = mvbench.parse(["--ckpt", str(ckpt), "--out", str(tmp_path / "out"), "--workers", "0"])
+    mvbench.run(replace(args, benchmark="csv", data=str(tmp_path)), Distributed())
+    summary = json.loads((tmp_path / "out" / "csv" / "summary.json").read_text())
+    assert (summary["benchmark"], summary["average"]["asked"], summary["tasks"][0]["task"]) == ("CSVBench", 1, "Change")
+    (row,) = map(json.loads, (tmp_path / "out" / "csv" / "predictions.jsonl").read_text().splitlines())
+    assert row["answer"] == "It spins." and row["correct"] == is_right("strict", row)
 
 
 def test_controls_of_the_toy_are_at_chance(ckpt, toy, tmp_path):
     """Whoever does not watch guesses: letters and texts are balanced, and one frame of a clip tells nothing."""
     run(ckpt, toy, tmp_path / "out", "--controls", "all", "--decode", "letter")
-    found = json.loads((tmp_path / "out" / "summary.letter.json").read_text())
+    found = json.loads((tmp_path / "out" / "letter" / "summary.json").read_text())
     assert found["average"]["asked"] == 480 and found["average"]["low"] < found["average"]["chance"]
     for control in ("blank", "noise", "single"):
         right = round(4.8 * found["average"]["controls"][control])
@@ -394,7 +426,7 @@ def test_controls_of_the_toy_are_at_chance(ckpt, toy, tmp_path):
 
 def test_tvbench(ckpt, tree, tmp_path):
     (tmp_path / "json").mkdir()
-    for task in TVBENCH:
+    for task in TVBENCH.tasks:
         (tmp_path / "video" / task.folder).mkdir(parents=True)
         (tmp_path / "video" / task.folder / "a.mp4").write_bytes(
             (tree / "video" / "perception" / "videos" / "SC_0.mp4").read_bytes())
@@ -402,29 +434,28 @@ def test_tvbench(ckpt, tree, tmp_path):
         (tmp_path / "json" / f"{task.file}.json").write_text(
             json.dumps([entry | ({"start": 1.0, "end": 2.0} if task.bound else {})]))
     mvbench.main(["--ckpt", str(ckpt), "--tvbench", str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "0"])
-    rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.tvbench.jsonl").read_text().splitlines()]
-    assert [row["task"] for row in rows] == [task.name for task in TVBENCH] and rows[2]["bound"] == [1.0, 2.0]
-    assert "<h1>TVBench" in (tmp_path / "out" / "report.tvbench.html").read_text()
-    assert not list((tmp_path / "out").glob("leaderboard*"))               # MVBench's takes MVBench alone
+    rows = [json.loads(line) for line in (tmp_path / "out" / "tvbench" / "predictions.jsonl").read_text().splitlines()]
+    assert [row["task"] for row in rows] == [task.name for task in TVBENCH.tasks] and rows[2]["bound"] == [1.0, 2.0]
+    assert "<h1>TVBench" in (tmp_path / "out" / "tvbench" / "report.html").read_text()
+    assert not list((tmp_path / "out").rglob("leaderboard*"))               # MVBench's takes MVBench alone
 
 
 def test_memory_does_not_grow_with_the_questions(ckpt, tree, monkeypatch):
     """Of the clips no more is alive than a few groups, however many there are."""
     alive, most, seen = set(), [0], []
 
-    class Counting(mvbench.Clips):
-        def __getitem__(self, index):
-            clips, reasons = super().__getitem__(index)
-            seen.append(index)
-            alive.add(index)
-            weakref.finalize(clips.untyped_storage(), alive.discard, index)
-            gc.collect()
-            most[0] = max(most[0], len(alive))
-            return clips, reasons
+    def counting(group, cfg):
+        clips, reasons = load_clips(group, cfg)
+        seen.append(group)
+        alive.add(len(seen))
+        weakref.finalize(clips.untyped_storage(), alive.discard, len(seen))
+        gc.collect()
+        most[0] = max(most[0], len(alive))
+        return clips, reasons
 
-    monkeypatch.setattr(mvbench, "Clips", Counting)
-    answerer = Engine(*load_checkpoint(ckpt))
-    questions = load_questions(tree)
-    job = mvbench.Job("", False, None, {})
-    rows = [row for _, some in mvbench.evaluate(answerer, questions, [job], batch=2, workers=0) for row in some]
+    load_clips = batches.load_clips
+    monkeypatch.setattr(batches, "load_clips", counting)
+    engine = Engine(*load_checkpoint(ckpt))
+    questions, condition = load_questions(tree), Condition("unused")
+    rows = [row for _, some in batches.evaluate(engine, questions, [condition], batch=2, workers=0) for row in some]
     assert len(rows) == 40 and len(seen) == 20 and most[0] <= 3

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from evaluation.predictions import Predictions, key_of
+from evaluation.predictions import Condition, adopt_old_files, key_of
 
 
 def rows(*indices, task="AC", **more):
@@ -12,10 +12,10 @@ def rows(*indices, task="AC", **more):
 
 
 def opened(out, rank=0, settings=None, restart=False, name=""):
-    predictions = Predictions(out, name, settings or {"frames": 16}, rank)
+    condition = Condition(out, name, settings or {"frames": 16}, rank)
     if rank == 0:
-        predictions.begin(restart, {"commands": ["python mvbench.py"]})
-    return predictions
+        condition.prepare(restart, {"commands": ["python mvbench.py"]})
+    return condition
 
 
 def test_what_is_written_is_on_disk_at_once_and_read_again(tmp_path):
@@ -61,11 +61,11 @@ def test_other_settings_are_named_and_nothing_is_touched(tmp_path):
 
 def test_controls_lie_side_by_side(tmp_path):
     opened(tmp_path).write(rows(0))
-    blank = opened(tmp_path, name=".blank")
+    blank = opened(tmp_path, name="blank")
     assert not blank.read()
     blank.write(rows(0, 1))
     blank.merge([])
-    assert len(opened(tmp_path).read()) == 1 and len(opened(tmp_path, name=".blank").read()) == 2
+    assert len(opened(tmp_path).read()) == 1 and len(opened(tmp_path, name="blank").read()) == 2
 
 
 def test_a_line_that_is_no_prediction_is_named_and_an_answer_is_worth_more_than_none(tmp_path):
@@ -80,3 +80,19 @@ def test_a_line_that_is_no_prediction_is_named_and_an_answer_is_worth_more_than_
 
 def test_orders_of_the_options_are_different_answers():
     assert key_of(rows(0)[0]) == ("AC", 0, 0) and key_of(rows(0, shift=2)[0]) == ("AC", 0, 2)
+
+
+def test_files_of_older_versions_move_into_their_setting_s_folder(tmp_path):
+    """They named the setting in each file, and two settings in other words."""
+    named = {"predictions.part.jsonl": "predictions.jsonl", "settings.blank.part.json": "settings.blank.json",
+             "predictions.blank.part.rank0.jsonl": "predictions.blank.rank0.jsonl"}
+    others = ["predictions.jsonl", "predictions.blank.jsonl", "predictions.frames8.part.jsonl", "summary.part.json"]
+    for name in (*named, *others):
+        (tmp_path / name).write_text(name)
+    adopt_old_files(tmp_path, "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*named, *others])
+    adopt_old_files(tmp_path, "part")
+    assert {path.name: path.read_text() for path in (tmp_path / "part").iterdir()} == {n: o for o, n in named.items()}
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == sorted(others)
+    (tmp_path / "settings.json").write_text(json.dumps({"settings": {"asked for": "x", "8 bits": False}}))
+    assert opened(tmp_path, settings={"question prompt": "x", "int8": False}).is_finished()

@@ -10,16 +10,18 @@ import torch
 from videos import number, write_video
 
 import mvbench
-from evaluation.engine import Engine, Protocol
+from evaluation.engine import Engine
+from evaluation.protocol import Protocol
+from evaluation.tasks import TASKS, load_questions
 from prompt import SYSTEM
 from video import read_eval_frames
 from weights import checkpoint
 
 
-def run(ckpt, data, out, *more, name=""):
-    """The rows of predictions{name}.jsonl after a run."""
+def run(ckpt, data, out, *more, name="predictions.jsonl"):
+    """The rows of a file of predictions after a run."""
     mvbench.main(["--ckpt", str(ckpt), "--data", str(data), "--out", str(out), "--workers", "0", "--batch", "8", *more])
-    return [json.loads(line) for line in (out / f"predictions{name}.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (out / name).read_text().splitlines()]
 
 
 def test_every_medium_of_the_20_tasks_is_found_and_asked(tree, ckpt, tmp_path, capsys):
@@ -31,7 +33,7 @@ def test_every_medium_of_the_20_tasks_is_found_and_asked(tree, ckpt, tmp_path, c
 
 def test_frames_bounds_and_folders_follow_the_protocol(tree):
     """The frames that reach the model, by the number painted into each."""
-    questions = {q["task"]: q for q in mvbench.load_questions(tree)}
+    questions = {q["task"]: q for q in load_questions(tree)}
 
     def seen(task, n=4):
         q = questions[task]
@@ -61,26 +63,26 @@ def moved(tree, tmp_path, moves):
     [("video/perception", "perception"), ("video/tvqa", "tvqa")],                              # beside video/
     [("video/sta", "video/sta_zip/sta"), ("video/sta_zip", "video/sta")],                      # unpacked into its name
     [(f"video/ssv2_video/AA_{q}.webm", f"video/AA_{q}.webm") for q in range(2)],               # flat
-    [("json", "j"), *[(f"j/{task.file}.json", f"{task.file}.json") for task in mvbench.TASKS]],
+    [("json", "j"), *[(f"j/{task.file}.json", f"{task.file}.json") for task in TASKS]],
 ])
 def test_trees_as_people_have_them(tree, tmp_path, moves):
-    questions = mvbench.load_questions(moved(tree, tmp_path, moves))
+    questions = load_questions(moved(tree, tmp_path, moves))
     assert len(questions) == 40 and all(q["media"] for q in questions)
 
 
 def test_everything_in_one_flat_folder(tree, tmp_path):
     for path in (tree / "json").iterdir():
         shutil.copy(path, tmp_path)
-    for task in mvbench.TASKS:
+    for task in TASKS:
         for path in (tree / "video" / task.folder).iterdir():
             (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
-    assert all(q["media"] == str(tmp_path / q["media"].rpartition("/")[2]) for q in mvbench.load_questions(tmp_path))
+    assert all(q["media"] == str(tmp_path / q["media"].rpartition("/")[2]) for q in load_questions(tmp_path))
 
 
 def test_something_videos_made_into_mp4(tree, tmp_path):
     root = moved(tree, tmp_path, [("video/ssv2_video/AA_0.webm", "gone")])
     write_video(root / "video" / "ssv2_video" / "AA_0.mp4", frames=5)
-    assert mvbench.load_questions(root, ["Action Antonym"])[0]["media"].endswith("AA_0.mp4")
+    assert load_questions(root, ["Action Antonym"])[0]["media"].endswith("AA_0.mp4")
 
 
 def test_what_is_missing_is_told_per_task_and_not_counted(tree, ckpt, tmp_path, capsys):
@@ -104,7 +106,7 @@ def test_what_is_missing_is_told_per_task_and_not_counted(tree, ckpt, tmp_path, 
 
 def test_only_and_limit(tree, ckpt, tmp_path):
     rows = run(ckpt, tree, tmp_path, "--only", "Action Sequence,Fine-grained Pose", "--limit", "1",
-               name=".part")
+               name="part/predictions.jsonl")
     assert [row["task"] for row in rows] == ["Action Sequence", "Fine-grained Pose"]
 
 
@@ -118,7 +120,7 @@ def test_wrong_folders_are_named(tree, ckpt, tmp_path):
 
 # ---- what the paper's ablations change -------------------------------------------------------------------------------
 
-def answerer(ckpt, **protocol):
+def make_engine(ckpt, **protocol):
     return Engine(*checkpoint.load_checkpoint(ckpt), Protocol(max_new_tokens=2, **protocol))
 
 
@@ -129,19 +131,19 @@ def noting(calls, function):
 
 def test_system_answer_prompt_and_question_in_the_qformer(tree, ckpt):
     """The notebook's settings: what the LLM and the Q-Former read under each."""
-    (q,) = mvbench.load_questions(tree, ["State Change"], limit=1)
+    (q,) = load_questions(tree, ["State Change"], limit=1)
     shown = []
     for protocol in ({}, {"system": ""}, {"answer_prompt": ""}, {"question_in_qformer": True}):
-        model = answerer(ckpt, **protocol)
+        engine = make_engine(ckpt, **protocol)
         ids, seen = [], []
-        model.model.llama_model.embed = noting(ids, model.model.llama_model.embed)
-        model.model.video_tokens = noting(seen, model.model.video_tokens)
-        vision = torch.randn(1, 16, model.model.cfg.vit.width)
-        model.answer([q], model.read(vision, [q]))
+        engine.model.llama_model.embed = noting(ids, engine.model.llama_model.embed)
+        engine.model.video_tokens = noting(seen, engine.model.video_tokens)
+        vision = torch.randn(1, 16, engine.model.cfg.vit.width)
+        engine.answer([q], engine.video_tokens(vision, "", [0], [q]))
         _, instruction_ids, instruction_mask = seen[0]
         head, common, rest = (call[0][0].tolist() for call in ids[:3])     # what the LLM reads, part by part
-        text = model.tok.decode(head + common + rest)
-        shown.append((text, [model.wordpiece.pieces[i] for i in instruction_ids[instruction_mask == 1].tolist()]))
+        text = engine.llm_tok.decode(head + common + rest)
+        shown.append((text, [engine.qformer_tok.pieces[i] for i in instruction_ids[instruction_mask == 1].tolist()]))
     (normal, read), (bare, nothing), (free, _), (_, with_question) = shown
     assert normal.count(SYSTEM) == 2 and normal.endswith("Best option:(") and read[1:4] == ["carefully", "watch", "the"]
     assert SYSTEM not in bare and nothing == ["[CLS]", "[SEP]"]
@@ -151,43 +153,44 @@ def test_system_answer_prompt_and_question_in_the_qformer(tree, ckpt):
 
 
 def test_without_an_answer_prompt_the_prediction_is_as_it_was_said(ckpt):
-    assert answerer(ckpt).first_line([]) == "("
-    assert answerer(ckpt, answer_prompt="").first_line([]) == ""
+    assert make_engine(ckpt).text([]) == "("
+    assert make_engine(ckpt, answer_prompt="").text([]) == ""
 
 
 def test_frames_stretch_the_position_table(tree, ckpt, tmp_path):
     """8 or 16 frames with a table that was made for 4, by one option."""
     probabilities = [run(ckpt, tree, tmp_path / str(n), "--only", "State Change", "--frames", str(n),
-                         name=f".frames{n}.part")[0]["letter_probabilities"] for n in (4, 8, 16)]
+                         name=f"frames{n}.part/predictions.jsonl")[0]["letter_probabilities"] for n in (4, 8, 16)]
     assert len({tuple(p) for p in probabilities}) == 3
 
 
 @pytest.mark.parametrize("flags, name", [
-    (["--no-system"], ".no-system"), (["--no-answer-prompt"], ".no-answer-prompt"),
-    (["--question-in-qformer"], ".question-in-qformer"), (["--norm", "clip"], ".clip"), (["--llm-int8"], ".int8"),
-    (["--dtype", "bf16"], ".bf16"), (["--decode", "likelihood"], ".likelihood")])
-def test_flags_reach_the_model_and_the_files_names(tree, ckpt, base, flags, name):
+    (["--no-system"], "no-system"), (["--no-answer-prompt"], "no-answer-prompt"),
+    (["--question-in-qformer"], "question-in-qformer"), (["--norm", "clip"], "clip"), (["--llm-int8"], "int8"),
+    (["--dtype", "bf16"], "bf16"), (["--decode", "likelihood"], "likelihood")])
+def test_flags_reach_the_model_and_the_folders_names(tree, ckpt, base, flags, name):
     """None takes another's place."""
-    rows = run(ckpt, tree, base, "--only", "State Change", *flags, name=f"{name}.part")
-    plain = [json.loads(line) for line in (base / "predictions.part.jsonl").read_text().splitlines()]
+    rows = run(ckpt, tree, base, "--only", "State Change", *flags, name=f"{name}.part/predictions.jsonl")
+    plain = [json.loads(line) for line in (base / "part" / "predictions.jsonl").read_text().splitlines()]
     assert [r["letter_probabilities"] for r in rows] != [r["letter_probabilities"] for r in plain]
-    told = json.loads((base / f"settings{name}.part.json").read_text())
+    told = json.loads((base / f"{name}.part" / "settings.json").read_text())
     assert flags[0] in " ".join(flags) and told["settings"] != json.loads(
-        (base / "settings.part.json").read_text())["settings"]
+        (base / "part" / "settings.json").read_text())["settings"]
 
 
 @pytest.fixture(scope="module")
 def base(tree, ckpt, tmp_path_factory):
     """A folder with a run on one task."""
     out = tmp_path_factory.mktemp("base")
-    run(ckpt, tree, out, "--only", "State Change", name=".part")
+    run(ckpt, tree, out, "--only", "State Change", name="part/predictions.jsonl")
     return out
 
 
 def test_a_part_and_the_whole_beside_each_other(tree, ckpt, tmp_path):
     run(ckpt, tree, tmp_path)
     whole = (tmp_path / "mvbench.json").read_text()
-    assert len(run(ckpt, tree, tmp_path, "--controls", "blank", "--only", "Action Count", name=".blank.part")) == 2
+    assert len(run(ckpt, tree, tmp_path, "--controls", "blank", "--only", "Action Count",
+                   name="part/predictions.blank.jsonl")) == 2
     assert (tmp_path / "mvbench.json").read_text() == whole and len(json.loads(whole)) == 21
-    assert set(json.loads((tmp_path / "mvbench.blank.part.json").read_text())) == {"Action Count", "Avg"}
-    assert not (tmp_path / "leaderboard.part.json").exists() and (tmp_path / "leaderboard.json").exists()
+    assert set(json.loads((tmp_path / "part" / "mvbench.blank.json").read_text())) == {"Action Count", "Avg"}
+    assert not (tmp_path / "part" / "leaderboard.json").exists() and (tmp_path / "leaderboard.json").exists()

@@ -29,29 +29,29 @@ def test_videos_are_drawn_not_questions():
     """All questions of a video alike: the interval is that of the videos, however many questions each has."""
     rng = random.Random(0)
     right = [rng.random() < 0.6 for _ in range(200)]
-    one = stats.over_videos(rows_of(200, 1), right)
-    many = stats.over_videos(rows_of(200, 9), [r for r in right for _ in range(9)])
+    one = stats.cluster_bootstrap(rows_of(200, 1), right)
+    many = stats.cluster_bootstrap(rows_of(200, 9), [r for r in right for _ in range(9)])
     assert many == pytest.approx(one, abs=1e-9)
     share = sum(right) / 200
     normal = 1.96 * (share * (1 - share) / 200) ** 0.5
     assert one == pytest.approx((share - normal, share + normal), abs=0.01)
-    free = stats.over_videos(rows_of(1800, 1), [r for r in right for _ in range(9)])
+    free = stats.cluster_bootstrap(rows_of(1800, 1), [r for r in right for _ in range(9)])
     assert free[1] - free[0] < (many[1] - many[0]) / 2.5                   # as if 1,800 videos had been seen
 
 
 def test_all_right_is_no_certainty_and_no_difference_is_none():
     rows = rows_of(4, 2)
-    assert stats.share_over_videos(rows, [True] * 8) == stats.wilson(4, 4)
-    assert stats.share_over_videos(rows, [False] * 8) == stats.wilson(0, 4)
-    assert stats.over_videos(rows, [0] * 8) == (0, 0)                      # of two runs that agree everywhere
+    assert stats.accuracy_interval(rows, [True] * 8) == stats.wilson(4, 4)
+    assert stats.accuracy_interval(rows, [False] * 8) == stats.wilson(0, 4)
+    assert stats.cluster_bootstrap(rows, [0] * 8) == (0, 0)                      # of two runs that agree everywhere
     mixed = [True, False] * 4
-    assert stats.share_over_videos(rows, mixed) == stats.over_videos(rows, mixed)
+    assert stats.accuracy_interval(rows, mixed) == stats.cluster_bootstrap(rows, mixed)
 
 
 def test_the_same_draws_every_time():
     rows, right = rows_of(50, 2), [i % 3 == 0 for i in range(100)]
-    assert stats.over_videos(rows, right) == stats.over_videos(rows, right)
-    assert stats.over_videos([], []) == (0, 1)
+    assert stats.cluster_bootstrap(rows, right) == stats.cluster_bootstrap(rows, right)
+    assert stats.cluster_bootstrap([], []) == (0, 1)
 
 
 @pytest.mark.parametrize("a, b", [(5, 15), (0, 6), (0, 0), (7, 7), (30, 12), (900, 1100)])
@@ -69,7 +69,7 @@ def row(said, key="A", p=(), index=0, n=3, shift=0):
 
 def test_letters():
     rows = [row("(A)"), row("(A)", "B"), row("(", "C"), row("(D)", "D", n=4), {**row(""), "unread": "x"}]
-    table = stats.letters(rows)
+    table = stats.letter_counts(rows)
     assert table == {"A": (4, 1, 2), "B": (4, 1, 0), "C": (4, 1, 0), "D": (1, 1, 1), "E": (0, 0, 0), "": (0, 0, 1)}
 
 
@@ -87,7 +87,7 @@ def test_permutations_by_hand():
     """One question always answered by its text, one always by the letter A, one not asked in all orders."""
     by_text = [row(f"({letter})", letter, index=1, shift=shift) for shift, letter in enumerate("BAC")]
     by_letter = [row("(A)", letter, index=2, shift=shift) for shift, letter in enumerate("BAC")]
-    found = stats.permutations(by_text + by_letter + [row("(A)", index=3)])
+    found = stats.option_order_consistency(by_text + by_letter + [row("(A)", index=3)])
     assert found["questions"] == 2 and found["same"] == 50 and found["always"] == 50
     assert found["mean"] == pytest.approx(100 * 4 / 6)
     assert found["letters"]["A"] == (6, 2, 4) and found["letters"]["B"] == (6, 2, 1)
