@@ -67,9 +67,9 @@ def random_batch(cfg, step, shortest=0.25):
     """Random clips, and texts of shortest * step.text to step.text tokens; stages 2 and 3 learn every second token."""
     g, n_video = torch.Generator().manual_seed(0), cfg.n_query + cfg.n_extra if step.stage > 1 else 0
     lengths = torch.randint(int(shortest * step.text), step.text + 1, (step.batch - 1,), generator=g).tolist()
-    prompts = []
+    prompts, vocab = [], min(cfg.qformer.vocab_size, cfg.llama.vocab_size)
     for n in (step.text, *lengths):
-        text = torch.randint(5, min(cfg.qformer.vocab_size, cfg.llama.vocab_size), (n,), generator=g).tolist()
+        text = torch.randint(5, vocab, (n,), generator=g).tolist()
         labels = [token if place % 2 else IGNORE for place, token in enumerate(text)]
         prompts.append(Prompt([VIDEO] * n_video + text, [IGNORE] * n_video + labels))
 
@@ -77,7 +77,7 @@ def random_batch(cfg, step, shortest=0.25):
     video = torch.randn(step.batch, step.frames, 3, cfg.vit.img_size, cfg.vit.img_size, generator=g)
     batch = add_packing({"video": video, "ids": ids, "labels": labels, "mask": mask, "idx": torch.arange(step.batch)})
     if step.stage == 3:
-        instruction = torch.randint(5, 1000, (step.batch, 64), generator=g)
+        instruction = torch.randint(5, vocab, (step.batch, 64), generator=g)
         batch |= {"instruction_ids": instruction, "instruction_mask": torch.ones_like(instruction)}
     return batch
 

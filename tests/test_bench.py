@@ -1,4 +1,4 @@
-"""Counted memory against real memory; twins of transformers and peft against our parts. Run: pytest tests/test_bench.py"""
+"""Counted memory beside real memory; twins of transformers and peft beside our parts. pytest tests/test_bench.py"""
 import os
 import subprocess
 import sys
