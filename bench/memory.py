@@ -24,9 +24,8 @@ from torch.utils._pytree import tree_leaves
 import qformer
 from bench.train_step import Step, llm_to_dtype, random_batch, step_config, step_losses
 from infra.cli import add_options, option, read_options, run
-from model import VideoChat2, set_trainable
+from model import DTYPES, VideoChat2, set_trainable
 from vit_video import VisionTransformer
-from weights.hf_llama import DTYPES
 from weights.int8 import quantize_int8
 
 GIB = 2 ** 30

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from bench.reference import twin_losses, use_twins
 from infra.cli import add_options, option, read_options, run
+from infra.distributed import Distributed
 from llama import LlamaConfig
 from model import PRESETS, Config, VideoChat2, set_trainable
 from prompt import IGNORE, VIDEO, Prompt, add_packing, pad_batch
@@ -105,7 +106,9 @@ def llm_to_dtype(model, dtype):
 
 def step_losses(model, batch, generator=None):
     """{name: loss} of the model's stage. generator draws the hard negatives of stage 1."""
-    return {"lm": model.lm_loss(batch)} if model.stage > 1 else model.stage1_losses(batch, 3, generator=generator)
+    if model.stage > 1:
+        return {"lm": model.lm_loss(batch)}
+    return model.stage1_losses(batch, 3, Distributed(), generator)
 
 
 def measure(side, step):
