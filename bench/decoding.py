@@ -60,6 +60,8 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
         write_clip(path)
+
+        # a DataLoader hands the path to the workers, and its collate_fn reads there
         for name, read in (("our reader", load_eval_clip), ("the notebook's way", read_as_notebook)):
             for workers in sorted({0, args.workers}):
                 loader = DataLoader([path] * args.clips, None, num_workers=workers,

@@ -84,12 +84,15 @@ def no_values(dtype):
 
 def counted_step(cfg, step):
     """{name: bytes} of a training step on one GPU. It is the second step: the first one makes AdamW's moments."""
+    # neither the weights of a 7B model nor their initialization take memory or time on the meta device
     batch, live, dtype = random_batch(cfg, step, shortest=1), LiveBytes(), DTYPES[step.dtype]
     with torch.device("meta"):
         model = VideoChat2(cfg, step.stage)
         if step.llm_int8 and step.stage > 1:
             quantize_int8(model.llama_model)
+
     with no_values(dtype):
+        # weights and batch are there before the step, and stay
         model.to_empty(device="cpu").train()
         set_trainable(model, step.stage)
         llm_to_dtype(model, dtype)
@@ -98,11 +101,11 @@ def counted_step(cfg, step):
         optimizer, before_steps = torch.optim.AdamW(trained, fused=True), live.now
 
         # two steps; everything that they create and free is counted
+        losses_of = torch.autocast("cpu", torch.bfloat16, enabled=step.dtype != "fp32")(step_losses)
         with live:
             for _ in range(2):
                 before, live.peak = live.now, 0
-                with torch.autocast("cpu", torch.bfloat16, enabled=step.dtype != "fp32"):
-                    loss = sum(step_losses(model, batch).values())
+                loss = sum(losses_of(model, batch).values())
                 activations = live.now - before
                 loss.backward()
                 gradients = n_bytes(p.grad for p in trained if p.grad is not None)
@@ -127,6 +130,8 @@ def main(argv=None):
     add_options(parser, Options)
     step, _ = read_options(parser, Options, argv)
     cfg = step_config(step)
+
+    # the peak grows by the same amount with each clip
     sizes, larger = counted_step(cfg, step), counted_step(cfg, replace(step, batch=step.batch + 1))
     per_clip = larger["peak"] - sizes["peak"]
     print(f"{step}, {step.dtype}{', LLM in 8 bits' * step.llm_int8}")

@@ -99,7 +99,7 @@ class LlamaTwin(nn.Module):
         self.twin.load_state_dict({name: t for name, t in weights.items() if "lora_" not in name})
         self.twin.requires_grad_(False)
 
-        # peft renames what it wraps, so only LoRA's own names are compared
+        # peft renames what it wraps, so LoRA's tensors are loaded on their own
         if model.stage == 3:
             peft, cfg = import_dev("peft"), model.cfg
             self.twin = peft.get_peft_model(self.twin, peft.LoraConfig(
@@ -108,7 +108,7 @@ class LlamaTwin(nn.Module):
                     for name, t in weights.items() if "lora_" in name}
             if {name for name in self.twin.state_dict() if "lora_" in name} != set(lora):
                 raise ValueError(f"peft wraps other layers than our model, whose lora_names are {cfg.lora_names}")
-            self.twin.load_state_dict(lora, strict=False)
+            self.twin.load_state_dict(self.twin.state_dict() | lora)
         self.embed = self.twin.get_input_embeddings()
         self.train(model.training)
 
