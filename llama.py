@@ -1,12 +1,11 @@
-"""
-The voice: token embeddings (B, S, D) -> next-token logits (B, S, V), and generation with a key/value cache.
+"""The language model: token embeddings (B, S, D) -> next-token logits (B, S, V); generation with a key/value cache.
 
-LLaMA 1 and 2 (Vicuna), and Mistral, whose key/value heads are shared by groups of query heads. It reads embeddings,
-not ids, because a video's tokens have no ids.
+LLaMA 1 and 2 (Vicuna), and Mistral, whose key/value heads are shared by groups of query heads. It takes embeddings
+instead of ids, because the tokens of a video have no ids.
 
     embeds -> [ x + attention(norm(x)); x + swiglu(norm(x)) ] x depth -> norm -> lm_head -> logits
 
-Not here: tokenisation (tokenizer.py), LoRA (lora.py), reading Hugging Face folders (weights/hf_llama.py), sliding windows.
+Not here: tokenisation (tokenizer.py), LoRA (lora.py), Hugging Face folders (weights/hf_llama.py), sliding windows.
 
 Source: LLaMA (arXiv 2302.13971), GQA (arXiv 2305.13245), RoPE (arXiv 2104.09864). Attribute names and the half-split
 rotation are Hugging Face's, so weights load without renaming or permuting.
@@ -30,12 +29,12 @@ class LlamaConfig:
     ffn: int = 11008
     eps: float = 1e-6
     rope_theta: float = 1e4
-    max_positions: int = 2048     # the length it was trained for; longer inputs are refused
+    max_positions: int = 2048     # the length it was trained for; longer inputs raise an error
     head_dim: int = 0             # size of a head; 0: width / heads
-    tied: bool = False            # lm_head's matrix is the embeddings'
+    tied: bool = False            # lm_head and the embeddings are one matrix
     attention_bias: bool = False  # biases of q, k, v, o: none in LLaMA, Vicuna and Mistral
     mlp_bias: bool = False        # biases of gate, up, down
-    init_std: float = 0.02        # 0: by each matrix's width, see init_weights
+    init_std: float = 0.02        # 0: by the inputs of each matrix (vit_video.ViTConfig)
     checkpoint_layers: bool = False  # training: recompute each layer in the backward pass instead of storing it
 
     def __post_init__(self):
@@ -52,49 +51,41 @@ class LlamaConfig:
 # the parts
 
 class KVCache:
-    """
-    Keys and values of all tokens so far, per layer (B, kv_heads, room, hs), of which the first S places are filled, and
-    the padding mask (B, S) that goes with them: to hide a token from all that follow, zero its place there; to forget
-    the last ones, shorten it.
+    """Keys and values of all tokens so far, and the padding mask that belongs to them.
+
+    To hide a token from all later ones, zero its column of the mask; to forget the last tokens, shorten the mask.
     """
     def __init__(self, depth):
-        self.layers = [None] * depth
-        self.mask = None          # (B, S) 1 = token
+        self.layers = [None] * depth    # k, v (B, kv_heads, room, hs) each, of which the first S columns are in use
+        self.mask = None                # (B, S) 1 = token
 
-    def append_mask(self, mask):
-        """The new tokens' mask (B, s) -> the mask (B, S) of all. Goes before append."""
-        self.mask = mask if self.mask is None else torch.cat((self.mask, mask), dim=1)      # (B, S)
-        return self.mask
+    def append(self, layer_idx, k, v):
+        """New k, v (B, kv_heads, s, hs) of one layer -> all of its k, v (B, kv_heads, S, hs). The mask comes first."""
+        S, layer = self.mask.shape[1], self.layers[layer_idx]
+        start = S - k.shape[2]
 
-    def append(self, i, k, v):
-        """Layer i's new k, v (B, kv_heads, s, hs) -> all of its k, v (B, kv_heads, S, hs)."""
-        S = self.mask.shape[1]
-        begin = S - k.shape[2]
-        if self.layers[i] is None or self.layers[i][0].shape[2] < S:
-            old = self.layers[i] or (k[:, :, :0], v[:, :, :0])
-            self.layers[i] = tuple(with_room(t[:, :, :begin], S + 64) for t in old)
-        for kept, new in zip(self.layers[i], (k, v), strict=True):
-            kept[:, :, begin:S] = new
-        return tuple(t[:, :, :S] for t in self.layers[i])
+        # make room, for 64 more tokens than needed
+        if layer is None or layer[0].shape[2] < S:
+            wider = tuple(t.new_empty(*t.shape[:2], S + 64, t.shape[3]) for t in (k, v))
+            for new, old in zip(wider, layer or (), strict=False):
+                new[:, :, :start] = old[:, :, :start]
+            layer = self.layers[layer_idx] = wider
+
+        for all_tokens, new in zip(layer, (k, v), strict=True):
+            all_tokens[:, :, start:S] = new
+        return tuple(t[:, :, :S] for t in layer)
 
     @torch.no_grad()
-    def take(self, rows, room=64):
-        """A cache of these rows (indices (b,), repeated at will), with room for so many more tokens."""
+    def select_rows(self, rows, room=64):
+        """A cache of these rows (indices (b,), which may repeat), with room for this many more tokens."""
         S = self.mask.shape[1]
-        taken, rows = KVCache(len(self.layers)), torch.as_tensor(rows, device=self.mask.device)
+        selected, rows = KVCache(len(self.layers)), torch.as_tensor(rows, device=self.mask.device)
+        selected.mask = self.mask[rows]
         for i, layer in enumerate(self.layers):
-            taken.layers[i] = tuple(t.new_empty(len(rows), t.shape[1], S + room, t.shape[3]) for t in layer)
-            for new, t in zip(taken.layers[i], layer, strict=True):
+            selected.layers[i] = tuple(t.new_empty(len(rows), t.shape[1], S + room, t.shape[3]) for t in layer)
+            for new, t in zip(selected.layers[i], layer, strict=True):
                 torch.index_select(t[:, :, :S], 0, rows, out=new[:, :, :S])
-        taken.mask = self.mask[rows]
-        return taken
-
-
-def with_room(t, room):
-    """t (B, kv_heads, S, hs) at the beginning of (B, kv_heads, room, hs)."""
-    wide = t.new_empty(*t.shape[:2], room, t.shape[3])
-    wide[:, :, :t.shape[2]] = t
-    return wide
+        return selected
 
 
 class RMSNorm(nn.Module):
@@ -109,57 +100,62 @@ class RMSNorm(nn.Module):
         return self.weight * y.to(x.dtype)
 
 
-def rope_angles(positions, head_size, theta, dtype):
-    """positions (B, S) -> cos and sin of a head's angles (B, S, 1, hs), as rotate takes them."""
+def rope_cos_sin(positions, head_size, theta, dtype):
+    """positions (B, S) -> cos and signed sin of a head's angles, (B, S, 1, hs) each, for apply_rope."""
     pair = torch.arange(0, head_size, 2, device=positions.device).float()       # (hs/2,)
     angle = positions[..., None].float() * theta ** (-pair / head_size)         # (B, S, hs/2)
     cos, sin = angle.cos(), angle.sin()
-    return tuple(torch.cat(halves, dim=-1)[:, :, None].to(dtype) for halves in ((cos, cos), (-sin, sin)))
+    # the sign of x1 cos - x2 sin is in the first half of sin
+    cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)    # (B, S, hs)
+    return cos[:, :, None].to(dtype), sin[:, :, None].to(dtype)                 # (B, S, 1, hs)
 
 
-def rotate(x, cos, sin):
-    """
-    Turn x (B, S, nh, hs) by its positions' angles: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
+def apply_rope(x, cos, signed_sin):
+    """Rotate x (B, S, nh, hs) by the angles of its positions: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
     subtle: channel j pairs with j + hs/2 (Hugging Face), not with its neighbour (the paper, Meta's files).
     """
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)       # (B, S, nh, hs)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), signed_sin)    # (B, S, nh, hs)
 
 
 class Attention(nn.Module):
-    def __init__(self, cfg):
+    def __init__(self, cfg, layer_idx):
         super().__init__()
-        self.hs = hs = cfg.head_size
-        self.q_proj = nn.Linear(cfg.width, cfg.heads * hs, bias=cfg.attention_bias)
-        self.k_proj = nn.Linear(cfg.width, cfg.kv_heads * hs, bias=cfg.attention_bias)
-        self.v_proj = nn.Linear(cfg.width, cfg.kv_heads * hs, bias=cfg.attention_bias)
-        self.o_proj = nn.Linear(cfg.heads * hs, cfg.width, bias=cfg.attention_bias)
+        self.layer_idx, self.hs = layer_idx, cfg.head_size
+        self.q_proj = nn.Linear(cfg.width, cfg.heads * self.hs, bias=cfg.attention_bias)
+        self.k_proj = nn.Linear(cfg.width, cfg.kv_heads * self.hs, bias=cfg.attention_bias)
+        self.v_proj = nn.Linear(cfg.width, cfg.kv_heads * self.hs, bias=cfg.attention_bias)
+        self.o_proj = nn.Linear(cfg.heads * self.hs, cfg.width, bias=cfg.attention_bias)
 
     def heads(self, x):
         return x.unflatten(-1, (-1, self.hs))                                   # (B, S, nh, hs)
 
-    def forward(self, x, n, rope, mask, cache, i):
-        """x (B, s, D) -> (B, n, D). mask: (B, 1, n, S), or None, or the lengths of texts that lie end to end."""
-        k = rotate(self.heads(self.k_proj(x)), *rope).transpose(1, 2)           # (B, kv_heads, s, hs)
+    def forward(self, x, rope, n_out, mask, lengths, cache):
+        """x (B, s, D) -> (B, n_out, D), of the last n_out tokens. The arguments are Llama._layers'."""
+        # keys and values of the new tokens, and of those before them
+        k = apply_rope(self.heads(self.k_proj(x)), *rope).transpose(1, 2)       # (B, kv_heads, s, hs)
         v = self.heads(self.v_proj(x)).transpose(1, 2)                          # (B, kv_heads, s, hs)
         if cache is not None:
-            k, v = cache.append(i, k, v)                                        # (B, kv_heads, S, hs)
-        if n == 0:
+            k, v = cache.append(self.layer_idx, k, v)                           # (B, kv_heads, S, hs)
+        if n_out == 0:                                                          # only the cache was to be filled
             return x[:, :0]
-        q = rotate(self.heads(self.q_proj(x[:, -n:])), *(t[:, -n:] for t in rope)).transpose(1, 2)  # (B, nh, n, hs)
-        groups = q.shape[1] // k.shape[1]
-        k, v = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (k, v))    # (B, nh, S, hs)
-        if isinstance(mask, list):                                              # each text sees itself alone
-            texts = zip(*(t.split(mask, dim=2) for t in (q, k, v)), strict=True)
-            y = torch.cat([attend(*text, is_causal=True) for text in texts], dim=1)     # (1, N, nh, hs)
+
+        # queries of the last n_out tokens; each key/value head serves a group of query heads
+        q = self.heads(self.q_proj(x[:, -n_out:]))                              # (B, n_out, nh, hs)
+        q = apply_rope(q, *(t[:, -n_out:] for t in rope)).transpose(1, 2)       # (B, nh, n_out, hs)
+        group = q.shape[1] // k.shape[1]
+        if group > 1:
+            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)     # (B, nh, S, hs)
+
+        if lengths is None:
+            # without a mask a sequence (n_out = S) is causal, and a single new token (n_out = 1) sees all before it
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and n_out > 1)
+            y = y.transpose(1, 2)                                               # (B, n_out, nh, hs)
         else:
-            # without a mask: a whole sequence (n = S) is causal, a single new token (n = 1) sees all before it
-            y = attend(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1)      # (B, n, nh, hs)
-        return self.o_proj(y.flatten(2))                                        # (B, n, D)
-
-
-def attend(q, k, v, **how):
-    """q (B, nh, n, hs), k and v (B, nh, S, hs) -> (B, n, nh, hs)."""
-    return F.scaled_dot_product_attention(q, k, v, **how).transpose(1, 2)
+            # packed texts: each sees itself only
+            texts = zip(*(t.split(lengths, dim=2) for t in (q, k, v)), strict=True)
+            y = [F.scaled_dot_product_attention(*text, is_causal=True).transpose(1, 2) for text in texts]
+            y = torch.cat(y, dim=1)                                             # (1, N, nh, hs)
+        return self.o_proj(y.flatten(2))                                        # (B, n_out, D)
 
 
 class MLP(nn.Module):
@@ -174,119 +170,126 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, cfg):
+    def __init__(self, cfg, layer_idx):
         super().__init__()
         self.input_layernorm = RMSNorm(cfg.width, cfg.eps)
-        self.self_attn = Attention(cfg)
+        self.self_attn = Attention(cfg, layer_idx)
         self.post_attention_layernorm = RMSNorm(cfg.width, cfg.eps)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, n, rope, mask, cache, i, target_positions=None):
-        """x (B, s, D), all of which is read -> the n last tokens' new state (B, n, D); of them only at these places."""
-        x = x[:, x.shape[1] - n:] + self.self_attn(self.input_layernorm(x), n, rope, mask, cache, i)    # (B, n, D)
-        x = x if target_positions is None else x.index_select(1, target_positions)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x, rope, n_out, mask, lengths, cache, target_positions):
+        """x (B, s, D) -> (B, n_out, D), or (1, n, D) at target_positions. The arguments are Llama._layers'."""
+        x = x[:, x.shape[1] - n_out:] + self.self_attn(self.input_layernorm(x), rope, n_out, mask, lengths, cache)
+        if target_positions is not None:
+            x = x.index_select(1, target_positions)                             # (1, n, D)
+        return x + self.mlp(self.post_attention_layernorm(x))                   # (B, n_out, D)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the whole
 
-def attention_mask(mask, s):
+def attention_mask(mask, s, dtype):
+    """Padding mask (B, S) of all tokens so far, 1 = token -> what the s newest of them may see: 0, or -inf where not,
+    (B or 1, 1, s, S), to be added to the scores; None where causality alone is right.
     """
-    Padding mask (B, S) of all tokens so far, 1 = token -> what the s newest of them may see: (B or 1, 1, s, S) bool,
-    or None where causality alone says it.
-    """
-    S = mask.shape[1]
-    if s in (1, S) and mask.all():
+    S, no_padding = mask.shape[1], mask.all().item()
+    # subtle: padding after the last real token does no harm, for no real token sees what comes after it
+    if no_padding and s in (1, S) or s == S and (mask.diff(dim=1) <= 0).all():
         return None
-    # subtle: behind the last real token padding does no harm, for no real token ever looks right
-    if s == S and (mask.diff(dim=1) <= 0).all():
-        return None
-    causal = torch.ones(s, S, dtype=torch.bool, device=mask.device).tril(S - s)     # (s, S)
-    if mask.all():
-        return causal[None, None]                                                   # (1, 1, s, S)
-    allowed = causal & mask.bool()[:, None, None, :]                                # (B, 1, s, S)
-    # subtle: a padding row on the left may see nothing, and softmax over nothing is NaN: let each row see itself
-    return allowed | torch.eye(s, S, dtype=torch.bool, device=mask.device).roll(S - s, dims=1)
 
-
-def additive(allowed, dtype):
-    """Bools -> 0 or minus infinity, to be added to the scores: attention would do this to bools in every layer."""
-    return allowed if allowed is None else torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, -torch.inf)
+    visible = torch.ones(s, S, dtype=torch.bool, device=mask.device).tril(S - s)[None, None]    # (1, 1, s, S)
+    if not no_padding:
+        # subtle: a padding row on the left may see nothing, and softmax over nothing is NaN: let each row see itself
+        itself = torch.eye(s, S, dtype=torch.bool, device=mask.device).roll(S - s, dims=1)      # (s, S)
+        visible = visible & mask.bool()[:, None, None, :] | itself              # (B, 1, s, S)
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
 
 
 class Llama(nn.Module):
-    """
-    forward: embeds (B, S, D), mask (B, S) 1 = token, padding left or right -> hidden (B, S, D) after the final norm;
-    logits are self.lm_head(hidden), so that callers compute them only where they are needed. With a KVCache, embeds
-    and mask are those of the new tokens only. Training has no padding: texts lie end to end in one row, (1, N, D), with
-    their lengths. Raises ValueError beyond max_positions.
+    """forward reads padded batches, with a cache or without; forward_packed reads texts without padding, for training.
+    Both return hidden states after the final norm: logits are self.lm_head(hidden), where a caller needs them.
     """
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(cfg.vocab_size, cfg.width),
-            "layers": nn.ModuleList(Layer(cfg) for _ in range(cfg.depth)),
+            "layers": nn.ModuleList(Layer(cfg, i) for i in range(cfg.depth)),
             "norm": RMSNorm(cfg.width, cfg.eps),
         })
         self.lm_head = nn.Linear(cfg.width, cfg.vocab_size, bias=False)
-        self.init_weights(cfg.init_std)
+        self._init_weights()
         if cfg.tied:
             self.tie()
 
     def tie(self):
-        head = getattr(self.lm_head, "base", self.lm_head)                      # behind LoRA
+        head = getattr(self.lm_head, "base", self.lm_head)                      # LoRA wraps the layer
         head.weight = self.model["embed_tokens"].weight
 
-    def init_weights(self, std=0.02):
-        """Normal with this std; 0: each matrix by its own width, as narrow models need it to learn quickly."""
+    def _init_weights(self):
         for name, p in self.named_parameters():
             if p.ndim == 2:
-                own = 1.0 if "embed_tokens" in name else p.shape[1] ** -0.5
+                std = 1.0 if "embed_tokens" in name else p.shape[1] ** -0.5
                 if name.endswith(("o_proj.weight", "down_proj.weight")):
-                    own /= (2 * self.cfg.depth) ** 0.5          # so many branches add up in the stream
-                nn.init.normal_(p, std=std or own)
+                    std /= (2 * self.cfg.depth) ** 0.5                          # 2 * depth branches add up in x
+                nn.init.normal_(p, std=self.cfg.init_std or std)
 
     def embed(self, ids):                                                       # (B, S)
         return self.model["embed_tokens"](ids)                                  # (B, S, D)
 
-    def forward(self, embeds, mask=None, cache=None, last=None, lengths=None, target_positions=None):
-        """embeds (B, s, D), mask (B, s) -> hidden (B, s, D), or (B, last, D): of so many last tokens alone.
+    def forward(self, embeds, mask=None, cache=None, logits_to_keep=None):
+        """embeds (B, s, D), mask (B, s) 1 = token, padding left or right -> hidden (B, s, D).
 
-        The last layer then computes no others; with 0 it only fills the cache.
-        lengths: of texts end to end, embeds (1, N, D), each of which sees itself alone. places (n,): those of the N
-        whose hidden is wanted -> (1, n, D).
+        With a KVCache, embeds and mask are those of the new tokens. logits_to_keep: return the last tokens only; the
+        last layer then computes no others, with 0 it only fills the cache. ValueError beyond cfg.max_positions tokens.
         """
-        s, depth = embeds.shape[1], self.cfg.depth
-        wanted = [s] * (depth - 1) + [s if last is None else last]
-        if lengths is None:
-            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device) if mask is None else mask
-            mask = mask if cache is None else cache.append_mask(mask)           # (B, S), old tokens and new ones
-            # n: (B, 1, n, S) or None
-            masks = {n: additive(attention_mask(mask, n), embeds.dtype) for n in set(wanted)}
-            positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -s:]        # (B, s), padding is not counted
-            longest = mask.sum(1).max() if mask.shape[1] > self.cfg.max_positions else 0
-        else:
-            masks, longest = dict.fromkeys(wanted, lengths), max(lengths)
-            positions = torch.cat([torch.arange(n, device=embeds.device) for n in lengths])[None]     # (1, N)
+        # the mask of all tokens so far, and the positions of the new ones; padding is not counted
+        s = embeds.shape[1]
+        if mask is None:
+            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)     # (B, s)
+        if cache is not None:
+            mask = mask if cache.mask is None else torch.cat((cache.mask, mask), dim=1)     # (B, S)
+            cache.mask = mask
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -s:]            # (B, s)
+        if mask.shape[1] > self.cfg.max_positions:                              # else no need to sync a GPU
+            self._check_length(mask.sum(1).max().item())
+
+        # the last layer may compute fewer tokens, whose mask is another
+        n_out = s if logits_to_keep is None else logits_to_keep
+        masks = {n: attention_mask(mask, n, embeds.dtype) for n in {s, n_out}}  # (B or 1, 1, n, S) or None
+        return self._layers(embeds, positions, n_out, masks, cache=cache)       # (B, n_out, D)
+
+    def forward_packed(self, embeds, lengths, target_positions=None):
+        """embeds (1, N, D): texts of these lengths, one after another; each sees itself only -> hidden (1, N, D), or
+        (1, n, D) at target_positions (n,). ValueError for a text beyond cfg.max_positions tokens.
+        """
+        self._check_length(max(lengths))
+        positions = torch.cat([torch.arange(n, device=embeds.device) for n in lengths])[None]   # (1, N)
+        return self._layers(embeds, positions, embeds.shape[1], lengths=lengths, target_positions=target_positions)
+
+    def _check_length(self, longest):
         if longest > self.cfg.max_positions:
             raise ValueError(f"{longest} tokens, but the LLM takes at most {self.cfg.max_positions}: shorten the text "
                              "or the video")
-        rope = rope_angles(positions, self.cfg.head_size, self.cfg.rope_theta, embeds.dtype)
+
+    def _layers(self, x, positions, n_out, masks=None, lengths=None, cache=None, target_positions=None):
+        """x (B, s, D) at positions (B, s) through all layers; the last one computes n_out tokens only. masks[n]: for n
+        queries, see attention_mask; packed texts have lengths instead.
+        """
+        rope = rope_cos_sin(positions, self.cfg.head_size, self.cfg.rope_theta, x.dtype)    # (B, s, 1, hs) each
         recompute = self.cfg.checkpoint_layers and self.training and torch.is_grad_enabled()
-        x = embeds
-        for i, (layer, n) in enumerate(zip(self.model["layers"], wanted, strict=True)):
-            args = (x, n, rope, masks[n], cache, i, target_positions if i == depth - 1 else None)
+        for i, layer in enumerate(self.model["layers"]):
+            is_last = i == self.cfg.depth - 1
+            n = n_out if is_last else x.shape[1]
+            args = (x, rope, n, masks and masks[n], lengths, cache, target_positions if is_last else None)
             x = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
-        return self.model["norm"](x)                                            # (B, last, D)
+        return self.model["norm"](x)                                            # (B, n_out, D)
 
     @torch.no_grad()
     def generate(self, embeds, mask=None, max_new_tokens=100, stop=(), temperature=0.0, generator=None):
-        """
-        Continue a prompt: embeds (B, S, D), padded on the left -> a list of B lists of new ids.
+        """Continue prompts: embeds (B, S, D), padded on the left -> B lists of new ids.
 
-        stop: ids that end a row (and are left out), or a function (the row's new ids) -> True when it is complete;
-        what it stopped at is then kept. temperature 0 is greedy, above it tokens are drawn with generator, a CPU one.
+        stop: ids that end a row and are left out; or a function of a row's new ids that returns True when the row is
+        complete, whose last ids stay. temperature 0 is greedy; above it, tokens are sampled with generator, a CPU one.
         Raises ValueError if a prompt ends in padding.
         """
         if mask is not None and not mask[:, -1].all():
@@ -294,28 +297,23 @@ class Llama(nn.Module):
         cache = KVCache(self.cfg.depth)
         rows, done = [[] for _ in embeds], [False] * len(embeds)
         for _ in range(max_new_tokens):
-            logits = self.lm_head(self(embeds, mask, cache, last=1)[:, 0])      # (B, V)
-            ids = sample(logits, temperature, generator)                        # (B,)
-            for row, new in enumerate(ids.tolist()):
-                done[row] = done[row] or extend(rows[row], new, stop)
+            # the next token of every row
+            logits = self.lm_head(self(embeds, mask, cache, logits_to_keep=1)[:, 0])    # (B, V)
+            if temperature == 0:
+                ids = logits.argmax(-1)                                         # (B,)
+            else:
+                # on the CPU, so that one generator serves every device and a seed gives the same tokens on each
+                probs = (logits.float() / temperature).softmax(-1).cpu()        # (B, V)
+                ids = torch.multinomial(probs, 1, generator=generator)[:, 0].to(logits.device)  # (B,)
+
+            # rows end one by one
+            for i, token in enumerate(ids.tolist()):
+                if not callable(stop) and token in stop:
+                    done[i] = True
+                if not done[i]:
+                    rows[i].append(token)
+                    done[i] = callable(stop) and bool(stop(rows[i]))
             if all(done):
                 break
             embeds, mask = self.embed(ids[:, None]), None                       # (B, 1, D)
         return rows
-
-
-def sample(logits, temperature, generator):
-    """(B, V) -> ids (B,): the best at temperature 0, otherwise drawn from the softmax."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    probabilities = (logits.float() / temperature).softmax(-1)                  # (B, V)
-    # on the CPU, so that one generator serves every device and a seed gives the same tokens on each
-    return torch.multinomial(probabilities.cpu(), 1, generator=generator)[:, 0].to(logits.device)
-
-
-def extend(ids, new, stop):
-    """Add the id new to the list ids -> whether the row is complete now (see generate's stop)."""
-    if not callable(stop) and new in stop:
-        return True
-    ids.append(new)
-    return callable(stop) and bool(stop(ids))

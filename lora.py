@@ -1,11 +1,10 @@
-"""
-Low-rank updates of frozen Linear layers: add them, list them, merge them into the weights.
+"""Low-rank updates of frozen Linear layers: add them, merge them into the weights.
 
          x (in)
          |---------------.
          |            dropout
       W frozen           |
-    (out, in)      A (r, in)      drawn at random
+    (out, in)      A (r, in)      random at the start
          |               |  r numbers, a bottleneck
          |         B (out, r)     zeros: at the start the update is nothing
          |               |
@@ -14,11 +13,11 @@ Low-rank updates of frozen Linear layers: add them, list them, merge them into t
          |
          y (out)                  y = W x + (alpha / r) B A x,   merged: W' = W + (alpha / r) B A
 
-r 16 on q_proj and v_proj of a 7B LLaMA: 8.4 million weights learn in the place of 6.7 billion.
-Not here: which layers get one (model.py), biases, embeddings and convolutions.
+With r = 16 on q_proj and v_proj of a 7B LLaMA, 8.4 million weights train instead of 6.7 billion.
+Not here: which layers get one (model.py); biases, embeddings and convolutions.
 
-Source: LoRA (arXiv 2106.09685, section 4.1). peft, which the official code uses, calls our lora_A.weight
-lora_A.default.weight, and base.weight is there the layer's own weight.
+Source: LoRA (arXiv 2106.09685, section 4.1). In peft, which the official code uses, our lora_A.weight is called
+lora_A.default.weight, and our base.weight is the layer's own weight.
 Run:    python -m pytest tests/test_lora.py
 """
 import math
@@ -34,7 +33,7 @@ class LoRALinear(nn.Module):
         if r < 1:
             raise ValueError(f"LoRA's rank is {r}, expected at least 1")
         self.base = base.requires_grad_(False)
-        # a base on the meta device gets its weight later (weights/hf_llama.py); the update begins to exist now
+        # a base on the meta device gets its weight later (weights/hf_llama.py); the update needs memory now
         device = None if base.weight.is_meta else base.weight.device
         self.lora_A = nn.Linear(base.in_features, r, bias=False, device=device)
         self.lora_B = nn.Linear(r, base.out_features, bias=False, device=device)
@@ -45,38 +44,39 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         y = self.base(x)                                                        # (..., out)
-        # the update stays in float32 beside a bfloat16 base: its steps are too small for bfloat16
-        if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.lora_A.weight.dtype)                                  # autocast would narrow it again
+        # the update is float32 even if the base is bfloat16, whose precision is too low for its small steps
+        if not torch.is_autocast_enabled(x.device.type):                        # autocast chooses the dtype itself
+            x = x.to(self.lora_A.weight.dtype)
         update = self.lora_B(self.lora_A(self.dropout(x)))                      # (..., r), (..., out)
         return y + (self.scale * update).to(y.dtype)
 
     @torch.no_grad()
     def merged(self):
-        """The base, with the update added to its weight in place. ValueError for a base in 8 bits."""
+        """The base, with the update added to its weight in place. ValueError for an int8 base."""
         if not self.base.weight.is_floating_point():
-            raise ValueError("LoRA's update is too small for a weight in 8 bits: merge it before, into the LLM's own")
+            raise ValueError("LoRA's update is too small for a weight in 8 bits: load the LLM without --llm-int8")
         update = self.scale * self.lora_B.weight @ self.lora_A.weight           # (out, r) @ (r, in) -> (out, in)
         self.base.weight.copy_(self.base.weight.to(update.dtype) + update)
         return self.base
 
 
 def replace_module(root, name, new):
-    """Put new in the place of the part of root that has this dotted name."""
+    """Replace the submodule of root that has this dotted name: "layers.0.self_attn.q_proj"."""
     parent, _, leaf = name.rpartition(".")
     setattr(root.get_submodule(parent), leaf, new)
 
 
 def add_lora(module, names, r, alpha, dropout=0.0):
+    """Wrap every Linear inside module whose last name is one of names ("q_proj", ...) -> their full names.
+
+    Raises ValueError, and wraps nothing, if no Linear has one of the names: a typo would silently train less.
     """
-    Wrap every Linear inside module whose last name is one of names ("q_proj", ...) -> their full names.
-    Raises ValueError, and wraps nothing, if one of names fits no Linear: a misspelt name would silently train less.
-    """
-    linears = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
-    for wanted in names:
-        if not any(name.rpartition(".")[2] == wanted for name in linears):
-            found = sorted({name.rpartition(".")[2] for name in linears})
-            raise ValueError(f'LoRA: no Linear layer is called "{wanted}", there are {", ".join(found)}')
+    linears = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+    last_names = {name.rpartition(".")[2] for name in linears}
+    unknown = sorted(set(names) - last_names)
+    if unknown:
+        raise ValueError(f'LoRA: no Linear layer is called "{unknown[0]}", there are {", ".join(sorted(last_names))}')
+
     wrapped = [name for name in linears if name.rpartition(".")[2] in names]
     for name in wrapped:
         replace_module(module, name, LoRALinear(linears[name], r, alpha, dropout))
@@ -85,17 +85,7 @@ def add_lora(module, names, r, alpha, dropout=0.0):
 
 def merge_lora(module):
     """Add every update to its frozen weight in place, and put the plain Linear back -> their full names."""
-    layers = {name: part for name, part in module.named_modules() if isinstance(part, LoRALinear)}
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, LoRALinear)}
     for name, layer in layers.items():
         replace_module(module, name, layer.merged())
     return list(layers)
-
-
-def lora_state(module):
-    """The updates alone, {name: tensor}: what a checkpoint beside a frozen LLM needs."""
-    return {name: tensor for name, tensor in module.state_dict().items() if "lora_" in name}
-
-
-def lora_parameters(module):
-    """The updates' parameters, for an optimizer."""
-    return [p for name, p in module.named_parameters() if "lora_" in name]

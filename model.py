@@ -1,13 +1,13 @@
-"""The assembled VideoChat2: a video goes in, language comes out.
+"""VideoChat2, assembled: a video goes in, language comes out.
 
     video (B, T, 3, H, W) -> vision_encoder -> (B, N, C) -> qformer -> (B, Q, E) -> llama_proj -> (B, Q, D)
-    the projected queries stand in the prompt like Q words of a foreign language; the LLM reads on from there.
+    the projected queries fill Q places of the prompt, like Q words of a foreign language; the LLM continues it.
 
 This file joins the parts (vit_video, qformer, llama, lora), names the sizes (PRESETS) and says what trains in which
-stage (PARTS, FROZEN). It does not read files (checkpoint.py, data.py), build prompts (prompt.py) or run the loop.
+stage (FROZEN). Not here: files (weights/checkpoint.py, data.py), prompts (prompt.py), the training loop (train.py).
 
 Source: paper section 4 (figure 4); official models/videochat2_{qformer,pt_vicuna,it_vicuna}.py.
-Try:    python model.py            # every preset's parts with their parameter counts, nothing is allocated
+Try:    python model.py            # every preset's parts with their parameter counts; allocates nothing
 
 Letters used for shapes, here and in every file:
     B batch   T frames   L patches per frame   N = T * L patches per video   Q queries   S text tokens
@@ -15,7 +15,8 @@ Letters used for shapes, here and in every file:
 """
 import re
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -27,40 +28,42 @@ from prompt import VIDEO, add_packing, pack_rows
 from qformer import QFormer, QFormerConfig, Stage1Heads
 from vit_video import VisionTransformer, ViTConfig
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 # ---------------------------------------------------------------------------------------------------------------- sizes
 
-
+# names of Config's fields in older checkpoints
 OLD_FIELDS = {"style": "prompt_style", "tell_seconds": "add_timestamps", "train_choice": "frame_sampling"}
 
 
 @dataclass
 class Config:
-    """Sizes and conventions of one model. The defaults are VideoChat2 with Vicuna-7B v0 (spec: paper table 10)."""
+    """Sizes and conventions of one model. The defaults are VideoChat2 with Vicuna-7B v0 (paper, table 10)."""
     preset: str = "vicuna-7b"
     vit: ViTConfig = field(default_factory=ViTConfig)
     qformer: QFormerConfig = field(default_factory=QFormerConfig)
     llama: LlamaConfig = field(default_factory=LlamaConfig)
     n_query: int = 32               # learned in stage 1
     n_extra: int = 64               # added in stages 2 and 3: the LLM then reads 32 + 64 = 96 tokens
-    extra_std: float = 0.0          # they start at zero, and only dropout tells them apart: without it, not all zero
+    extra_std: float = 0.0          # of their initial values; with zeros, only dropout makes them differ
     align_frames: int = 4           # frames of a clip in stage 1, the length of vision_temp_embed
     train_frames: int = 8           # frames of a clip in stages 2 and 3
     eval_frames: int = 16           # frames of a clip in MVBench and chat
     align_text: int = 32            # tokens of a caption in stage 1
-    max_text: int = 512             # tokens of a prompt in stages 2 and 3, the video's not counted
+    max_text: int = 512             # tokens of a prompt in stages 2 and 3, without the video's
     lora_names: tuple = ("q_proj", "v_proj")
     lora_r: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.1
-    prompt_style: str = "vicuna"           # how a conversation is written: prompt.py
-    frame_sampling: str = "rand"      # which frames of a clip training takes: video.train_frame_indices
-    add_timestamps: bool = True       # stage 3 says at which seconds the frames were taken
+    prompt_style: str = "vicuna"    # how a conversation is written: prompt.py
+    frame_sampling: str = "rand"    # which frames of a clip training takes: video.train_frame_indices
+    add_timestamps: bool = True     # stage 3 says at which seconds the frames were taken
     crop: bool = True               # random resized crop in training, centre crop in evaluation
-    flip: bool = False              # half of the training clips mirrored, as officially; "left" then means right
-    # what the official code does oddly and the released weights have grown used to; the toy does none of it
+    flip: bool = False              # mirror half of the training clips, as the official code does; left becomes right
+    # oddities of the official code that the released weights depend on; the toy has none of them
     train_norm: str = "imagenet"    # QUIRK dataset/__init__.py:37 trains with ImageNet's mean and std ...
     eval_norm: str = "clip"         # ... conversation.py:103 evaluates with CLIP's
-    bos_ones: bool = True           # QUIRK videochat2_it_vicuna.py:299: stage 3 trains with ones in the place of <s>
+    bos_ones: bool = True           # QUIRK videochat2_it_vicuna.py:299: stage 3 trains with ones instead of <s>
     train_separators: bool = True   # prompt.vicuna_turns
     question_in_qformer: bool = True  # QUIRK it_dataset.py:101: the paper's table 11 says 50.8 with it, 51.1 without
     caption_sep: bool = False       # tokenizer.WordPiece.encode: stage 1 reads captions without [SEP]
@@ -68,16 +71,18 @@ class Config:
 
     @classmethod
     def from_dict(cls, d):
-        """Inverse of asdict; reads the names that older checkpoints use. Raises ValueError for a key that no field has."""
+        """The Config that asdict turned into d, with the defaults for what d lacks; reads older checkpoints' names,
+        too. Raises ValueError for a key that no field has.
+        """
         d = {OLD_FIELDS.get(name, name): value for name, value in d.items()}
         for name, part in (("vit", ViTConfig), ("qformer", QFormerConfig), ("llama", LlamaConfig)):
-            d[name] = checked(part, d.get(name, {}))
-        config = checked(cls, d)
+            d[name] = strict_init(part, d.get(name, {}))
+        config = strict_init(cls, d)
         config.lora_names = tuple(config.lora_names)
         return config
 
 
-def checked(cls, d):
+def strict_init(cls, d):
     """cls(**d), with an error that names what cls does not know."""
     unknown = sorted(set(d) - {f.name for f in fields(cls)})
     if unknown:
@@ -85,88 +90,71 @@ def checked(cls, d):
     return cls(**d)
 
 
-def toy_config():
-    """64-pixel clips of coloured shapes: 8 frames x 16 patches = 128 tokens; about 3 million parameters in all."""
-    return Config(
-        preset="toy",
-        vit=ViTConfig(img_size=64, patch_size=16, width=128, depth=3, heads=4, frames=8, init_std=0.0,
-                      pos_scale=2.0),
-        qformer=QFormerConfig(vocab_size=0, width=128, depth=4, heads=4, ffn=512, vision_width=128, embed_dim=128,
-                              cross_every=1, max_positions=256, dropout=0.0, drop_path=0.0, init_std=0.0),
-        llama=LlamaConfig(vocab_size=0, width=128, depth=4, heads=4, kv_heads=4, ffn=384, init_std=0.0),
-        n_query=16, n_extra=16, extra_std=0.02, align_frames=8, train_frames=8, eval_frames=8, align_text=64,
-        lora_names=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        lora_dropout=0.0, crop=False, add_timestamps=False, frame_sampling="mvbench",
-        eval_norm="imagenet", bos_ones=False, train_separators=False, question_in_qformer=False)
+# the presets, as differences from the defaults above
+EVERY_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+# 64-pixel clips of coloured shapes: 8 frames x 16 patches = 128 tokens; about 3 million parameters in all.
+# vocab_size 0: known when the tokenizers are made. pos_scale: in a ViT trained from scratch the patches grow,
+# eighteenfold within 9,000 steps, and the positions would be lost among them.
+TOY = dict(
+    vit=dict(img_size=64, width=128, depth=3, heads=4, frames=8, init_std=0.0, pos_scale=2.0),
+    qformer=dict(vocab_size=0, width=128, depth=4, heads=4, ffn=512, vision_width=128, embed_dim=128, cross_every=1,
+                 max_positions=256, dropout=0.0, drop_path=0.0, init_std=0.0),
+    llama=dict(vocab_size=0, width=128, depth=4, heads=4, kv_heads=4, ffn=384, init_std=0.0),
+    n_query=16, n_extra=16, extra_std=0.02, align_frames=8, train_frames=8, eval_frames=8, align_text=64,
+    lora_names=EVERY_LINEAR, lora_dropout=0.0, crop=False, add_timestamps=False, frame_sampling="mvbench",
+    eval_norm="imagenet", bos_ones=False, train_separators=False, question_in_qformer=False)
 
-def micro_config():
-    """As small as it gets, for tests: every stage takes a step within a fraction of a second."""
-    toy = toy_config()
-    # dropout as in the real sizes, so that tests notice where going on draws other numbers
-    return replace(toy, preset="micro", lora_dropout=0.05,
-                   vit=replace(toy.vit, width=32, depth=2, heads=2, frames=4),
-                   qformer=replace(toy.qformer, width=32, depth=2, heads=2, ffn=64, vision_width=32, embed_dim=32,
-                                   dropout=0.1, drop_path=0.1),
-                   llama=replace(toy.llama, width=32, depth=2, heads=2, kv_heads=1, ffn=64),
-                   n_query=4, n_extra=4, align_frames=4, train_frames=4, eval_frames=4, lora_r=4, lora_alpha=8)
+# for tests: every stage takes a step in a fraction of a second. Dropout as in the real sizes, so that tests notice when
+# a resumed run draws other random numbers.
+MICRO = TOY | dict(
+    vit=TOY["vit"] | dict(width=32, depth=2, heads=2, frames=4),
+    qformer=TOY["qformer"] | dict(width=32, depth=2, heads=2, ffn=64, vision_width=32, embed_dim=32,
+                                  dropout=0.1, drop_path=0.1),
+    llama=TOY["llama"] | dict(width=32, depth=2, heads=2, kv_heads=1, ffn=64),
+    n_query=4, n_extra=4, align_frames=4, train_frames=4, eval_frames=4, lora_r=4, lora_alpha=8, lora_dropout=0.05)
 
+# the stronger later variant: Mistral-7B-Instruct-v0.2. Source: it_dataset_mistral.py, which gives the Q-Former no
+# question, and no model the seconds
+MISTRAL = dict(
+    llama=dict(kv_heads=8, ffn=14336, eps=1e-5, rope_theta=1e6, max_positions=32768),
+    lora_names=(*EVERY_LINEAR, "lm_head"), prompt_style="mistral", question_in_qformer=False, add_timestamps=False)
 
-def mistral_config():
-    """The stronger later variant: Mistral-7B-Instruct-v0.2, LoRA on every linear layer. Source: it_dataset_mistral.py,
-    which tells the Q-Former no question and nobody the seconds."""
-    return Config(
-        preset="mistral-7b", prompt_style="mistral", question_in_qformer=False, add_timestamps=False,
-        llama=LlamaConfig(kv_heads=8, ffn=14336, eps=1e-5, rope_theta=1e6, max_positions=32768),
-        lora_names=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"))
+# {name: function that makes the Config}
+PRESETS = {name: partial(Config.from_dict, {"preset": name, **differences}) for name, differences in (
+    ("toy", TOY), ("micro", MICRO), ("vicuna-7b", {}), ("mistral-7b", MISTRAL))}
 
-
-PRESETS = {"toy": toy_config, "micro": micro_config, "vicuna-7b": Config, "mistral-7b": mistral_config}
-
-# ------------------------------------------------------------------------------------------- what trains in which stage
-
-PARTS = {  # which parts a stage's model has
-    1: ("vision", "qformer", "align"),
-    2: ("vision", "qformer", "connect", "llm"),
-    3: ("vision", "qformer", "connect", "llm", "lora"),
-}
-FROZEN = {  # names that do not train, as patterns; everything else does
-    1: r"^vision_encoder\.",
-    # stage 2 puts no text into the Q-Former: its word embeddings and the FFN of its text rows would get no gradient
-    2: r"^llama_model\.|\.(word|position)_embeddings\.|\.layer\.\d+\.(intermediate|output)\.",
-    3: r"^llama_model\.(?!.*lora_)",
-}
-
+# ------------------------------------------------------------------------------------------------------------ the model
 
 class VideoChat2(nn.Module):
     """The parts of one stage under the official checkpoint's names.
 
-    stage 1 has the losses' heads (aligner) and no LLM; stages 2 and 3 have projection, extra queries and the LLM;
-    stage 3 has LoRA in the LLM.
+    Stage 1 has the heads of its losses (aligner) and no LLM; stages 2 and 3 have extra queries, projection and LLM;
+    stage 3 has LoRA in the LLM. defer_llm: the LLM's weights get no memory until weights.checkpoint.attach_llm.
     """
 
     def __init__(self, cfg, stage, defer_llm=False):
-        """defer_llm: the LLM's own weights get no memory; checkpoint.attach_llm brings them."""
         super().__init__()
-        parts = PARTS[stage]
-        C, E, D = cfg.vit.width, cfg.qformer.width, cfg.llama.width
         self.cfg, self.stage = cfg, stage
+        C, E, D = cfg.vit.width, cfg.qformer.width, cfg.llama.width
+
+        # ViT, queries and Q-Former of every stage
         self.vision_encoder = VisionTransformer(cfg.vit)
         self.vision_layernorm = nn.LayerNorm(C, eps=1e-12)
         self.query_tokens = nn.Parameter(torch.empty(1, cfg.n_query, E).normal_(std=0.02))
         self.qformer = QFormer(cfg.qformer)
-        if "align" in parts:
+
+        # what the losses of the stage need
+        if stage == 1:
             self.vision_temp_embed = nn.Parameter(torch.zeros(1, cfg.align_frames, 1, C))
             self.aligner = Stage1Heads(cfg.qformer)
         else:
-            self.qformer.cls = None                            # it writes captions in stage 1 and nowhere else
-        if "connect" in parts:
+            self.qformer.cls = None                                 # it writes captions in stage 1 only
             self.extra_query_tokens = nn.Parameter(torch.zeros(1, cfg.n_extra, E).normal_(std=cfg.extra_std))
             self.llama_proj = nn.Linear(E, D)
-        if "llm" in parts:
             with torch.device("meta") if defer_llm else nullcontext():
                 self.llama_model = Llama(cfg.llama)
-        if "lora" in parts:
+        if stage == 3:
             add_lora(self.llama_model, cfg.lora_names, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout)
 
     @property
@@ -176,93 +164,105 @@ class VideoChat2(nn.Module):
     # ---- stage 1
 
     def encode_video_stage1(self, video, features=None):
-        """video (B, T, 3, H, W), or the ViT's features of it (B, T, L, C) -> (B, N, C) with vision_temp_embed."""
-        x = self.vision_encoder(video) if features is None else features   # (B, T, L, C)
-        time = self.vision_temp_embed                                      # (1, align_frames, 1, C)
+        """video (B, T, 3, H, W), or the ViT's features of it (B, T, L, C) -> (B, N, C), with vision_temp_embed."""
+        x = self.vision_encoder(video) if features is None else features    # (B, T, L, C)
+        time = self.vision_temp_embed                               # (1, align_frames, 1, C)
         if x.shape[1] == 1 and not self.cfg.repeat_image:
-            time = time[:, :1]                                             # else broadcasting repeats the image
-        return self.vision_layernorm((x + time).flatten(1, 2))             # (B, N, C)
+            time = time[:, :1]                                      # else broadcasting repeats the image
+        return self.vision_layernorm((x + time).flatten(1, 2))      # (B, N, C)
 
-    def stage1_losses(self, batch, dec_id, generator=None, captions_only=False, **options):
-        """Stage 1: {"vtc", "vtm", "vtg"} of video (B, T, 3, H, W) and caption ids, mask (B, S), idx (B,).
+    def stage1_losses(self, batch, dec_id, dist, generator=None, vtg_only=False, global_negatives=False):
+        """Stage 1: {"vtc", "vtm", "vtg"} of video (B, T, 3, H, W) and captions ids, mask (B, S), idx (B,).
 
-        dec_id: id of [DEC], which opens a caption to be generated. generator: draws the hard negatives.
-        captions_only: "vtg" alone. options: of Stage1Heads.losses, for several processes.
+        dec_id: id of [DEC], which opens a caption to be generated. generator: draws the hard negatives. The other
+        arguments are those of Stage1Heads.losses. Raises ValueError if VTM would have a single clip.
         """
-        if not captions_only and not options.get("global_negatives") and batch.get("clips", 2) < 2:
+        if not vtg_only and not global_negatives and batch.get("clips", 2) < 2:
             raise ValueError("matching (VTM) needs for each clip another one in the batch, but a batch of "
                              f"{len(batch['idx'])} holds a single clip: choose a larger --batch for each process")
-        vision = self.encode_video_stage1(batch["video"], batch.get("features"))  # (B, N, C)
-        return self.aligner.losses(self.qformer, self.query_tokens, vision, batch["ids"], batch["mask"], batch["idx"],
-                                   dec_id, generator=generator, captions_only=captions_only, **options)
+        vision = self.encode_video_stage1(batch["video"], batch.get("features"))    # (B, N, C)
+        return self.aligner.losses(self.qformer, self.query_tokens, vision, batch, dec_id, dist, generator, vtg_only,
+                                   global_negatives)
 
     # ---- stages 2 and 3
 
     def encode_video(self, video, features=None):
         """As encode_video_stage1, but without stage 1's vision_temp_embed."""
-        x = self.vision_encoder(video) if features is None else features   # (B, T, L, C)
-        return self.vision_layernorm(x.flatten(1, 2))                      # (B, N, C)
+        x = self.vision_encoder(video) if features is None else features    # (B, T, L, C)
+        return self.vision_layernorm(x.flatten(1, 2))               # (B, N, C)
 
     def video_tokens(self, vision, instruction_ids=None, instruction_mask=None):
-        """vision (B, N, C), instruction instruction_ids, instruction_mask (B, S) or (1, S) or None -> what the LLM reads (B, Q, D)."""
-        query = torch.cat([self.query_tokens, self.extra_query_tokens], 1)                              # (1, Q, E)
-        # subtle: in training each video has dropout of its own, from the first row on
+        """vision (B, N, C), with an instruction (B, S), or (1, S) for all -> what the LLM reads of it (B, Q, D)."""
+        query = torch.cat([self.query_tokens, self.extra_query_tokens], 1)      # (1, Q, E)
+        # subtle: in training each video has its own dropout, from the first row on
         if self.training or instruction_ids is None or len(instruction_ids) > 1:
-            query = query.expand(len(vision), -1, -1)                                                   # (B, Q, E)
-        # subtle: in training the last layer's text rows have a gradient of zeros, and so weight decay, as officially
-        texts = None if torch.is_grad_enabled() else 0
-        hidden = self.qformer(query=query, ids=instruction_ids, mask=instruction_mask, vision=vision, texts=texts)        # (B, Q + S, E)
-        return self.llama_proj(hidden[:, :query.shape[1]])                                              # (B, Q, D)
+            query = query.expand(len(vision), -1, -1)               # (B, Q, E)
+
+        # subtle: in training the last layer computes its text rows, whose weights then have a gradient of zeros instead
+        # of none, and so weight decay, as in the official code
+        n_text_out = None if torch.is_grad_enabled() else 0
+        hidden = self.qformer(query, instruction_ids, instruction_mask, vision, n_text_out=n_text_out)  # (B, Q + S, E)
+        return self.llama_proj(hidden[:, :query.shape[1]])          # (B, Q, D)
 
     def insert_video_tokens(self, ids, video_tokens=None):
-        """Embeds ids (B, S) -> (B, S, D) and puts video_tokens (B, Q, D) where ids is VIDEO."""
-        slot = ids == VIDEO
-        embeds = self.llama_model.embed(ids.masked_fill(slot, 0))          # (B, S, D)
+        """Embeds ids (B, S) -> (B, S, D), with video_tokens (B, Q, D) where ids is VIDEO."""
+        is_video = ids == VIDEO
+        embeds = self.llama_model.embed(ids.masked_fill(is_video, 0))       # (B, S, D)
         if video_tokens is None:
             return embeds
-        # as masked_scatter, whose backward pass would have to ask a GPU how many places there are
-        place = (slot.cumsum(1) - 1).clamp(min=0, max=video_tokens.shape[1] - 1)            # (B, S): which of the Q
-        tokens = video_tokens.to(embeds.dtype).gather(1, place[..., None].expand(-1, -1, embeds.shape[-1]))
-        return torch.where(slot[..., None], tokens, embeds)                # (B, S, D)
+
+        # like masked_scatter, whose backward pass would sync the GPU
+        index = (is_video.cumsum(1) - 1).clamp(min=0, max=video_tokens.shape[1] - 1)    # (B, S): which of the Q
+        index = index[..., None].expand(-1, -1, embeds.shape[-1])   # (B, S, D)
+        tokens = video_tokens.to(embeds.dtype).gather(1, index)     # (B, S, D)
+        return torch.where(is_video[..., None], tokens, embeds)     # (B, S, D)
 
     def input_embeds(self, batch):
-        """Everything before the LLM's first layer: -> embeds (B, S, D)."""
+        """Everything before the LLM's first layer -> (B, S, D)."""
         video, features = batch.get("video"), batch.get("features")
-        if video is None and features is None:                             # text only
+        if video is None and features is None:                      # text only
             return self.insert_video_tokens(batch["ids"])
-        vision = self.encode_video(video, features)                              # (B, N, C)
-        return self.insert_video_tokens(batch["ids"], self.video_tokens(vision, batch.get("instruction_ids"), batch.get("instruction_mask")))
+        vision = self.encode_video(video, features)                 # (B, N, C)
+        tokens = self.video_tokens(vision, batch.get("instruction_ids"), batch.get("instruction_mask"))     # (B, Q, D)
+        return self.insert_video_tokens(batch["ids"], tokens)       # (B, S, D)
 
     def lm_loss(self, batch):
         """Stages 2 and 3: mean cross-entropy over the label tokens of video, ids, mask, labels (B, S), padded right.
 
-        Collates have added lengths and targets (prompt.add_packing); otherwise a GPU is waited for.
+        The collate functions have added lengths and targets (prompt.add_packing), which would otherwise sync a GPU.
         """
         batch = batch if "targets" in batch else add_packing(batch)
-        embeds = self.input_embeds(batch)                                          # (B, S, D)
+        embeds = self.input_embeds(batch)                           # (B, S, D)
         if self.stage == 3 and self.cfg.bos_ones:
             embeds = torch.cat((torch.ones_like(embeds[:, :1]), embeds[:, 1:]), 1)
         return next_token_loss(self.llama_model, embeds, batch["labels"], batch["lengths"], batch["targets"])
 
 
 def next_token_loss(llama, embeds, labels, lengths, targets):
-    """Next-token cross-entropy, mean over labels != IGNORE. embeds (B, S, D), labels (B, S), padded right, with what
-    prompt.add_packing says of them -> scalar.
+    """Next-token cross-entropy, mean over labels != IGNORE: embeds (B, S, D), labels (B, S), padded right, with their
+    lengths and targets (n,) by prompt.add_packing -> scalar, 0 without targets.
 
-    Padding is not read at all, and logits are computed only where there is a target: the vocabulary is the widest axis
-    of the whole model.
+    Padding is not read at all, and logits are computed only at targets: the vocabulary is the model's widest axis.
     """
-    hidden = llama(pack_rows(embeds, lengths), lengths=lengths, target_positions=targets)                    # (1, n, D)
-    logits = llama.lm_head(hidden[0]).float()                              # (n, V)
-    words = pack_rows(labels, lengths)[0].index_select(0, targets + 1)    # (n,)
-    return F.cross_entropy(logits, words, reduction="sum") / max(1, len(targets))   # without targets it is 0
+    hidden = llama.forward_packed(pack_rows(embeds, lengths), lengths, targets)     # (1, n, D)
+    logits = llama.lm_head(hidden[0]).float()                       # (n, V)
+    next_ids = pack_rows(labels, lengths)[0].index_select(0, targets + 1)   # (n,)
+    return F.cross_entropy(logits, next_ids, reduction="sum") / max(1, len(targets))
+
+# ------------------------------------------------------------------------------------------- what trains in which stage
+
+FROZEN = {  # stage: the names that do not train, as a pattern; everything else does
+    # the ViT
+    1: r"^vision_encoder\.",
+    # the LLM; and what only text rows of the Q-Former use (word embeddings, their feed-forward): stage 2 has none
+    2: r"^llama_model\.|\.(word|position)_embeddings\.|\.layer\.\d+\.(intermediate|output)\.",
+    # the LLM, except for LoRA
+    3: r"^llama_model\.(?!.*lora_)",
+}
 
 
 def set_trainable(model, stage, vit=True):
-    """Freezes what the stage does not train and returns rows (part, parameters, trained) for the log.
-
-    vit=False: stages 2 and 3 leave the ViT as it is, too.
-    """
+    """Freezes what the stage does not train, and the ViT unless vit -> part_table(model), for the log."""
     frozen = FROZEN[stage] if vit else FROZEN[1] + "|" + FROZEN[stage]
     for name, p in model.named_parameters():
         p.requires_grad = not re.search(frozen, name)
@@ -270,7 +270,7 @@ def set_trainable(model, stage, vit=True):
 
 
 def part_table(model):
-    """Rows (part, parameters, trained) of the top-level parts, and of LoRA apart from the LLM it sits in."""
+    """Rows (part, parameters, trained) of the top-level parts; LoRA is separate from the LLM that contains it."""
     rows = {}
     for name, p in model.named_parameters():
         part = "lora" if "lora_" in name else name.split(".")[0]
@@ -282,7 +282,7 @@ def part_table(model):
 def main():
     for name, make in PRESETS.items():
         cfg = make()
-        if not cfg.llama.vocab_size:                       # the toy's is known after its tokenizer is made
+        if not cfg.llama.vocab_size:                                # the toy's is known when its tokenizers are made
             cfg.llama.vocab_size = cfg.qformer.vocab_size = 1000
         with torch.device("meta"):
             model = VideoChat2(cfg, 3)

@@ -1,8 +1,7 @@
-"""
-The bridge: many patch features (B, N, C) -> few query features (B, Q, E), and the losses that align them with text.
+"""The Q-Former: many patch features (B, N, C) -> few query features (B, Q, E); the losses that align them with text.
 
-A BERT whose rows are of two kinds. Query rows are learned vectors: they read the video by cross-attention in every
-second layer and have a feed-forward network of their own. Text rows are word pieces. Both meet in self-attention.
+A BERT with two kinds of rows. Query rows are learned vectors: they read the video by cross-attention in every second
+layer and have a feed-forward network of their own. Text rows are word pieces. Both meet in self-attention.
 
                   queries (B, Q, E)         text (B, S)
                         |                       |
@@ -14,11 +13,11 @@ second layer and have a feed-forward network of their own. Text rows are word pi
                         v                       v
                   hidden (B, Q + S, E)
 
-    VTC contrast   queries and text encoded apart: are they near, as vectors?
-    VTM matching   queries and text in one pass:   do they belong together?
-    VTG generation text after the queries, causal: which word comes next?
+    VTC contrast   queries and text encoded separately: are they similar, as vectors?
+    VTM matching   queries and text in one pass:        do they belong together?
+    VTG generation text after the queries, causal:      which word comes next?
 
-Not here: tokenisation (tokenizer.py), the LayerNorm ahead of the queries' input (model.py), processes (infra/distributed.py).
+Not here: tokenisation (tokenizer.py), the LayerNorm before the Q-Former (model.py), processes (infra/distributed.py).
 
 Source: BLIP-2 (arXiv 2301.12597, section 3.1); video_chat2/models/blip2/Qformer.py and videochat2_qformer.py.
 Run:    python -m pytest tests/test_qformer.py
@@ -45,32 +44,24 @@ class QFormerConfig:
     dropout: float = 0.1
     drop_path: float = 0.2        # of the last layer; rises linearly from 0 in the first
     embed_dim: int = 768          # of the space in which VTC compares
-    vtm_cat_text_cls: bool = True  # VTM judges queries and text's first row; False: the queries alone
+    vtm_cat_text_cls: bool = True  # VTM classifies queries and the text's first row; False: the queries alone
     label_smoothing: float = 0.1  # of VTG
-    init_std: float = 0.02        # 0: 1 / sqrt(width) of each matrix, which lets narrow models learn quicker
+    init_std: float = 0.02        # 0: by the inputs of each matrix (vit_video.ViTConfig)
     checkpoint_layers: bool = False  # training: recompute each layer in the backward pass instead of storing it
 
     def __post_init__(self):
         if self.width % self.heads:
-            raise ValueError(f"Q-Former width {self.width} is no multiple of its {self.heads} heads")
+            raise ValueError(f"Q-Former width {self.width} is not a multiple of its {self.heads} heads")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the parts: BERT's, post-norm, under BERT's names
 
 def drop_path(x, p, training):
-    """Stochastic depth: zero a sample's whole branch x (B, ..., E) with probability p, scale the others up."""
+    """Stochastic depth: zero the whole branch x (B, ..., E) of a sample with probability p, scale the others up."""
     if p == 0 or not training:
         return x
-    keep = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(1 - p)           # (B, 1, 1)
-    return x * keep / (1 - p)
-
-
-class Projections(nn.Module):
-    def __init__(self, width, source_width):
-        super().__init__()
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(source_width, width)
-        self.value = nn.Linear(source_width, width)
+    survives = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(1 - p)       # (B, 1, 1)
+    return x * survives / (1 - p)
 
 
 class Output(nn.Module):
@@ -91,63 +82,61 @@ class Attention(nn.Module):
     def __init__(self, cfg, source_width, path_rate):
         super().__init__()
         self.n_head, self.p = cfg.heads, cfg.dropout
-        self.self = Projections(cfg.width, source_width)
+        self.self = nn.ModuleDict({
+            "query": nn.Linear(cfg.width, cfg.width),
+            "key": nn.Linear(source_width, cfg.width),
+            "value": nn.Linear(source_width, cfg.width),
+        })
         self.output = Output(cfg, cfg.width, path_rate)
 
     def heads(self, x):
         return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)               # (B, nh, rows, hs)
 
-    def keys(self, source, past=None):
-        """
-        What is attended to: keys and values, each (B, nh, keys, hs), of source: of x itself, or of vision (B, N, C);
-        past: those that go before.
-        """
-        k, v = self.heads(self.self.key(source)), self.heads(self.self.value(source))
-        return (k, v) if past is None else (torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2))
+    def project_kv(self, source, past_kv=None):
+        """x or vision (B, N, C) -> its keys and values, (B, nh, keys, hs) each, after those of past_kv."""
+        kv = self.heads(self.self["key"](source)), self.heads(self.self["value"](source))
+        return kv if past_kv is None else tuple(torch.cat(pair, dim=2) for pair in zip(past_kv, kv, strict=True))
 
-    def forward(self, x, k, v, mask=None):
-        """x (B, rows, E), or (1, rows, E) for all, attends to keys and values. mask (B, 1, 1 or rows, keys) bool."""
-        q = self.heads(self.self.query(x)).expand(len(k), -1, -1, -1)           # (B, nh, rows, hs)
+    def forward(self, x, kv, mask=None):
+        """x (B, rows, E), or (1, rows, E) for all, attends to kv. mask (B, 1, 1 or rows, keys): True may be seen."""
+        k, v = kv
+        q = self.heads(self.self["query"](x)).expand(len(k), -1, -1, -1)        # (B, nh, rows, hs)
         p = self.p if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)        # (B, nh, rows, hs)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)    # (B, nh, rows, hs)
         return self.output(y.transpose(1, 2).flatten(2), x)                     # (B, rows, E)
 
 
-class Intermediate(nn.Module):
-    def __init__(self, cfg):
-        super().__init__()
-        self.dense = nn.Linear(cfg.width, cfg.ffn)
-
-    def forward(self, x):
-        return F.gelu(self.dense(x))
-
-
 class Layer(nn.Module):
-    def __init__(self, cfg, i):
+    def __init__(self, cfg, layer_idx):
         super().__init__()
-        path_rate = cfg.drop_path * i / max(1, cfg.depth - 1)
+        path_rate = cfg.drop_path * layer_idx / max(1, cfg.depth - 1)
+        has_cross = layer_idx % cfg.cross_every == 0
         self.attention = Attention(cfg, cfg.width, path_rate)
-        self.crossattention = Attention(cfg, cfg.vision_width, path_rate) if i % cfg.cross_every == 0 else None
-        self.intermediate, self.output = Intermediate(cfg), Output(cfg, cfg.ffn, path_rate)
-        self.intermediate_query, self.output_query = Intermediate(cfg), Output(cfg, cfg.ffn, path_rate)
+        self.crossattention = Attention(cfg, cfg.vision_width, path_rate) if has_cross else None
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(cfg.width, cfg.ffn)})
+        self.output = Output(cfg, cfg.ffn, path_rate)
+        self.intermediate_query = nn.ModuleDict({"dense": nn.Linear(cfg.width, cfg.ffn)})
+        self.output_query = Output(cfg, cfg.ffn, path_rate)
 
-    def forward(self, hidden, n_query, vision, mask, past=None, texts=None):
-        """vision (B, N, C), or the keys and values that this layer has made of it. texts: so many text rows' new state
-        is wanted, instead of all. Returns hidden anew and both attentions' keys and values."""
-        rows = hidden if texts is None else hidden[:, :n_query + texts]
-        kv, seen = self.attention.keys(hidden, past), None
-        hidden = self.attention(rows, *kv, mask)                                # (B, Q + S, E)
+    def forward(self, hidden, n_query, mask, vision, cross_kv, past_kv, n_text_out):
+        """hidden (B, Q + S, E), n_query = Q -> the same, self_kv, cross_kv. The arguments are QFormer.forward's."""
+        # self-attention of queries and text, and of rows cached before them
+        rows = hidden if n_text_out is None else hidden[:, :n_query + n_text_out]
+        self_kv = self.attention.project_kv(hidden, past_kv)                    # 2 x (B, nh, past + Q + S, hs)
+        hidden = self.attention(rows, self_kv, mask)                            # (B, Q + S, E)
         query, text = hidden.split((n_query, hidden.shape[1] - n_query), dim=1)  # (B, Q, E), (B, S, E)
-        # subtle: a kind that is absent is skipped, not computed on no rows: weights without a gradient must keep
+
+        # subtle: absent queries or text are skipped, not computed on no rows: weights without a gradient must keep
         # grad None, or the optimizer would decay them
         if query.shape[1]:
             if self.crossattention is not None:
-                seen = self.crossattention.keys(vision) if torch.is_tensor(vision) else vision
-                query = self.crossattention(query, *seen)                       # (B, Q, E)
-            query = self.output_query(self.intermediate_query(query), query)    # (B, Q, E)
+                cross_kv = cross_kv or self.crossattention.project_kv(vision)   # 2 x (B, nh, N, hs)
+                query = self.crossattention(query, cross_kv)                    # (B, Q, E)
+            query = self.output_query(F.gelu(self.intermediate_query["dense"](query)), query)   # (B, Q, E)
         if text.shape[1]:
-            text = self.output(self.intermediate(text), text)                   # (B, S, E)
-        return torch.cat((query, text.expand(len(query), -1, -1)), dim=1), kv, seen     # (B, Q + S, E)
+            text = self.output(F.gelu(self.intermediate["dense"](text)), text)  # (B, S, E)
+        hidden = torch.cat((query, text.expand(len(query), -1, -1)), dim=1)     # (B, Q + S, E)
+        return hidden, self_kv, cross_kv
 
 
 class Embeddings(nn.Module):
@@ -161,20 +150,21 @@ class Embeddings(nn.Module):
     def forward(self, query=None, ids=None):                                    # (B, Q, E), (B, S)
         rows = [] if query is None else [query]
         if ids is not None:
-            # subtle: text counts from 0 also behind queries, which have no positions
-            position = torch.arange(ids.shape[1], device=ids.device)            # (S,)
+            S, limit = ids.shape[1], self.position_embeddings.num_embeddings
+            if S > limit:
+                raise ValueError(f"{S} word pieces, but the Q-Former takes at most {limit}: shorten the text")
+            # subtle: text counts from 0 even after queries, which have no positions
+            position = torch.arange(S, device=ids.device)                       # (S,)
             rows.append(self.word_embeddings(ids) + self.position_embeddings(position))
         return self.dropout(self.LayerNorm(torch.cat(rows, dim=1)))             # (B, Q + S, E)
 
 
 class PredictionHead(nn.Module):
-    """hidden (B, S, E) -> logits (B, S, V). Its last matrix is the word embeddings', so it is passed in, not kept."""
+    """hidden (B, S, E) -> logits (B, S, V). Its last matrix is that of the word embeddings, passed in."""
     def __init__(self, cfg):
         super().__init__()
-        self.transform = nn.ModuleDict({
-            "dense": nn.Linear(cfg.width, cfg.width),
-            "LayerNorm": nn.LayerNorm(cfg.width, eps=cfg.eps),
-        })
+        E = cfg.width
+        self.transform = nn.ModuleDict({"dense": nn.Linear(E, E), "LayerNorm": nn.LayerNorm(E, eps=cfg.eps)})
         self.bias = nn.Parameter(torch.zeros(cfg.vocab_size))
 
     def forward(self, hidden, word_embeddings):
@@ -196,61 +186,56 @@ class QFormer(nn.Module):
         self._init_weights()
 
     def _init_weights(self):
-        """Normal with init_std; 0: each matrix by its own width, as narrow models need it to learn quickly."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                own = module.weight.shape[1] ** -0.5
+                std = module.weight.shape[1] ** -0.5
                 if ".output" in name:
                     # what all queries read alike adds up; at full strength their cosine is 0.9 before any training
-                    own /= (2 * self.cfg.depth) ** 0.5
-                nn.init.normal_(module.weight, std=self.cfg.init_std or own)
+                    std /= (2 * self.cfg.depth) ** 0.5
+                nn.init.normal_(module.weight, std=self.cfg.init_std or std)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
-    def forward(self, query=None, ids=None, mask=None, vision=None, return_kv=False, texts=None):
+    def forward(self, query=None, ids=None, mask=None, vision=None, cross_kv=None, n_text_out=None, return_kv=False):
+        """query (B, Q, E), ids (B, S) with mask (B, S) 1 = token, vision (B, N, C) -> hidden (B, Q + S, E), query rows
+        first; every row sees all others. query or ids may be None, and may have one row for all videos, which is then
+        computed once, up to the first cross-attention. n_text_out: return, and compute, this many text rows only.
+        return_kv: -> (hidden, self_kv, cross_kv), one (keys, values) per layer: self_kv for caption_logits, cross_kv
+        for another pass over the same videos, where it replaces vision (None in layers without).
+        Raises ValueError for queries without vision or cross_kv, and for more ids than cfg.max_positions.
         """
-        query (B, Q, E), ids (B, S) with mask (B, S) 1 = token, vision (B, N, C) -> hidden (B, Q + S, E), query rows
-        first; every row sees every other. Either of query and ids may be None; queries need vision. Where all videos
-        get the same, query and ids may have a single row: it is computed once, until it has seen the videos.
-        texts: so many text rows alone, (B, Q + texts, E): the last layer need not compute the others.
-        return_kv adds every layer's keys and values: past, of self-attention, for caption_logits; and seen, of the
-        video (None where a layer does not look), for another pass over the same videos, as its vision.
-        """
-        if query is not None and vision is None:
+        if query is not None and vision is None and cross_kv is None:
             raise ValueError("the Q-Former got queries but no vision (B, N, C) for them to read")
-        n_query = 0 if query is None else query.shape[1]
-        visible = None
-        if mask is not None:
-            visible = F.pad(mask.bool(), (n_query, 0), value=True)[:, None, None, :]    # (B, 1, 1, Q + S)
-        hidden, past, seen = self._layers(self._embed(query, ids), n_query, vision, visible, texts=texts)
-        return (hidden, past, seen) if return_kv else hidden                          # (B, Q + S, E)
 
-    def caption_logits(self, ids, mask, past):
+        # queries are never padding
+        n_query = 0 if query is None else query.shape[1]
+        if mask is not None:
+            mask = F.pad(mask.bool(), (n_query, 0), value=True)[:, None, None, :]   # (B, 1, 1, Q + S)
+        hidden = self.bert["embeddings"](query, ids)                            # (B, Q + S, E)
+        hidden, *kv = self._layers(hidden, n_query, mask, vision, cross_kv, n_text_out=n_text_out)
+        return (hidden, *kv) if return_kv else hidden                           # (B, Q + S, E)
+
+    def caption_logits(self, ids, mask, past_kv):
+        """ids, mask (B, S) -> logits (B, S, V). Each word sees the words before it, and the queries by past_kv, the
+        self_kv of their own pass. They never see the text, so they alone carry the video to it.
         """
-        ids, mask (B, S) -> logits (B, S, V): each word sees the words before it, and the queries by their cached keys
-        and values past. So queries never see the text, and the video reaches it through them alone.
-        """
-        S, Q = ids.shape[1], past[0][0].shape[2]
-        causal = torch.ones(S, S, dtype=torch.bool, device=ids.device).tril()           # (S, S)
-        visible = F.pad(causal & mask.bool()[:, None, :], (Q, 0), value=True)           # (B, S, Q + S)
-        hidden, _, _ = self._layers(self._embed(None, ids), 0, None, visible[:, None], past)    # (B, S, E)
+        S, Q = ids.shape[1], past_kv[0][0].shape[2]
+        causal = torch.ones(S, S, dtype=torch.bool, device=ids.device).tril()   # (S, S)
+        visible = F.pad(causal & mask.bool()[:, None, :], (Q, 0), value=True)   # (B, S, Q + S)
+        hidden = self.bert["embeddings"](ids=ids)                               # (B, S, E)
+        hidden, _, _ = self._layers(hidden, 0, visible[:, None], past_kv=past_kv)   # (B, S, E)
         return self.cls["predictions"](hidden, self.bert["embeddings"].word_embeddings.weight)  # (B, S, V)
 
-    def _embed(self, query, ids):
-        if ids is not None and ids.shape[1] > self.cfg.max_positions:
-            raise ValueError(f"{ids.shape[1]} word pieces, but the Q-Former takes at most {self.cfg.max_positions}")
-        return self.bert["embeddings"](query, ids)                              # (B, Q + S, E)
-
-    def _layers(self, hidden, n_query, vision, mask, past=None, texts=None):
-        kvs, seen, last = [], [], self.cfg.depth - 1
+    def _layers(self, hidden, n_query, mask, vision=None, cross_kv=None, past_kv=None, n_text_out=None):
+        """hidden (B, Q + S, E) through all layers -> hidden, and each layer's self_kv and cross_kv."""
+        layers, all_kv = self.bert["encoder"]["layer"], []
         recompute = self.cfg.checkpoint_layers and self.training and torch.is_grad_enabled()
-        for i, layer in enumerate(self.bert["encoder"]["layer"]):
-            args = (hidden, n_query, vision[i] if isinstance(vision, list) else vision, mask,
-                    past[i] if past else None, texts if i == last else None)
-            hidden, *keys = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
-            for found, new in zip((kvs, seen), keys, strict=True):
-                found.append(new)
-        return hidden, kvs, seen                                                # (B, Q + S, E)
+        for i, layer in enumerate(layers):
+            args = (hidden, n_query, mask, vision, cross_kv and cross_kv[i], past_kv and past_kv[i],
+                    n_text_out if i == len(layers) - 1 else None)
+            hidden, *kv = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
+            all_kv.append(kv)
+        return hidden, *zip(*all_kv, strict=True)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # stage 1: the losses
@@ -261,9 +246,8 @@ def similarity(video_feats, text_feats):
 
 
 def vtc_loss(sim, idx):
-    """
-    Contrast, both ways. sim (B, B) videos x texts over temperature; idx (B,) names the clip, so that a clip that is
-    in the batch twice is no negative of itself but shares the target.
+    """Contrast, both ways. sim (B, B) videos x texts over temperature; idx (B,) names the clips: a clip that is in the
+    batch twice is no negative of itself but shares the target.
     """
     same = (idx[:, None] == idx[None]).float()                                  # (B, B)
     target = same / same.sum(1, keepdim=True)                                   # (B, B), rows sum to 1
@@ -271,9 +255,9 @@ def vtc_loss(sim, idx):
 
 
 def negative_weights(sim, idx):
-    """sim (B, B), row = anchor -> chances (B, B): the more alike, the harder and likelier; never of the same idx."""
+    """sim (B, B), row = anchor -> weights (B, B) of negatives: the more similar the likelier, the same clip never."""
     same = idx[:, None] == idx[None]                                            # (B, B)
-    if same.device.type == "cpu" and same.all(1).any():                         # a GPU would have to be waited for
+    if same.device.type == "cpu" and same.all(1).any():                         # asking a GPU would sync it
         raise ValueError(f"matching (VTM) needs for each clip another one in the batch, but the batch of {len(idx)} "
                          f"holds a single clip, idx {idx[0].item()}: use a larger batch")
     return (sim.float().softmax(1) + 1e-4).masked_fill(same, 0)
@@ -281,21 +265,16 @@ def negative_weights(sim, idx):
 
 @torch.no_grad()
 def hard_negatives(sim, idx, generator=None):
+    """sim (B, B) videos x texts -> (a wrong video for each text (B,), a wrong text for each video (B,)), drawn in this
+    order with the CPU torch.Generator. Raises ValueError if the batch holds one clip only.
     """
-    sim (B, B) videos x texts -> (videos (B,) to go wrongly with each text, texts (B,) with each video). Drawn with the
-    CPU torch.Generator, videos first. Raises ValueError if the batch holds one clip only.
-    """
-    weights = negative_weights(sim.T, idx), negative_weights(sim, idx)          # (B, B) text x video, video x text
-    return tuple(draw(w, generator) for w in weights)                           # (B,), (B,)
-
-
-def draw(weights, generator):
-    """One place of each row, by chances that need not sum to 1, (B, n) -> (B,). As torch.multinomial, but the random
-    numbers are the CPU's, so that one generator serves every device, and a GPU's weights stay there.
-    """
-    # pinned: before it reads other memory, a GPU ends what it has begun
-    noise = torch.empty(weights.shape, pin_memory=weights.is_cuda).exponential_(generator=generator)    # (B, n)
-    return (weights / noise.to(weights.device, non_blocking=True)).argmax(1)
+    rows = []
+    for weights in (negative_weights(sim.T, idx), negative_weights(sim, idx)):  # (B, B), row = anchor
+        # torch.multinomial, but with the CPU's random numbers, so that one generator serves every device; the weights
+        # stay on the GPU, and pinned memory is copied without a sync
+        noise = torch.empty(weights.shape, pin_memory=weights.is_cuda).exponential_(generator=generator)    # (B, B)
+        rows.append((weights / noise.to(weights.device, non_blocking=True)).argmax(1))      # (B,)
+    return tuple(rows)
 
 
 def vtg_loss(logits, ids, mask, label_smoothing):
@@ -304,36 +283,9 @@ def vtg_loss(logits, ids, mask, label_smoothing):
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), target.flatten(), label_smoothing=label_smoothing)
 
 
-def thrice(vision, pool, videos):
-    """vision (B, N, C) of true pairs, of pairs with another video, of pairs with another text -> (3 * B, N, C). Of each
-    layer's keys and values alike, where they are given instead."""
-    if torch.is_tensor(vision):
-        return torch.cat((vision, pool[videos], vision))
-    return [kv and tuple(torch.cat((t, t.index_select(0, videos), t)) for t in kv) for kv in vision]
-
-
-class Alone:
-    """Who else has a part of the batch: nobody. Among several processes a parallel.World takes its place."""
-    @staticmethod
-    def all_gather(x):
-        """Rows of this process -> rows of the joint batch, with gradients."""
-        return x
-
-    @staticmethod
-    def local_rows(x):
-        """Rows of the joint batch -> those of this process."""
-        return x
-
-    @staticmethod
-    def most(n):
-        """The largest of all processes' numbers."""
-        return n
-
-
 class Stage1Heads(nn.Module):
-    """
-    The heads of stage 1, dropped afterwards. Its methods borrow the Q-Former that they train, and take query_tokens
-    (1, Q, E), vision (B, N, C), ids and mask (B, S).
+    """The heads of stage 1, dropped afterwards. The Q-Former and the query tokens (1, Q, E) are arguments: stored here,
+    too, their weights would be registered twice.
     """
     def __init__(self, cfg):
         super().__init__()
@@ -344,9 +296,8 @@ class Stage1Heads(nn.Module):
         self.temp = nn.Parameter(torch.tensor(0.07))
 
     def temperature(self):
-        """
-        temp within [0.001, 0.5]. The official code clamps the parameter itself in every forward pass
-        (videochat2_qformer.py:229); here no pass changes a weight, and the gradient goes through as it does there.
+        """temp within [0.001, 0.5], with temp's gradient. The official code clamps the parameter itself in every
+        forward pass (videochat2_qformer.py:229); here no pass changes a weight.
         """
         return self.temp.detach().clamp(0.001, 0.5) + (self.temp - self.temp.detach())
 
@@ -358,64 +309,57 @@ class Stage1Heads(nn.Module):
         """Text rows (B, S, E), of which the first stands for all -> (B, e) of unit length."""
         return F.normalize(self.text_proj(hidden[:, 0]), dim=-1)
 
-    def match_logits(self, qformer, query_tokens, vision, ids, mask):
-        """-> (B, 2): 1 says that video and text belong together, 0 that they do not."""
+    def itm_logits(self, qformer, query_tokens, ids, mask, vision=None, cross_kv=None):
+        """Texts (B, S) and videos, vision (B, N, C) or cross_kv -> (B, 2): column 1 says that they match."""
         Q = query_tokens.shape[1]
-        query = query_tokens.expand(len(ids), -1, -1)                               # (B, Q, E)
-        hidden = qformer(query, ids, mask, vision, texts=1)                         # (B, Q + 1, E)
-        pooled = hidden[:, :Q].mean(1)                                              # (B, E)
+        query = query_tokens.expand(len(ids), -1, -1)                           # (B, Q, E)
+        hidden = qformer(query, ids, mask, vision, cross_kv, n_text_out=1)      # (B, Q + 1, E)
+        pooled = hidden[:, :Q].mean(1)                                          # (B, E)
         if self.cfg.vtm_cat_text_cls:
-            pooled = torch.cat((pooled, hidden[:, Q]), dim=-1)                      # (B, 2*E)
-        return self.itm_head(pooled)                                                # (B, 2)
+            pooled = torch.cat((pooled, hidden[:, Q]), dim=-1)                  # (B, 2*E)
+        return self.itm_head(pooled)                                            # (B, 2)
 
-    def match_scores(self, qformer, query_tokens, vision, ids, mask):
-        """-> (B,): the logit of a match, by which retrieval ranks its best candidates again."""
-        return self.match_logits(qformer, query_tokens, vision, ids, mask)[:, 1]    # (B,)
+    def losses(self, qformer, query_tokens, vision, batch, dec_id, dist, generator=None, vtg_only=False,
+               global_negatives=False):
+        """{"vtc", "vtm", "vtg"}, to be added with equal weights; with vtg_only {"vtg"} alone.
 
-    def vtm_loss(self, qformer, query_tokens, vision, ids, mask, negatives, pool=None):
+        batch: ids, mask (B, S), opening with [CLS], and idx (B,), which names the clips. dec_id replaces [CLS] for
+        generation. dist: infra.distributed.Distributed. VTC is over the batch of all processes. VTM draws its negatives
+        from this process's rows, as the official code does, or, global_negatives, from all. ValueError for one clip.
         """
-        B true pairs, B with another video, B with another text; negatives as hard_negatives gives them: places in
-        pool = (vision, ids, mask) of the joint batch, or in the batch itself. Without a pool, vision may be what a pass
-        has seen of it.
-        """
-        (videos, texts), (all_vision, *all_texts) = negatives, pool or (vision, ids, mask)
-        vision = thrice(vision, all_vision, videos)                                 # (3*B, N, C)
-        ids, mask = (torch.cat((t, t, al[texts])) for t, al in zip((ids, mask), all_texts, strict=True))    # (3*B, S)
-        logits = self.match_logits(qformer, query_tokens, vision, ids, mask)        # (3*B, 2)
-        match = torch.zeros(len(logits), dtype=torch.long, device=logits.device)    # (3*B,)
-        match[:len(logits) // 3] = 1
-        return F.cross_entropy(logits, match)
+        # the queries read the video; VTG and VTM use keys and values of this pass again
+        ids, mask, idx = batch["ids"], batch["mask"], batch["idx"]
+        query = query_tokens.expand(len(ids), -1, -1)                           # (B, Q, E)
+        video, self_kv, cross_kv = qformer(query, vision=vision, return_kv=True)    # (B, Q, E)
 
-    def losses(self, qformer, query_tokens, vision, ids, mask, idx, dec_id, generator=None, negatives=None,
-               captions_only=False, everyone=Alone, global_negatives=False):
-        """
-        {"vtc", "vtm", "vtg"}, to be added with equal weights; captions_only: {"vtg"} alone. ids open with [CLS];
-        idx (B,) names each row's clip; dec_id takes [CLS]'s place for generation. negatives replaces the drawn ones.
-        Contrast is over the batch of all processes; matching draws its negatives from this process's, as officially,
-        or, with global_negatives, from all. Raises ValueError if the batch holds one clip only.
-        """
-        query = query_tokens.expand(len(ids), -1, -1)                               # (B, Q, E)
-        video, past, seen = qformer(query, vision=vision, return_kv=True)         # (B, Q, E)
+        # VTG: the caption, word by word
         dec_ids = torch.cat((torch.full_like(ids[:, :1], dec_id), ids[:, 1:]), dim=1)   # (B, S)
-        logits = qformer.caption_logits(dec_ids, mask, past)                            # (B, S, V)
-        vtg = vtg_loss(logits, dec_ids, mask, self.cfg.label_smoothing)
-        if captions_only:
+        vtg = vtg_loss(qformer.caption_logits(dec_ids, mask, self_kv), dec_ids, mask, self.cfg.label_smoothing)
+        if vtg_only:
             return {"vtg": vtg}
-        text = qformer(ids=ids, mask=mask, texts=1)                                 # (B, 1, E)
-        video_feats = everyone.all_gather(self.video_features(video).mean(1, keepdim=True))     # (all B, 1, e)
-        text_feats, all_idx = everyone.all_gather(self.text_features(text)), everyone.all_gather(idx)   # (all B, e), (all B,)
-        sim = similarity(video_feats, text_feats) / self.temperature()              # (all B, all B)
-        pool = None
+
+        # VTC: all videos with all texts, of all processes
+        text = qformer(ids=ids, mask=mask, n_text_out=1)                        # (B, 1, E)
+        video_feats = dist.all_gather(self.video_features(video).mean(1, keepdim=True))     # (all B, 1, e)
+        text_feats, all_idx = dist.all_gather(self.text_features(text)), dist.all_gather(idx)   # (all B, e), (all B,)
+        sim = similarity(video_feats, text_feats) / self.temperature()          # (all B, all B)
+
+        # VTM: a wrong video for each text, a wrong text for each video, from all processes or from this one
         if global_negatives:
-            longer = everyone.all_reduce_max(ids.shape[1]) - ids.shape[1]
-            ids, mask = F.pad(ids, (0, longer)), F.pad(mask, (0, longer))           # [PAD] is 0
-            pool = tuple(everyone.all_gather(t) for t in (vision, ids, mask))
-            negatives = tuple(everyone.local_rows(t) for t in hard_negatives(sim, all_idx, generator))
-        elif negatives is None:
-            negatives = hard_negatives(everyone.local_rows(everyone.local_rows(sim).T).T, idx, generator)
-        return {
-            "vtc": vtc_loss(sim, all_idx),
-            # the video's keys and values are the dearest part, and the same in each pass
-            "vtm": self.vtm_loss(qformer, query_tokens, vision if pool else seen, ids, mask, negatives, pool),
-            "vtg": vtg,
-        }
+            longest = max(dist.all_gather_object(ids.shape[1]))
+            ids, mask = (F.pad(t, (0, longest - t.shape[1])) for t in (ids, mask))      # [PAD] is 0
+            all_vision, all_ids, all_mask = (dist.all_gather(t) for t in (vision, ids, mask))
+            videos, texts = (dist.local_rows(rows) for rows in hard_negatives(sim, all_idx, generator))  # (B,), (B,)
+            vision, cross_kv = torch.cat((vision, all_vision[videos], vision)), None    # (3*B, N, C)
+        else:
+            all_ids, all_mask = ids, mask
+            local_sim = dist.local_rows(dist.local_rows(sim).T).T               # (B, all B) -> (B, B)
+            videos, texts = hard_negatives(local_sim, idx, generator)           # (B,), (B,)
+            vision, cross_kv = None, [kv and [torch.cat((t, t.index_select(0, videos), t)) for t in kv]
+                                      for kv in cross_kv]                       # 2 x (3*B, nh, N, hs) per layer
+
+        # VTM: B true pairs, B with a wrong video, B with a wrong text
+        ids, mask = torch.cat((ids, ids, all_ids[texts])), torch.cat((mask, mask, all_mask[texts]))     # (3*B, S)
+        logits = self.itm_logits(qformer, query_tokens, ids, mask, vision, cross_kv)    # (3*B, 2)
+        is_match = (torch.arange(len(ids), device=ids.device) < len(idx)).long()        # (3*B,)
+        return {"vtc": vtc_loss(sim, all_idx), "vtm": F.cross_entropy(logits, is_match), "vtg": vtg}

@@ -33,11 +33,11 @@ from infra.distributed import (
     wrap_model,
 )
 from infra.files import lock_folder
+from model import DTYPES
 from training import resume
 from training.optim import grad_norm, learning_rate, make_optimizers, optimizer_step
 from training.recipes import parse
 from training.stages import finished, jobs
-from weights.hf_llama import DTYPES
 
 # ------------------------------------------------------------------------------------------------------------- the loop
 

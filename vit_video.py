@@ -1,12 +1,11 @@
-"""
-The eye: pixels (B, T, 3, H, W) -> patch features (B, T, L, C).
+"""The video ViT: pixels (B, T, 3, H, W) -> patch features (B, T, L, C). model.py explains these letters.
 
-UMT-L/16, a plain ViT in which every patch of every frame attends to every other (joint space-time attention).
-An image is a video of one frame.
+UMT-L/16, a plain ViT: every patch of every frame attends to every other (joint space-time attention). An image is a
+video of one frame.
 
-    frames -> patches -> + position -> [ x + attention(norm(x)); x + mlp(norm(x)) ] x depth -> the raw residual stream
+    frames -> patches -> + position -> [ x + attention(norm(x)); x + mlp(norm(x)) ] x depth -> features
 
-Not here: the LayerNorm behind it and stage 1's temporal embedding (model.py), pixels' normalisation (video.py),
+Not here: the LayerNorm after it and stage 1's temporal embedding (model.py), the normalisation of pixels (video.py),
 drop path and a classification head (VideoChat2 uses neither).
 
 Source: UMT (arXiv 2303.16058); video_chat2/models/blip2/vit.py. Attribute names are those of l16_25m.pth.
@@ -26,28 +25,29 @@ class ViTConfig:
     img_size: int = 224
     patch_size: int = 16
     width: int = 1024
-    depth: int = 23               # UMT-L has 24 blocks; VideoChat2 reads the 23rd's output, so the last is never built
+    depth: int = 23               # UMT-L has 24 blocks; VideoChat2 takes the 23rd's output, so the last is not built
     heads: int = 16
     mlp_ratio: int = 4
-    frames: int = 4               # the position table is made for so many and stretched in time for others
+    frames: int = 4               # the position table is made for 4 frames and stretched in time for other clips
     eps: float = 1e-6
     pos_table: str = "sinusoid"   # or "resized14": see position_table
-    pos_scale: float = 1.0        # positions are multiplied by it: see VisionTransformer.positions
-    init_std: float = 0.02        # 0: 1 / sqrt(width) of each matrix, which lets narrow models learn quicker
+    pos_scale: float = 1.0        # factor of the positions; the toy, trained from scratch, has 2 (model.TOY)
+    # std of the initial weights. 0.02 suits layers of about 2,500 inputs (1 / sqrt(2500)) and is too small for narrow
+    # ones, so 0 means: 1 / sqrt(inputs) of each matrix. It is the same in qformer.py and llama.py.
+    init_std: float = 0.02
     checkpoint_blocks: bool = False  # training: recompute each block in the backward pass instead of storing it
 
     def __post_init__(self):
         if self.img_size % self.patch_size:
-            raise ValueError(f"img_size {self.img_size} is no multiple of patch_size {self.patch_size}")
+            raise ValueError(f"img_size {self.img_size} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.heads:
-            raise ValueError(f"ViT width {self.width} is no multiple of its {self.heads} heads")
+            raise ValueError(f"ViT width {self.width} is not a multiple of its {self.heads} heads")
         if self.pos_table not in ("sinusoid", "resized14"):
             raise ValueError(f'pos_table is "{self.pos_table}", expected "sinusoid" or "resized14"')
 
     @property
     def grid(self):
-        """Patches along one side of a frame; L is its square."""
-        return self.img_size // self.patch_size
+        return self.img_size // self.patch_size     # patches along one side of a frame; L is its square
 
 # ----------------------------------------------------------------------------------------------------------------------
 # positions: fixed tables, not weights
@@ -62,38 +62,30 @@ def sinusoid(n, width):
     return table.float()
 
 
-def resize_space(table, grid):
-    """(frames, side, side, C) -> (frames, grid, grid, C), bicubic, every frame by itself. Source: vit.py:197."""
-    table = table.permute(0, 3, 1, 2)                                           # (frames, C, side, side)
-    table = F.interpolate(table, size=(grid, grid), mode="bicubic", align_corners=False)
-    return table.permute(0, 2, 3, 1)                                            # (frames, grid, grid, C)
-
-
-def resize_time(table, T):
-    """(frames, L, C) -> (T, L, C), linear in time; an image stands at the first frame. Source: vit.py:163."""
-    if T == 1:
-        return table[:1]                                                        # (1, L, C)
-    table = table.permute(1, 2, 0)                                              # (L, C, frames)
-    table = F.interpolate(table, size=T, mode="linear", align_corners=False)    # (L, C, T)
-    return table.permute(2, 0, 1)                                               # (T, L, C)
-
-
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=16)            # and no buffer, so that a model built on the meta device has its positions, too
 @torch.no_grad()
 def position_table(frames, grid, width, pos_table, T, device):
-    """
-    (T, L, C) positions of T frames of grid x grid patches.
-
-    subtle: positions are one long line. Frame 1 begins at position L, where frame 0 has ended; a patch's row, column
-    and time are not encoded apart.
-    A function with a cache and no buffer, so that a model built on the meta device has its positions all the same.
+    """Positions (T, L, C) of T frames of grid x grid patches, from a table that is made for `frames` frames.
+    subtle: they are one long line. Frame 1 begins at position L, where frame 0 ended: a patch's row, column and time
+    are not encoded separately.
     """
     # QUIRK vit.py:197: for img_size other than 224 the official table is always that of 14 x 14 patches, resized
     side = 14 if pos_table == "resized14" else grid
-    table = sinusoid(frames * side * side, width).view(frames, side, side, width)
+    table = sinusoid(frames * side * side, width)                               # (frames * side * side, C)
+
+    # resize in space: bicubic, each frame separately. Source: vit.py:197
     if side != grid:
-        table = resize_space(table, grid)                                       # (frames, grid, grid, C)
-    return resize_time(table.flatten(1, 2), T).contiguous().to(device)          # (T, L, C)
+        table = table.view(frames, side, side, width).permute(0, 3, 1, 2)       # (frames, C, side, side)
+        table = F.interpolate(table, size=(grid, grid), mode="bicubic", align_corners=False)
+        table = table.permute(0, 2, 3, 1)                                       # (frames, grid, grid, C)
+    table = table.reshape(frames, grid * grid, width)                           # (frames, L, C)
+
+    # resize in time: linear; an image takes the first frame's positions. Source: vit.py:163
+    if T == 1:
+        return table[:1].to(device)                                             # (1, L, C)
+    table = table.permute(1, 2, 0)                                              # (L, C, frames)
+    table = F.interpolate(table, size=T, mode="linear", align_corners=False)    # (L, C, T)
+    return table.permute(2, 0, 1).contiguous().to(device)                       # (T, L, C)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the network, parts before the whole
@@ -105,7 +97,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(3, cfg.width, kernel_size=size, stride=size)
 
     def forward(self, video):                                                   # (B, T, 3, H, W)
-        # a kernel that moves by its own size: one matrix product for all patches is the same sum, and faster
+        # the kernel moves by its own size, so one matrix product over all patches gives the same sums, faster
         p = self.proj.kernel_size[-1]
         x = video.unflatten(-1, (-1, p)).unflatten(3, (-1, p))                  # (B, T, 3, grid, p, grid, p)
         x = x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(2, 3)             # (B, T, L, 3*p*p)
@@ -122,7 +114,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(cfg.width, cfg.width)
 
     def forward(self, x):                                                       # (B, N, C)
-        # keys have no bias: it would shift all scores of a query alike, which softmax ignores
+        # keys need no bias: it would add the same number to all scores of a query, which softmax ignores
         bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))         # (3*C,)
         qkv = F.linear(x, self.qkv.weight, bias)                                # (B, N, 3*C)
         q, k, v = qkv.unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)            # 3 x (B, nh, N, hs)
@@ -154,10 +146,6 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """
-    forward: video (B, T, 3, H, W) float, normalised, H = W = img_size -> (B, T, L, C).
-    Raises ValueError for a video of another shape.
-    """
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -167,28 +155,29 @@ class VisionTransformer(nn.Module):
 
     def _init_weights(self, module):
         if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=self.cfg.init_std or module.weight.shape[1] ** -0.5)
+            nn.init.trunc_normal_(module.weight, std=self.cfg.init_std or module.in_features ** -0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
     def positions(self, T, device):
-        """(T, L, C) to be added to the patches.
-
-        pos_scale: trained from nothing, patches grow (eighteenfold within 9,000 steps of the toy) and the fixed table
-        is lost among them, and with it where and when a patch is. Trained weights know a scale of 1.
-        """
+        """(T, L, C), which forward adds to the patches."""
         cfg = self.cfg
         table = position_table(cfg.frames, cfg.grid, cfg.width, cfg.pos_table, T, device)   # (T, L, C)
         # the weights' dtype, not the patches': under autocast the residual stream then stays in float32
         return cfg.pos_scale * table.to(self.patch_embed.proj.weight.dtype)
 
     def forward(self, video):
+        """video (B, T, 3, H, W), float, normalised, H = W = img_size -> (B, T, L, C). ValueError for another shape."""
         size = self.cfg.img_size
         if video.ndim != 5 or video.shape[2:] != (3, size, size):
             raise ValueError(f"video is {tuple(video.shape)}, expected (B, T, 3, {size}, {size})")
+
+        # patches of all frames become one sequence
         T = video.shape[1]
         x = self.patch_embed(video) + self.positions(T, video.device)           # (B, T, L, C)
         x = x.flatten(1, 2)                                                     # (B, N, C), N = T*L
+
+        # the blocks, and back to frames
         recompute = self.cfg.checkpoint_blocks and self.training and torch.is_grad_enabled()
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)

@@ -230,16 +230,16 @@ class Engine:
         common = min(common_length(prompts), *(len(p.ids) - sum(i >= 0 for i in p.labels) - 1 for p in prompts))
         if self.head is None:
             self.head = KVCache(llm.cfg.depth)
-            llm(llm.embed(self.ids([prompts[0].ids[:begin]])), cache=self.head, last=0)
+            llm(llm.embed(self.ids([prompts[0].ids[:begin]])), cache=self.head, logits_to_keep=0)
         ids, _, mask = pad_batch([Prompt(p.ids[common:], p.labels[common:]) for p in prompts], self.tok.eos_id, "left",
                                  self.multiple)
         shown = list(dict.fromkeys(clips))
         words = llm.embed(self.ids([prompts[0].ids[after:common]])).expand(len(shown), -1, -1)
         room = self.n_video + words.shape[1] + ids.shape[1] + ANSWER_ROOM
-        cache = self.head.take([0] * len(shown), room)
-        llm(torch.cat((tokens[shown].to(words.dtype), words), 1), cache=cache, last=0)
+        cache = self.head.select_rows([0] * len(shown), room)
+        llm(torch.cat((tokens[shown].to(words.dtype), words), 1), cache=cache, logits_to_keep=0)
         if clips != shown:
-            cache = cache.take([shown.index(clip) for clip in clips], ids.shape[1] + ANSWER_ROOM)
+            cache = cache.select_rows([shown.index(clip) for clip in clips], ids.shape[1] + ANSWER_ROOM)
         return llm(llm.embed(ids.to(self.model.device)), mask.to(self.model.device), cache, last), cache
 
     def ids(self, rows):
@@ -256,7 +256,7 @@ class Engine:
         rows = list(range(len(questions)))                                 # of the cache
         while left := [i for i in rows if not self.ended(said[i])]:
             if left != rows:
-                cache, rows = cache.take([rows.index(i) for i in left]), left
+                cache, rows = cache.select_rows([rows.index(i) for i in left]), left
             most = [min(room[i], self.protocol.max_new_tokens) - len(said[i]) for i in rows]
             fed = [[said[i][-1], *continuation(said[i], options[i])[:max(0, n)]]
                    for i, n in zip(rows, most, strict=True)]

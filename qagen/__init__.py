@@ -1,4 +1,4 @@
-"""Annotations of videos to multiple-choice questions and instruction data: the way from static to dynamic tasks.
+"""Annotations of videos become multiple-choice questions and instruction data, as MVBench makes them.
 
 Imports evaluation, prompt.py and infra. The toy world is its first user.
 """

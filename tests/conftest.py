@@ -43,7 +43,7 @@ def golden_tensors(name):
 def world(tmp_path_factory):
     """A toy world for the micro preset; tests do not write into it."""
     folder = tmp_path_factory.mktemp("world") / "toy"
-    toyworld.build(str(folder), clips=40, questions=2, texts=200, patch=12, workers=1)
+    toyworld.build(toyworld.WorldConfig(str(folder), clips=40, questions=2, texts=200, patch=12, workers=1))
     return folder
 
 

@@ -12,10 +12,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model  # noqa: E402
 import train  # noqa: E402
 
+micro = model.PRESETS["micro"]
+
 
 def without_dropout():
     """The micro preset's Config; of dropout, each process has its own."""
-    config = model.micro_config()
+    config = micro()
     return replace(config, lora_dropout=0.0, qformer=replace(config.qformer, dropout=0.0, drop_path=0.0))
 
 

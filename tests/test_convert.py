@@ -2,6 +2,7 @@
 import json
 import shutil
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import sentencepiece
@@ -14,6 +15,7 @@ import train
 from data import Stage2Collate, Stage3Collate
 from evaluation.engine import Engine, Protocol
 from infra import files
+from infra.distributed import Distributed
 from llama import Llama, LlamaConfig
 from model import PRESETS, Config, VideoChat2, set_trainable
 from prompt import CAPTION_INSTRUCTIONS, IGNORE, SYSTEM, conversation_prompt
@@ -226,13 +228,12 @@ def gradients_are_the_recorded_ones(model, stage, g, prefix="grad."):
 def run_llm(model, batch, g, key=""):
     """Loss and gradients of a batch, and what the LLM makes of it on the way, against the recorded ones."""
     S = g[f"out.{key}attention_mask"].shape[1]
-    read = []
-    hook = model.llama_model.register_forward_hook(lambda module, args, out: read.append(args[0]))
-    loss = model.lm_loss(batch)
-    hook.remove()
-    (embeds,), lengths = read, batch["mask"].sum(1).tolist()               # (1, N, D): rows end to end
+    llm = model.llama_model
+    with mock.patch.object(llm, "forward_packed", wraps=llm.forward_packed) as packed:
+        loss = model.lm_loss(batch)
+    embeds, lengths = packed.call_args.args[0], batch["mask"].sum(1).tolist()  # (1, N, D): rows end to end
     with torch.no_grad():
-        final = model.llama_model(embeds, lengths=lengths)                 # (1, N, D)
+        final = model.llama_model.forward_packed(embeds, lengths)          # (1, N, D)
         logits = model.llama_model.lm_head(final)                          # (1, N, V)
     mask = g[f"out.{key}attention_mask"].bool()
     assert torch.equal(batch["mask"][:, :S], mask.long()) and not batch["mask"][:, S:].any()
@@ -291,11 +292,11 @@ def test_stage_1_gives_the_official_losses(imported):
     g = golden_tensors("stage1_cat")
     model, wordpiece, _ = checkpoint.load_checkpoint(imported / "stage1")
     set_trainable(model, 1)
-    vision = model.encode_video_stage1(g["in.image"])
-    close(vision, g["out.vision_embeds"])
-    losses = model.aligner.losses(
-        model.qformer, model.query_tokens, vision, g["in.input_ids"], g["in.attention_mask"], g["in.idx"],
-        wordpiece.dec_id, negatives=(g["in.vision_neg_indices"], g["in.text_neg_indices"]))
+    close(model.encode_video_stage1(g["in.image"]), g["out.vision_embeds"])
+    batch = {"video": g["in.image"], "ids": g["in.input_ids"], "mask": g["in.attention_mask"], "idx": g["in.idx"]}
+    negatives = g["in.vision_neg_indices"], g["in.text_neg_indices"]
+    with mock.patch("qformer.hard_negatives", return_value=negatives):
+        losses = model.stage1_losses(batch, wordpiece.dec_id, Distributed())
     for ours, theirs in (("vtc", "vtc"), ("vtm", "vtm"), ("vtg", "cap")):
         close(losses[ours], g[f"out.loss_{theirs}"])
     sum(losses.values()).backward()

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qagen import generate
+from evaluation.tasks import TASKS
 from toy import draw, world
+from toy.things import PLACES, Object
 
 
-@pytest.mark.parametrize("task", generate.TASKS)
+@pytest.mark.parametrize("task", [task.file for task in TASKS])
 def test_decord_reads_back_what_was_drawn(task, tmp_path):
     """Every frame, those that look like the one before as well, in its very colours."""
     clip = world.simulate(task, random.Random(f"{task} 0"))
@@ -32,30 +33,30 @@ def test_a_folder_of_jpegs_comes_at_three_frames_a_second(tmp_path):
 
 def test_every_shape_and_place_is_drawn():
     """What the teacher has a class for changes the picture, and no two shapes look alike."""
-    shapes = [shape for shape in draw.SHAPES[1:] if shape not in draw.SCENERY]
-    clips = [{"objects": [world.thing(shape, "red", 24, 24, size=30)], "background": ["light"]} for shape in shapes]
+    shapes = [shape for shape in draw.SHAPE_CLASSES[1:] if shape not in draw.SCENERY]
+    clips = [{"objects": [Object(shape, "red", 24, 24, size=30)], "background": ["light"]} for shape in shapes]
     clips += [{"objects": [], "background": [place]} for place in ("light", *draw.SCENERY)]
     assert len({draw.render(clip)[0].tobytes() for clip in clips}) == len(clips)
-    assert set(draw.SCENERY) == {*generate.PLACES, "dark"}
+    assert set(draw.SCENERY) == {*PLACES, "dark"}
 
 
 def test_targets_name_the_thing_that_covers_a_patch():
-    one = world.thing("square", "red", 12, 12, size=14)
-    world.act(one, "blinks", 4, 8)
+    one = Object("square", "red", 12, 12, size=14)
+    one.perform("blinks", 4, 8)
     clip = {"objects": [one], "background": ["light"] * 8 + ["sea"] * 8}
     targets = draw.token_targets(clip, patch=8).reshape(16, 6, 6, 3)
-    red = draw.COLOURS.index("red"), draw.SHAPES.index("square")
-    assert targets[0, 1, 1].tolist() == [*red, draw.ACTIVITIES.index("still")]
-    assert targets[5, 1, 1].tolist() == [*red, draw.ACTIVITIES.index("blinks")]
+    red = draw.COLOUR_CLASSES.index("red"), draw.SHAPE_CLASSES.index("square")
+    assert targets[0, 1, 1].tolist() == [*red, draw.ACTIVITY_CLASSES.index("still")]
+    assert targets[5, 1, 1].tolist() == [*red, draw.ACTIVITY_CLASSES.index("blinks")]
     assert targets[0, 4, 4].tolist() == [0, 0, 0]
-    assert targets[12, 4, 4].tolist() == [0, draw.SHAPES.index("sea"), 0]
+    assert targets[12, 4, 4].tolist() == [0, draw.SHAPE_CLASSES.index("sea"), 0]
     assert draw.token_targets(clip, patch=16, frames=[0, 9]).shape == (2, 9, 3)
     assert draw.token_targets(clip).shape == (16, 16, 3)  # patches of 12 units
 
 
 def test_a_spin_turns_the_mark_clockwise_on_the_screen():
-    one = world.thing("circle", "red", 24, 24, size=24)
-    world.act(one, "spins clockwise")
+    one = Object("circle", "red", 24, 24, size=24)
+    one.perform("spins clockwise")
     frame = np.asarray(draw.render({"objects": [one], "background": ["light"] * 16}, pixels=96)[1])
     ys, xs = np.nonzero(frame == draw.INK["white"])
     assert xs.mean() > 56 and abs(ys.mean() - 48) < 2           # from twelve o'clock to three
@@ -64,10 +65,10 @@ def test_a_spin_turns_the_mark_clockwise_on_the_screen():
 
 def test_a_thing_counts_from_a_tenth_of_a_patch():
     def classes(size):
-        clip = {"objects": [world.thing("square", "red", 24, 24, size)], "background": ["light"] * 16}
+        clip = {"objects": [Object("square", "red", 24, 24, size)], "background": ["light"] * 16}
         return draw.token_targets(clip, patch=48, frames=[0])[0, 0, 0]
 
-    assert (classes(12), classes(24)) == (0, draw.COLOURS.index("red"))  # about 5 % and 20 % of 48 x 48
+    assert (classes(12), classes(24)) == (0, draw.COLOUR_CLASSES.index("red"))  # about 5 % and 20 % of 48 x 48
 
 
 def test_the_contact_sheet_is_a_picture(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import data
-from model import micro_config
+from model import PRESETS
 from training import feature_cache
 from training.annotations import load_corpus
 from video import MediaError, Transform
@@ -30,14 +30,14 @@ def world(tmp_path):
 
 
 def clips(world, how="mvbench", crop=False, anno="captions.json"):
-    cfg = micro_config()
+    cfg = PRESETS["micro"]()
     sources = load_corpus([[str(world / anno), str(world), "video"]])
     return data.VideoTextDataset(sources, cfg.align_frames, Transform(cfg.vit.img_size, train=True, crop=crop), how)
 
 
 def vit():
     torch.manual_seed(0)
-    return VisionTransformer(micro_config().vit).eval()
+    return VisionTransformer(PRESETS["micro"]().vit).eval()
 
 
 def test_features_are_the_vits_and_captions_stay_theirs(world, tmp_path):

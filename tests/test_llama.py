@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from transformers import LlamaConfig as ReferenceConfig
 from transformers import LlamaForCausalLM
 
-from llama import KVCache, Llama, LlamaConfig, attention_mask, extend, rotate
+from llama import KVCache, Llama, LlamaConfig, apply_rope, attention_mask
 
 SIZES = dict(vocab_size=97, width=32, depth=3, heads=4, ffn=56, max_positions=64)
 
@@ -100,22 +100,22 @@ def test_a_cache_whose_rows_are_taken_and_whose_tokens_are_hidden_equals_one_pas
     ids, _ = prompts((9, 9))
     ids[1, :4] = ids[0, :4]
     head = KVCache(depth=3)
-    assert ours(ours.embed(ids[:1, :4]), cache=head, last=0).shape[1] == 0
+    assert ours(ours.embed(ids[:1, :4]), cache=head, logits_to_keep=0).shape[1] == 0
     for room in (0, 1, 64):
-        cache = head.take([0, 0], room)
+        cache = head.select_rows([0, 0], room)
         ours(ours.embed(ids[:, 4:7]), cache=cache)
         ours(ours.embed(ids[:, :1]), cache=cache)                          # in vain
         cache.mask[:, -1] = 0
-        last = ours(ours.embed(ids[:, 7:]), cache=cache, last=1)           # (B, 1, D)
+        last = ours(ours.embed(ids[:, 7:]), cache=cache, logits_to_keep=1)           # (B, 1, D)
         assert_close(ours.lm_head(last[:, 0]), logits(ours, ids)[:, -1], atol=1e-4, rtol=1e-4)
-        assert cache.take([1]).mask.tolist() == [[1] * 7 + [0, 1, 1]] and head.mask.shape == (1, 4)
+        assert cache.select_rows([1]).mask.tolist() == [[1] * 7 + [0, 1, 1]] and head.mask.shape == (1, 4)
 
 
 @pytest.mark.parametrize("last", [0, 1, 2, 9])
 def test_the_last_tokens_alone_are_what_they_are_among_all(last):
     ours, _ = make(kv_heads=2)
     ids, mask = prompts((9, 7))
-    found = ours(ours.embed(ids), mask, last=last)
+    found = ours(ours.embed(ids), mask, logits_to_keep=last)
     assert_close(found, ours(ours.embed(ids), mask)[:, 9 - last:], atol=1e-5, rtol=1e-5)
 
 
@@ -151,18 +151,24 @@ def test_left_padding_gives_no_nan_gradients():
 
 def test_no_dense_mask_where_causality_is_enough():
     right, left = torch.tensor([[1, 1, 1], [1, 0, 0]]), torch.tensor([[1, 1, 1], [0, 0, 1]])
-    assert attention_mask(torch.ones(2, 3), s=3) is None
-    assert attention_mask(torch.ones(2, 3), s=1) is None
-    assert attention_mask(right, s=3) is None
-    assert attention_mask(left, s=3)[1, 0].int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
-    assert attention_mask(left, s=1)[:, 0, 0].int().tolist() == [[1, 1, 1], [0, 0, 1]]
-    assert attention_mask(torch.ones(1, 3), s=2)[0, 0].int().tolist() == [[1, 1, 0], [1, 1, 1]]
+
+    def visible(mask, s):
+        scores = attention_mask(mask, s, torch.float32)                         # (B, 1, s, S), 0 or -inf
+        assert scores is None or (scores[scores != 0] == -torch.inf).all()
+        return scores if scores is None else (scores == 0).int()
+
+    assert visible(torch.ones(2, 3), s=3) is None
+    assert visible(torch.ones(2, 3), s=1) is None
+    assert visible(right, s=3) is None
+    assert visible(left, s=3)[1, 0].tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
+    assert visible(left, s=1)[:, 0, 0].tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert visible(torch.ones(1, 3), s=2)[0, 0].tolist() == [[1, 1, 0], [1, 1, 1]]
 
 
 def test_a_quarter_turn_by_hand():
     # channels (0, 2) and (1, 3) are the pairs; turning (1, 0) by 90 degrees gives (0, 1)
     x = torch.tensor([[[[1.0, 0.0, 0.0, 0.0]]]])
-    assert rotate(x, torch.zeros(4), torch.ones(4)).flatten().tolist() == [0.0, 0.0, 1.0, 0.0]
+    assert apply_rope(x, torch.zeros(4), torch.ones(4)).flatten().tolist() == [0.0, 0.0, 1.0, 0.0]
 
 
 def test_every_row_stops_by_itself():
@@ -174,14 +180,6 @@ def test_every_row_stops_by_itself():
     assert stopped == [row[:row.index(stop)] if stop in row else row for row in free]
     two = ours.generate(ours.embed(ids), mask, max_new_tokens=8, stop=lambda new: len(new) == 2)
     assert two == [row[:2] for row in free]
-
-
-def test_extend():
-    ids = [5]
-    assert not extend(ids, 6, stop=[2])
-    assert extend(ids, 2, stop=[2])
-    assert extend(ids, 7, stop=lambda ids: ids[-2:] == [6, 7])
-    assert ids == [5, 6, 7]
 
 
 def test_sampling_repeats_with_the_same_seed():

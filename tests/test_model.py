@@ -1,8 +1,12 @@
 """The assembled model: official sizes, what trains when, the video's slot, the loss. Run: pytest tests/test_model.py"""
+import json
+from dataclasses import asdict
+
 import pytest
 import torch
 
-from model import PRESETS, VideoChat2, set_trainable
+from infra.distributed import Distributed
+from model import PRESETS, Config, VideoChat2, set_trainable
 from prompt import IGNORE, VIDEO
 
 B, S = 3, 16
@@ -61,6 +65,29 @@ def batch_of(model, start=2):
 
 # ------------------------------------------------------------------------------------------ sizes, and what trains when
 
+def test_a_config_of_an_older_checkpoint_is_read_under_its_old_names():
+    """Three fields had other names when the first checkpoints were written."""
+    cfg = PRESETS["mistral-7b"]()
+    cfg.frame_sampling = "mvbench"
+    stored = json.loads(json.dumps(asdict(cfg)))
+    for old, new in (("style", "prompt_style"), ("tell_seconds", "add_timestamps"), ("train_choice", "frame_sampling")):
+        stored[old] = stored.pop(new)
+    assert (stored["style"], stored["tell_seconds"], stored["train_choice"]) == ("mistral", False, "mvbench")
+    assert Config.from_dict(stored) == cfg
+
+
+def test_a_config_with_an_unknown_field_is_refused():
+    with pytest.raises(ValueError, match="LlamaConfig has no option n_layers"):
+        Config.from_dict({"llama": {"n_layers": 2}})
+
+
+def test_presets_are_independent_of_each_other():
+    """Sizes that the toy's tokenizers decide are filled in; the next Config must not have them."""
+    for name, make in PRESETS.items():
+        make().llama.vocab_size = 1
+        assert make().llama.vocab_size != 1 and make().preset == name
+
+
 @pytest.mark.parametrize("stage", (1, 2, 3))
 def test_parts_have_the_official_parameter_counts(stage):
     with torch.device("meta"):
@@ -81,7 +108,7 @@ def test_what_is_set_to_train_gets_a_gradient_and_nothing_else_does(stage):
     batch = batch_of(model)
     if stage == 1:
         words = {"ids": batch["instruction_ids"], "mask": batch["instruction_mask"], "idx": torch.arange(B)}
-        sum(model.stage1_losses(batch | words, 4, torch.Generator().manual_seed(0)).values()).backward()
+        sum(model.stage1_losses(batch | words, 4, Distributed(), torch.Generator().manual_seed(0)).values()).backward()
     else:
         if stage == 2:
             batch.pop("instruction_ids"), batch.pop("instruction_mask")
@@ -118,7 +145,8 @@ def test_queries_read_video_and_instruction_and_are_as_many_as_the_slot():
     tokens = model.video_tokens(vision, batch["instruction_ids"], batch["instruction_mask"])      # (B, Q, D)
     assert tokens.shape == (B, model.cfg.n_query + model.cfg.n_extra, model.cfg.llama.width)
     assert not torch.allclose(tokens, model.video_tokens(vision), atol=1e-4)    # without the instruction
-    assert not torch.allclose(tokens, model.video_tokens(vision.roll(1, 0), batch["instruction_ids"], batch["instruction_mask"]), atol=1e-4)
+    other = model.video_tokens(vision.roll(1, 0), batch["instruction_ids"], batch["instruction_mask"])
+    assert not torch.allclose(tokens, other, atol=1e-4)
 
 
 @pytest.mark.parametrize("stage", (2, 3))
@@ -137,7 +165,7 @@ def test_align_takes_images_and_repeats_them_for_each_temporal_embedding():
     seen = []
     model.vision_layernorm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     image = pixels(model, T=1)
-    losses = model.stage1_losses(words | {"video": image}, 4, torch.Generator().manual_seed(0))
+    losses = model.stage1_losses(words | {"video": image}, 4, Distributed(), torch.Generator().manual_seed(0))
     assert set(losses) == {"vtc", "vtm", "vtg"} and all(loss.isfinite() for loss in losses.values())
     one = model.vision_encoder(image)                                      # (B, 1, L, C)
     frames = [one[:, 0] + model.vision_temp_embed[:, t] for t in range(4)]  # 4 x (B, L, C)
@@ -167,14 +195,14 @@ def test_left_padding_does_not_change_the_answer():
     """Prompts of different lengths are answered together: the short one as if it were alone."""
     model = micro(3)
     batch = batch_of(model)
-    embeds = model.input_embeds(batch)[:1, :14].detach()                           # (1, 14, D), the first row without padding
+    embeds = model.input_embeds(batch)[:1, :14].detach()                   # (1, 14, D), the first row without padding
     padded = torch.cat([torch.randn(1, 3, embeds.shape[-1]), embeds], 1)   # (1, 17, D)
     mask = torch.ones(1, 17, dtype=torch.long)
     mask[:, :3] = 0
     llm = model.llama_model
     rows, rows_padded = llm.generate(embeds, mask[:, 3:], 4), llm.generate(padded, mask, 4)
     assert rows == rows_padded and len(rows[0]) == 4
-    torch.testing.assert_close(llm(padded, mask, last=1), llm(embeds, last=1))
+    torch.testing.assert_close(llm(padded, mask, logits_to_keep=1), llm(embeds, logits_to_keep=1))
 
 
 def test_a_batch_of_text_alone_needs_no_video():

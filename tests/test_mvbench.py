@@ -366,7 +366,7 @@ def test_a_medium_that_cannot_be_read_is_nobody_s_answer(ckpt, tree, tmp_path):
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world") / "toy"
-    world.build(str(folder), clips=40, questions=24, texts=200, patch=12, workers=1)
+    world.build(world.WorldConfig(str(folder), clips=40, questions=24, texts=200, patch=12, workers=1))
     return folder / "mvbench"
 
 

@@ -13,6 +13,7 @@ from prompt import IGNORE, SYSTEM, VIDEO
 from qagen import generate
 from tokenizer import SentencePiece
 from toy import pretrain, world
+from toy.scenarios import SCENARIOS
 
 
 @pytest.fixture(scope="module")
@@ -100,15 +101,15 @@ def test_an_epoch_is_a_lesson_and_the_same_one_every_time(text):
 def test_the_answer_of_a_document_stands_in_its_caption():
     rng = random.Random(0)
     clip = world.simulate("character_order", rng)
-    caption, (choice,), (plain,) = generate.text_document(clip, rng)
+    caption, (choice,), (plain,) = generate.text_document(SCENARIOS["character_order"], clip, rng)
     assert choice["a"].partition(") ")[2] == plain["a"] and plain["q"] in choice["q"]
     assert plain["a"].removeprefix("They") in caption
 
 
 def test_the_teacher_s_loss_falls_when_its_heads_are_right():
     """By hand: logits on the true classes cost less than uniform ones, which cost log(n), and activity twice that."""
-    from model import micro_config
-    teacher = pretrain.Teacher(micro_config(), [3, 4, 5])
+    from model import PRESETS
+    teacher = pretrain.Teacher(PRESETS["micro"](), [3, 4, 5])
     for head in teacher.heads:
         torch.nn.init.zeros_(head.weight)
         torch.nn.init.zeros_(head.bias)

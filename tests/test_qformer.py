@@ -2,6 +2,7 @@
 import json
 import re
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 
+from infra.distributed import Distributed
 from qformer import (
     QFormer,
     QFormerConfig,
@@ -65,10 +67,10 @@ def assert_layers_equal(hidden, tensors):
 
 def test_queries_alone_and_their_cache(golden):
     qformer, tensors, hidden = load_golden(golden, "qformer_query")
-    out, past, _ = qformer(tensors["in.query_embeds"], vision=tensors["in.encoder_hidden_states"], return_kv=True)
+    out, self_kv, _ = qformer(tensors["in.query_embeds"], vision=tensors["in.encoder_hidden_states"], return_kv=True)
     assert_layers_equal(hidden, tensors)
     assert_close(out, tensors["out.last_hidden_state"], atol=1e-5, rtol=1e-4)
-    for i, (k, v) in enumerate(past):
+    for i, (k, v) in enumerate(self_kv):
         assert_close(k, tensors[f"out.past_key.{i}"], atol=1e-5, rtol=1e-4)
         assert_close(v, tensors[f"out.past_value.{i}"], atol=1e-5, rtol=1e-4)
 
@@ -92,9 +94,9 @@ def test_queries_and_text_together(golden):
 def test_caption_after_cached_queries(golden):
     qformer, tensors, hidden = load_golden(golden, "qformer_cap")
     depth, n_query = qformer.cfg.depth, tensors["in.query_embeds"].shape[1]
-    past = [(tensors[f"in.past_key.{i}"], tensors[f"in.past_value.{i}"]) for i in range(depth)]
+    self_kv = [(tensors[f"in.past_key.{i}"], tensors[f"in.past_value.{i}"]) for i in range(depth)]
     ids, mask = tensors["in.input_ids"], tensors["in.attention_mask"][:, n_query:]
-    logits = qformer.caption_logits(ids, mask, past)
+    logits = qformer.caption_logits(ids, mask, self_kv)
     assert_layers_equal(hidden, tensors)
     assert_close(logits, tensors["out.logits"], atol=1e-4, rtol=1e-4)
     assert_close(vtg_loss(logits, ids, mask, 0.1), tensors["out.loss"], atol=1e-5, rtol=1e-5)
@@ -130,15 +132,18 @@ class Stage1(nn.Module):
         return self.vision_layernorm(x.flatten(1, 2))                                   # (B, N, C)
 
     def losses(self):
+        """With the negatives that the official code drew."""
         t = self.tensors
-        return self.aligner.losses(self.qformer, self.query_tokens, self.vision(), t["in.input_ids"],
-                                   t["in.attention_mask"], t["in.idx"], self.dec_id,
-                                   negatives=(t["in.vision_neg_indices"], t["in.text_neg_indices"]))
+        batch = {"ids": t["in.input_ids"], "mask": t["in.attention_mask"], "idx": t["in.idx"]}
+        negatives = t["in.vision_neg_indices"], t["in.text_neg_indices"]
+        with patch("qformer.hard_negatives", return_value=negatives):
+            return self.aligner.losses(self.qformer, self.query_tokens, self.vision(), batch, self.dec_id,
+                                       dist=Distributed())
 
     def official(self, name):
         """The parameter that has this name in the official state dict."""
-        own = dict(self.named_parameters())
-        return own[name] if name in own else own[f"aligner.{name}"]
+        parameters = dict(self.named_parameters())
+        return parameters[name] if name in parameters else parameters[f"aligner.{name}"]
 
 
 @pytest.fixture
@@ -177,7 +182,7 @@ def test_stage1_intermediate_values(stage1):
     ids, mask, idx, vision = t["in.input_ids"], t["in.attention_mask"], t["in.idx"], stage1.vision()
     assert_close(vision, t["out.vision_embeds"], atol=1e-5, rtol=1e-4)
     query = stage1.query_tokens.expand(len(ids), -1, -1)
-    video, past, _ = stage1.qformer(query, vision=vision, return_kv=True)
+    video, self_kv, _ = stage1.qformer(query, vision=vision, return_kv=True)
     assert_close(video, t["out.vision_query_embeds"], atol=1e-5, rtol=1e-4)
     text = stage1.qformer(ids=ids, mask=mask)
     assert_close(text[:, 0], t["out.pooled_text_embeds"], atol=1e-5, rtol=1e-4)
@@ -187,9 +192,8 @@ def test_stage1_intermediate_values(stage1):
     assert_close(negative_weights(sim, idx), t["out.weights_v2t"], atol=1e-5, rtol=1e-4)
     assert_close(negative_weights(sim.T, idx), t["out.weights_t2v"], atol=1e-5, rtol=1e-4)
     # the first B of the 3 * B rows of matching are the true pairs
-    args = (stage1.qformer, stage1.query_tokens, vision, ids, mask)
-    assert_close(aligner.match_logits(*args), t["out.vtm_logits"][:len(ids)], atol=1e-4, rtol=1e-4)
-    assert_close(aligner.match_scores(*args), t["out.vtm_logits"][:len(ids), 1], atol=1e-4, rtol=1e-4)
+    logits = aligner.itm_logits(stage1.qformer, stage1.query_tokens, ids, mask, vision)
+    assert_close(logits, t["out.vtm_logits"][:len(ids)], atol=1e-4, rtol=1e-4)
 
 
 # ---- by hand
@@ -260,16 +264,16 @@ def test_what_is_the_same_for_all_videos_may_have_one_row_and_the_text_may_be_le
     ids, mask = torch.randint(0, 50, (1, 6)), torch.tensor([[1, 1, 1, 1, 0, 0]])
     each = qformer(query.expand(3, -1, -1), ids.expand(3, -1), mask.expand(3, -1), vision)     # (3, 5 + 6, E)
     assert_close(qformer(query, ids, mask, vision), each)
-    assert_close(qformer(query, ids, mask, vision, texts=0), each[:, :5])
-    assert_close(qformer(query, ids, mask, vision, texts=1), each[:, :6])
+    assert_close(qformer(query, ids, mask, vision, n_text_out=0), each[:, :5])
+    assert_close(qformer(query, ids, mask, vision, n_text_out=1), each[:, :6])
 
 
 def test_captions_are_causal():
     qformer, query, vision, ids = tiny()
-    _, past, _ = qformer(query, vision=vision, return_kv=True)
+    _, self_kv, _ = qformer(query, vision=vision, return_kv=True)
     mask, other = torch.ones_like(ids), ids.clone()
     other[:, 3] = 11
-    a, b = qformer.caption_logits(ids, mask, past), qformer.caption_logits(other, mask, past)
+    a, b = qformer.caption_logits(ids, mask, self_kv), qformer.caption_logits(other, mask, self_kv)
     assert_close(a[:, :3], b[:, :3])
     assert not torch.allclose(a[:, 3:], b[:, 3:])
 
@@ -286,11 +290,11 @@ def test_weights_without_use_get_no_gradient():
 
 def test_the_head_and_the_word_embeddings_are_one_matrix():
     qformer, query, vision, ids = tiny()
-    _, past, _ = qformer(query, vision=vision, return_kv=True)
+    _, self_kv, _ = qformer(query, vision=vision, return_kv=True)
     with torch.no_grad():
         qformer.bert["embeddings"].word_embeddings.weight[42] += 100.0          # not a word of ids
     ids[ids == 42] = 1
-    qformer.caption_logits(ids, torch.ones_like(ids), past)[..., 42].sum().backward()
+    qformer.caption_logits(ids, torch.ones_like(ids), self_kv)[..., 42].sum().backward()
     assert qformer.bert["embeddings"].word_embeddings.weight.grad[42].abs().sum() > 0
     assert not [name for name in qformer.state_dict() if "decoder" in name]
 
@@ -307,7 +311,7 @@ def test_the_temperature_is_bounded_but_no_forward_pass_changes_it(start, used):
 def test_matching_by_queries_alone():
     qformer, query, vision, ids = tiny()
     aligner = Stage1Heads(replace(TINY, vtm_cat_text_cls=False))
-    assert aligner.match_logits(qformer, query[:1], vision, ids, torch.ones_like(ids)).shape == (2, 2)
+    assert aligner.itm_logits(qformer, query[:1], ids, torch.ones_like(ids), vision).shape == (2, 2)
 
 
 def test_real_size_has_the_official_number_of_parameters():
@@ -326,6 +330,7 @@ def test_errors_name_what_is_wrong():
     with pytest.raises(ValueError, match="21 word pieces, but the Q-Former takes at most 20"):
         qformer(ids=torch.ones(1, 21, dtype=torch.long))
     with pytest.raises(ValueError, match="batch of 2 holds a single clip, idx 4"):
-        Stage1Heads(TINY).losses(qformer, query[:1], vision, ids, mask, torch.tensor([4, 4]), dec_id=49)
+        batch = {"ids": ids, "mask": mask, "idx": torch.tensor([4, 4])}
+        Stage1Heads(TINY).losses(qformer, query[:1], vision, batch, dec_id=49, dist=Distributed())
     with pytest.raises(ValueError, match="5 heads"):
         QFormerConfig(heads=5)

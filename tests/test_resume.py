@@ -280,13 +280,13 @@ def poisoned(monkeypatch, steps):
     """Losses of these calls are NaN, and one layer's output is."""
     real, calls = stages.VideoChat2.stage1_losses, []
 
-    def align(self, batch, *rest, **options):
+    def stage1_losses(self, batch, *rest, **options):
         calls.append(1)
         if len(calls) in steps:
             batch = batch | {"features": batch["features"] * float("nan")}
         return real(self, batch, *rest, **options)
 
-    monkeypatch.setattr(stages.VideoChat2, "align", align)
+    monkeypatch.setattr(stages.VideoChat2, "stage1_losses", stage1_losses)
 
 
 @pytest.mark.parametrize("muon", ["0", "1"])

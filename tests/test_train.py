@@ -14,9 +14,9 @@ import torch
 import chat
 import mvbench
 import train
+from evaluation.tasks import TASKS
 from infra import files
-from model import VideoChat2, micro_config, set_trainable
-from qagen import generate
+from model import PRESETS, VideoChat2, set_trainable
 from toy import probe
 from training import optim, recipes
 from vit_video import VisionTransformer
@@ -53,7 +53,8 @@ def test_every_stage_leaves_a_checkpoint_and_its_losses(runs):
 
 def test_the_probe_asks_every_part_of_a_run(runs, world, tmp_path, capsys):
     table = probe.probe(runs, world, count=2)
-    assert set(table) == set(probe.COLUMNS) and all(list(column) == list(generate.TASKS) for column in table.values())
+    tasks = [task.file for task in TASKS]
+    assert set(table) == set(probe.COLUMNS) and all(list(column) == tasks for column in table.values())
     assert all(0 <= share <= 1 for column in table.values() for share in column.values())
     shutil.copytree(runs / "stage0", tmp_path / "half" / "stage0")
     assert probe.main(["--run", str(tmp_path / "half"), "--data", str(world), "--clips", "1"]) == 0
@@ -124,7 +125,7 @@ def test_chat_answers_the_same_question_with_the_same_words(world, runs):
 
 
 def test_each_parameter_has_its_optimizer_and_its_rate():
-    config = micro_config()
+    config = PRESETS["micro"]()
     config.llama.vocab_size = config.qformer.vocab_size = 50
     model = VideoChat2(config, 3)
     set_trainable(model, 3)
@@ -229,7 +230,7 @@ def test_one_part_of_stage_0_alone(world, tmp_path, capsys):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_blocks_compute_the_same():
-    vit = VisionTransformer(micro_config().vit)
+    vit = VisionTransformer(PRESETS["micro"]().vit)
     video = torch.randn(1, 4, 3, 64, 64)
     expected = vit(video)
     names = list(vit.state_dict())

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import golden_tensors
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from vit_video import VisionTransformer, ViTConfig, position_table, resize_space, sinusoid
+from vit_video import VisionTransformer, ViTConfig, position_table, sinusoid
 
 TINY = ViTConfig(img_size=16, patch_size=8, width=32, depth=2, heads=4, frames=4)
 
@@ -91,8 +92,9 @@ def test_an_image_stands_where_a_video_begins():
 def test_quirk_resized14_differs_from_the_own_grid():
     small, resized = (position_table(4, 4, 32, kind, 4, torch.device("cpu")) for kind in ("sinusoid", "resized14"))
     assert (small - resized).abs().max() > 0.5
-    fourteen = sinusoid(196, 32).view(1, 14, 14, 32)
-    assert_close(resized[0], resize_space(fourteen, 4).flatten(1, 2)[0])
+    fourteen = sinusoid(196, 32).T.view(1, 32, 14, 14)                          # (1, C, 14, 14)
+    expected = F.interpolate(fourteen, size=(4, 4), mode="bicubic", align_corners=False)    # (1, C, 4, 4)
+    assert_close(resized[0], expected.flatten(2)[0].T)
 
 
 def test_checkpointing_changes_no_gradient():
@@ -115,8 +117,8 @@ def test_residual_stream_stays_float32_under_autocast_and_bfloat16_when_cast():
 
 def test_positions_grow_with_their_scale():
     cfg = ViTConfig(img_size=32, patch_size=16, width=32, depth=1, heads=2, frames=2)
-    once, thrice = (VisionTransformer(replace(cfg, pos_scale=scale)).positions(2, "cpu") for scale in (1.0, 3.0))
-    assert torch.equal(thrice, 3 * once)
+    once, three_times = (VisionTransformer(replace(cfg, pos_scale=scale)).positions(2, "cpu") for scale in (1.0, 3.0))
+    assert torch.equal(three_times, 3 * once)
 
 
 def test_a_model_from_the_meta_device_has_its_positions():

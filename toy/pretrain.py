@@ -21,8 +21,9 @@ import torch.nn.functional as F
 
 from infra.files import atomic_folder
 from prompt import CAPTION_INSTRUCTIONS, SYSTEM, VIDEO, add_packing, caption_prompt, conversation_prompt, pad_batch
-from qagen.generate import MARKS, STRAIGHT, as_turn
+from qagen.generate import OPTION_HINTS, as_turn
 from tokenizer import train_sentencepiece, train_wordpiece
+from toy.things import STRAIGHT
 from vit_video import VisionTransformer
 
 
@@ -140,7 +141,7 @@ class School(torch.utils.data.Dataset):
     def __init__(self, path, tok, prompt_style, n_video, epoch_size):
         self.documents = [json.loads(line) for line in open(path)]
         self.tok, self.prompt_style, self.n_video, self.epoch_size, self.epoch = tok, prompt_style, n_video, epoch_size, 0
-        self.marks = {tok.encode(f"It grows. {mark}")[-1] for mark in MARKS}
+        self.marks = {tok.encode(f"It grows. {mark}")[-1] for mark in OPTION_HINTS}
         found = {word for caption, *_ in self.documents[:5000] for word in re.findall(r"\b[a-z]+\b", caption)}
         self.words = [word for word in sorted(found) if len(tok.encode(word)) == 1]
         self.answers = sorted({qa["a"] for _, _, plain in self.documents[:5000] for qa in plain})
@@ -178,7 +179,7 @@ class School(torch.utils.data.Dataset):
         """-> (caption, turns): without options (plain), or with them; their marks are rare from lesson 13 on."""
         caption, many, open_turns = rng.choice(self.documents)
         if self.epoch > 12 and rng.random() < 0.8:
-            many = [qa | {"q": re.sub(f" ({'|'.join(MARKS)})\n", "\n", qa["q"])} for qa in many]
+            many = [qa | {"q": re.sub(f" ({'|'.join(OPTION_HINTS)})\n", "\n", qa["q"])} for qa in many]
         return caption, open_turns if plain else many
 
     def drill(self, rng):

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from evaluation.engine import letter_ids
+from evaluation.tasks import TASKS
 from infra.files import load_strict, read_tensors
 from prompt import (
     CAPTION_INSTRUCTIONS,
@@ -36,8 +37,10 @@ from prompt import (
     pad_batch,
 )
 from qagen import generate
-from toy.draw import ACTIVITIES, COLOURS, FPS, FRAMES, SHAPES, UNITS, token_targets
+from toy.draw import ACTIVITY_CLASSES, COLOUR_CLASSES, SHAPE_CLASSES, token_targets
 from toy.pretrain import Teacher
+from toy.scenarios import SCENARIOS
+from toy.things import FPS, FRAMES, UNITS
 from video import eval_frame_indices, load_eval_clip
 from weights import checkpoint
 from weights.hf_llama import load_llm
@@ -47,7 +50,7 @@ COLUMNS = ("colour", "shape", "activity", "bridge", "alike 1", "voice", "alike 2
 
 def benchmark_clips(data, count):
     """{task: its first `count` annotations}."""
-    clips = {task: [] for task in generate.TASKS}
+    clips = {task.file: [] for task in TASKS}
     for line in open(Path(data) / "mvbench" / "annotations.jsonl"):
         clip = json.loads(line)
         if len(clips[clip["scenario"]]) < count:
@@ -63,13 +66,13 @@ def look(cfg, data, clips):
 
 def frames_seen(task, count):
     """Frames of the simulation that the benchmark takes: a folder of JPEGs holds them at 3 per second, from 1 on."""
-    if generate.TASKS[task].folder.startswith("tvqa"):
+    if task == "episodic_reasoning":
         return [(i - 1) * FPS // 3 for i in eval_frame_indices(count, FRAMES * 3 // FPS, 3, first_idx=1)]
     return eval_frame_indices(count, FRAMES - 1, FPS)
 
 
 def told(clip):
-    return generate.caption(clip, random.Random(0))
+    return generate.caption_and_facts(SCENARIOS[clip["scenario"]], clip, random.Random(0))[0]
 
 
 def alike(queries):
@@ -84,7 +87,7 @@ def alike(queries):
 
 def load_teacher(folder):
     cfg, _ = checkpoint.read_config(folder)
-    teacher = Teacher(cfg, [len(COLOURS), len(SHAPES), len(ACTIVITIES)]).eval()
+    teacher = Teacher(cfg, [len(COLOUR_CLASSES), len(SHAPE_CLASSES), len(ACTIVITY_CLASSES)]).eval()
     load_strict(teacher, read_tensors(folder / "model.safetensors"), folder)
     return teacher, cfg
 
@@ -176,8 +179,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     table = probe(args.run, args.data, args.clips)
     print(f"{'':26}" + "".join(f"{name:>10}" for name in COLUMNS))
-    for task, row in generate.TASKS.items():
-        print_row(row.name, {name: column[task] for name, column in table.items()})
+    for task in TASKS:
+        print_row(task.name, {name: column[task.file] for name, column in table.items()})
     print_row("mean", {name: np.nanmean(list(column.values())) for name, column in table.items()})
     return 0
 

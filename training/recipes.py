@@ -15,8 +15,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 
 import torch
 
-from model import PRESETS, Config
-from weights.hf_llama import DTYPES
+from model import DTYPES, PRESETS, Config
 
 
 def option(default, text):

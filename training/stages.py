@@ -21,7 +21,7 @@ import torch.nn as nn
 import data
 from infra.files import load_strict, read_json, read_tensors
 from llama import Llama
-from model import PRESETS, VideoChat2, next_token_loss, set_trainable
+from model import DTYPES, PRESETS, VideoChat2, next_token_loss, set_trainable
 from tokenizer import SentencePiece, WordPiece
 from toy.pretrain import School, Teacher, TeacherData, collate_teacher, collate_text, soft_embed, vocabulary
 from training import feature_cache
@@ -30,7 +30,7 @@ from training.recipes import MODEL_OPTIONS, RECIPES, STANDINS, recipe
 from training.resume import newest
 from video import Transform, train_frame_indices
 from weights import checkpoint
-from weights.hf_llama import DTYPES, llm_config, write_llm
+from weights.hf_llama import llm_config, write_llm
 
 
 @dataclass
@@ -233,8 +233,8 @@ def stage_parts(cfg, stage, model, wordpiece, tok, generator, world):
     n_video = config.n_query + config.n_extra
     if stage == 1:
         return (config.align_frames, data.Stage1Collate(wordpiece, config.align_text, config.caption_sep),
-                lambda batch, done: model.stage1_losses(batch, wordpiece.dec_id, generator, done < cfg.captions_first,
-                                                everyone=world, global_negatives=cfg.global_negatives))
+                lambda batch, done: model.stage1_losses(batch, wordpiece.dec_id, world, generator,
+                                                        done < cfg.captions_first, cfg.global_negatives))
     if stage == 2:
         collate = data.Stage2Collate(tok, n_video, config.max_text)
         return config.train_frames, collate, lambda batch, _: {"lm": model.lm_loss(batch)}

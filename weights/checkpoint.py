@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 
 from infra.files import hash_file, load_strict, read_json, read_tensors, save_tensors
-from model import Config, VideoChat2
+from model import DTYPES, Config, VideoChat2
 from tokenizer import WordPiece
-from weights.hf_llama import DTYPES, config_diff, llm_config, llm_tokenizer, load_llm_weights
+from weights.hf_llama import config_diff, llm_config, llm_tokenizer, load_llm_weights
 
 LLM_PREFIX = "llama_model."
 

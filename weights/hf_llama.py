@@ -33,7 +33,6 @@ HF_NAMES = {  # LlamaConfig field -> key of config.json
     "attention_bias": "attention_bias", "mlp_bias": "mlp_bias"}
 OPTIONAL = {"kv_heads", "rope_theta", "head_dim", "tied", "attention_bias", "mlp_bias"}
 DROPPED = re.compile(r"\.rotary_emb\.inv_freq$")  # follows from rope_theta
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # --------------------------------------------------------------------------------------------------------- config.json
 
