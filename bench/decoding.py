@@ -41,6 +41,8 @@ def read_as_notebook(path, cfg):
     """A video, frame by frame: decoded, short side resized, centre cropped, normalised -> (T, 3, size, size)."""
     reader, size = decord.VideoReader(str(path), num_threads=1), cfg.vit.img_size
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in NORMS[cfg.eval_norm])
+
+    # as many calls as frames, and no frame is decoded ahead of its turn
     frames = []
     for i in eval_frame_indices(cfg.eval_frames, len(reader) - 1, reader.get_avg_fps()):
         image = Image.fromarray(reader[i].asnumpy())

@@ -33,6 +33,7 @@ def batched(argv):
 
 
 def main(argv=None):
+    # the model is loaded once for both LLMs; mvbench.py, which has to merge LoRA, loads its own
     argv = sys.argv[1:] if argv is None else argv
     args = mvbench.parse(argv)
     questions = [q for q in load_questions(args.data, limit=args.limit) if q["media"]]

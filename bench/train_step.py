@@ -50,6 +50,8 @@ class Step:
 
     def __post_init__(self):
         self.frames, self.text = self.frames or (4, 8, 8)[self.stage - 1], self.text or (32, 64, 512)[self.stage - 1]
+        if min(self.batch, self.frames, self.text) < 1:
+            raise ValueError("--batch, --frames and --text must be 1 or more")
 
     def __str__(self):
         return f"{self.preset}, stage {self.stage}: {self.batch} clips, {self.frames} frames, {self.text} text tokens"
@@ -66,6 +68,7 @@ def step_config(step):
 
 def random_batch(cfg, step, shortest=0.25):
     """Random clips, and texts of shortest * step.text to step.text tokens; stages 2 and 3 learn every second token."""
+    # texts of random length, the longest first; in stage 1 the video has no slot among their ids
     g, n_video = torch.Generator().manual_seed(0), cfg.n_query + cfg.n_extra if step.stage > 1 else 0
     lengths = torch.randint(int(shortest * step.text), step.text + 1, (step.batch - 1,), generator=g).tolist()
     prompts, vocab = [], min(cfg.qformer.vocab_size, cfg.llama.vocab_size)
@@ -74,6 +77,7 @@ def random_batch(cfg, step, shortest=0.25):
         labels = [token if place % 2 else IGNORE for place, token in enumerate(text)]
         prompts.append(Prompt([VIDEO] * n_video + text, [IGNORE] * n_video + labels))
 
+    # as a collate function of data.py makes them
     ids, labels, mask = pad_batch(prompts, pad_id=0, multiple=1)                        # (B, Q + S)
     video = torch.randn(step.batch, step.frames, 3, cfg.vit.img_size, cfg.vit.img_size, generator=g)
     batch = add_packing({"video": video, "ids": ids, "labels": labels, "mask": mask, "idx": torch.arange(step.batch)})
@@ -113,6 +117,7 @@ def step_losses(model, batch, generator=None):
 
 def measure(side, step):
     """One side, "ours" or "transformers", in this process -> seconds of a step, losses, peak GiB, utilisation."""
+    # both sides draw the same weights, batch and hard negatives
     cfg, generator = step_config(step), torch.Generator().manual_seed(0)
     model, losses_of = our_model(cfg, step.stage), step_losses
     if side == "transformers":
@@ -151,10 +156,14 @@ def main(argv=None):
     parser = argparse.ArgumentParser("python -m bench.train_step", description=__doc__.splitlines()[0])
     add_options(parser, Step)
     step, _ = read_options(parser, Step, argv)
+
+    # "spawn": a forked process would count the memory of this one as its own
     rows = {}
     for side in ("ours", "transformers"):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             rows[side] = pool.submit(measure, side, step).result()
+
+    # a row for each side
     where = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{step}; {DTYPE} on {where}")
     for side, (seconds, losses, gib, mfu) in rows.items():
