@@ -60,7 +60,7 @@ class KVCache:
         self.mask = None                # (B, S) 1 = token
 
     def append(self, layer_idx, k, v):
-        """New k, v (B, kv_heads, s, hs) of one layer -> all of its k, v (B, kv_heads, S, hs). The mask comes first."""
+        """New k, v (B, kv_heads, s, hs) -> all k, v (B, kv_heads, S, hs) of a layer, S being the mask's length."""
         S, layer = self.mask.shape[1], self.layers[layer_idx]
         start = S - k.shape[2]
 
@@ -71,8 +71,8 @@ class KVCache:
                 new[:, :, :start] = old[:, :, :start]
             layer = self.layers[layer_idx] = wider
 
-        for all_tokens, new in zip(layer, (k, v), strict=True):
-            all_tokens[:, :, start:S] = new
+        for cached, new in zip(layer, (k, v), strict=True):
+            cached[:, :, start:S] = new
         return tuple(t[:, :, :S] for t in layer)
 
     @torch.no_grad()
@@ -185,11 +185,11 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))                   # (B, n_out, D)
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the whole
+# the model
 
 def attention_mask(mask, s, dtype):
-    """Padding mask (B, S) of all tokens so far, 1 = token -> what the s newest of them may see: 0, or -inf where not,
-    (B or 1, 1, s, S), to be added to the scores; None where causality alone is right.
+    """What the s newest tokens may see of all S: (B or 1, 1, s, S), 0 or -inf, to be added to the scores; None where
+    causality alone is right. mask: the padding mask (B, S), 1 = token.
     """
     S, no_padding = mask.shape[1], mask.all().item()
     # subtle: padding after the last real token does no harm, for no real token sees what comes after it
@@ -199,8 +199,8 @@ def attention_mask(mask, s, dtype):
     visible = torch.ones(s, S, dtype=torch.bool, device=mask.device).tril(S - s)[None, None]    # (1, 1, s, S)
     if not no_padding:
         # subtle: a padding row on the left may see nothing, and softmax over nothing is NaN: let each row see itself
-        itself = torch.eye(s, S, dtype=torch.bool, device=mask.device).roll(S - s, dims=1)      # (s, S)
-        visible = visible & mask.bool()[:, None, None, :] | itself              # (B, 1, s, S)
+        diagonal = torch.eye(s, S, dtype=torch.bool, device=mask.device).roll(S - s, dims=1)    # (s, S)
+        visible = visible & mask.bool()[:, None, None, :] | diagonal            # (B, 1, s, S)
     return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
 
 

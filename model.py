@@ -71,8 +71,8 @@ class Config:
 
     @classmethod
     def from_dict(cls, d):
-        """The Config that asdict turned into d, with the defaults for what d lacks; reads older checkpoints' names,
-        too. Raises ValueError for a key that no field has.
+        """Inverse of asdict, with defaults for what d lacks; reads the names of older checkpoints. ValueError for a key
+        that no field has.
         """
         d = {OLD_FIELDS.get(name, name): value for name, value in d.items()}
         for name, part in (("vit", ViTConfig), ("qformer", QFormerConfig), ("llama", LlamaConfig)):
@@ -115,7 +115,7 @@ MICRO = TOY | dict(
     n_query=4, n_extra=4, align_frames=4, train_frames=4, eval_frames=4, lora_r=4, lora_alpha=8, lora_dropout=0.05)
 
 # the stronger later variant: Mistral-7B-Instruct-v0.2. Source: it_dataset_mistral.py, which gives the Q-Former no
-# question, and no model the seconds
+# question, and writes no seconds
 MISTRAL = dict(
     llama=dict(kv_heads=8, ffn=14336, eps=1e-5, rope_theta=1e6, max_positions=32768),
     lora_names=(*EVERY_LINEAR, "lm_head"), prompt_style="mistral", question_in_qformer=False, add_timestamps=False)
@@ -132,7 +132,6 @@ class VideoChat2(nn.Module):
     Stage 1 has the heads of its losses (aligner) and no LLM; stages 2 and 3 have extra queries, projection and LLM;
     stage 3 has LoRA in the LLM. defer_llm: the LLM's weights get no memory until weights.checkpoint.attach_llm.
     """
-
     def __init__(self, cfg, stage, defer_llm=False):
         super().__init__()
         self.cfg, self.stage = cfg, stage
@@ -234,7 +233,7 @@ class VideoChat2(nn.Module):
         batch = batch if "targets" in batch else add_packing(batch)
         embeds = self.input_embeds(batch)                           # (B, S, D)
         if self.stage == 3 and self.cfg.bos_ones:
-            embeds = torch.cat((torch.ones_like(embeds[:, :1]), embeds[:, 1:]), 1)
+            embeds = torch.cat((torch.ones_like(embeds[:, :1]), embeds[:, 1:]), 1)      # <s> is the first token
         return next_token_loss(self.llama_model, embeds, batch["labels"], batch["lengths"], batch["targets"])
 
 

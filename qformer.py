@@ -284,8 +284,8 @@ def vtg_loss(logits, ids, mask, label_smoothing):
 
 
 class Stage1Heads(nn.Module):
-    """The heads of stage 1, dropped afterwards. The Q-Former and the query tokens (1, Q, E) are arguments: stored here,
-    too, their weights would be registered twice.
+    """The heads of stage 1, dropped afterwards. Q-Former and query tokens (1, Q, E) are arguments of its methods: if it
+    stored them, their weights would be registered twice.
     """
     def __init__(self, cfg):
         super().__init__()
@@ -327,7 +327,7 @@ class Stage1Heads(nn.Module):
         generation. dist: infra.distributed.Distributed. VTC is over the batch of all processes. VTM draws its negatives
         from this process's rows, as the official code does, or, global_negatives, from all. ValueError for one clip.
         """
-        # the queries read the video; VTG and VTM use keys and values of this pass again
+        # the queries read the video; VTG and VTM reuse the keys and values of this pass
         ids, mask, idx = batch["ids"], batch["mask"], batch["idx"]
         query = query_tokens.expand(len(ids), -1, -1)                           # (B, Q, E)
         video, self_kv, cross_kv = qformer(query, vision=vision, return_kv=True)    # (B, Q, E)
@@ -352,11 +352,11 @@ class Stage1Heads(nn.Module):
             videos, texts = (dist.local_rows(rows) for rows in hard_negatives(sim, all_idx, generator))  # (B,), (B,)
             vision, cross_kv = torch.cat((vision, all_vision[videos], vision)), None    # (3*B, N, C)
         else:
-            all_ids, all_mask = ids, mask
+            all_ids, all_mask, vision = ids, mask, None
             local_sim = dist.local_rows(dist.local_rows(sim).T).T               # (B, all B) -> (B, B)
             videos, texts = hard_negatives(local_sim, idx, generator)           # (B,), (B,)
-            vision, cross_kv = None, [kv and [torch.cat((t, t.index_select(0, videos), t)) for t in kv]
-                                      for kv in cross_kv]                       # 2 x (3*B, nh, N, hs) per layer
+            # the first pass has projected these videos; keys and values (3*B, nh, N, hs), None in layers without
+            cross_kv = [kv and tuple(torch.cat((t, t.index_select(0, videos), t)) for t in kv) for kv in cross_kv]
 
         # VTM: B true pairs, B with a wrong video, B with a wrong text
         ids, mask = torch.cat((ids, ids, all_ids[texts])), torch.cat((mask, mask, all_mask[texts]))     # (3*B, S)

@@ -33,12 +33,14 @@ def add_options(parser, config_class):
 
     A bool becomes --name and --no-name. The help text ends in the default where there is one.
     """
-    groups = {}
+    groups = {}                                                # title: argparse group, in the order of the fields
     for f in fields(config_class):
         if "help" not in f.metadata:
             continue
         title = f.metadata["group"]
         group = groups.setdefault(title, parser.add_argument_group(title))
+
+        # the parser's own default is MISSING, so that read_options knows what was typed
         kwargs = {"action": argparse.BooleanOptionalAction}
         if f.type is not bool:
             choices = f.metadata["choices"]

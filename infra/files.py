@@ -1,15 +1,15 @@
-"""Files written whole or not at all, and read strictly: what every checkpoint of this project stands on.
+"""Files that are complete or absent, and strict loading: what every checkpoint of this project rests on.
 
-    atomic_folder     a folder that appears complete or not at all, whatever stops the program in between
-    read_tensors     a safetensors file, or a foreign PyTorch file without running what may hide in its pickle
-    load_strict    tensors into a module: every name and shape must fit, or an error lists what does not
+    atomic_folder   a folder that appears complete or not at all, whatever stops the program in between
+    read_tensors    a .safetensors file, or a PyTorch file of somebody else without running code from its pickle
+    load_strict     tensors into a module: names and shapes must match, or the error lists what does not
 
-It knows no model: an LLM's folder is llm_folder.py, a checkpoint of VideoChat2 checkpoint.py, the official files
-weights.py.
+Not here: checkpoints (weights/checkpoint.py), LLM folders (weights/hf_llama.py), official files (weights/convert.py).
 
     pytest tests/test_files.py
 """
 import fcntl
+import hashlib
 import json
 import os
 import pickle
@@ -24,23 +24,32 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 
+def flush_to_disk(path):
+    """Waits until the bytes of a file are on the disk. Folders are skipped."""
+    if path.is_file():
+        with open(path, "rb+") as f:
+            os.fsync(f.fileno())
+
+
 @contextmanager
 def atomic_folder(folder, replace=True):
-    """Gives a temporary folder to fill; it takes the place of `folder` only when the block ends without an error.
+    """Yields a temporary folder to fill; it becomes `folder` only if the block ends without an error.
 
-    Without `replace`, a folder that another process has finished meanwhile stays.
-    subtle: every file is flushed to the disk before the rename, so that a crash leaves the old folder or the new one;
-    in the moment between two renames the old one is called .NAME.PID.old.
+    replace=False: if another process has finished `folder` meanwhile, that one stays.
+    subtle: every file is flushed to the disk before the rename, so a crash leaves the old folder or the new one. In the
+    moment between the two renames the old one is called .NAME.PID.old.
     """
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    shutil.rmtree(temporary, ignore_errors=True)               # of a killed process that had the same id
     temporary.mkdir(parents=True)
     try:
         yield temporary
         for path in temporary.rglob("*"):
-            fsync(path)
-        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+            flush_to_disk(path)
+
+        # a folder cannot be renamed onto one that has files: move the old one aside first
         if folder.exists() and replace:
             folder.rename(old)
         if not folder.exists():
@@ -50,15 +59,47 @@ def atomic_folder(folder, replace=True):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def fsync(path):
-    """Waits until a file's bytes are on the disk; a folder has none of its own."""
-    if path.is_file():
-        with open(path, "rb+") as f:
-            os.fsync(f.fileno())
+@contextmanager
+def atomic_file(path):
+    """Yields a temporary path to write; the file becomes `path` only if the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")   # save_tensors reads the suffix
+    try:
+        yield temporary
+        flush_to_disk(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def lock_folder(folder):
+    """Creates the folder and locks it for this process inside the block. OSError if another process has the lock."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        # subtle: lockf, not flock: loader workers would inherit a flock and keep it after this process is killed
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise OSError(f"another process is writing into {folder}: wait for it, or choose another folder") from None
+        yield
+
+
+def save_text(text, path):
+    """Writes a text file atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(value, path, indent=2):
+    """Writes a JSON file atomically."""
+    save_text(json.dumps(value, indent=indent) + "\n", path)
 
 
 def read_json(path):
-    """Raises FileNotFoundError or ValueError with the file's name in one line."""
+    """FileNotFoundError or ValueError name the file, in one line."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
@@ -67,79 +108,110 @@ def read_json(path):
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
 
+# ------------------------------------------------------------------------------------------------------ named tensors
+
+
+def read_torch_file(path):
+    """A PyTorch file of somebody else -> {name: tensor}; a dict under "model", "module" or "state_dict" is unpacked."""
+    # files of torch before 1.6 are not zip archives and cannot be mapped into memory: read those the plain way
+    errors = []
+    for mmap in (True, False):
+        try:
+            # weights_only: a pickle may run any code, so only tensors and plain Python values are accepted
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            break
+        except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+            errors.append(str(error))
+    else:
+        foreign = re.search(r"Unsupported (?:global|class|operand).*?([\w.]*\.\w+)", " ".join(errors))
+        if foreign:
+            raise ValueError(f"{path} holds {foreign[1]} besides tensors, and loading that could run any code; if you "
+                             "trust the file, save its tensors alone: torch.save(torch.load(FILE, weights_only=False)"
+                             '["model"], NEW)')
+        raise ValueError(f"{path} is damaged or not a PyTorch file; copy it again")
+
+    # official files nest their tensors in one or two dicts, beside other things
+    for key in ("model", "module", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{path} holds a {type(content).__name__}, not named tensors")
+    tensors = {name: t for name, t in content.items() if isinstance(name, str) and torch.is_tensor(t)}
+    if not tensors:
+        raise ValueError(f"{path} holds {', '.join(map(str, list(content)[:4]))}, but no tensors by those names")
+    return tensors
+
 
 def iter_tensors(path):
-    """Yields (name, tensor) of a .safetensors file one by one, or of a PyTorch file (.bin, .pth, .pt), read as a whole.
+    """Yields (name, tensor) one by one from .safetensors; a PyTorch file (.bin, .pth, .pt) is loaded whole first.
 
-    A PyTorch file is read with weights_only=True: of a pickle, tensors alone are taken. A torn or foreign file is a
-    ValueError that names it.
+    ValueError names a damaged or foreign file. Of a pickle, only the tensors are loaded.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    yield from each_safetensor(path) if path.suffix == ".safetensors" else read_torch_file(path).items()
-
-
-def each_safetensor(path):
+    if path.suffix != ".safetensors":
+        yield from read_torch_file(path).items()               # mapped into memory if the format allows it
+        return
     try:
         with safe_open(path, "pt") as f:
-            yield from ((name, f.get_tensor(name)) for name in f.keys())
+            for name in f.keys():
+                yield name, f.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or not a safetensors file ({error}); copy or make it again") from None
 
 
-def read_torch_file(path):
-    """A PyTorch file of others -> {name: tensor}; one that lies under "model", "module" or "state_dict" is unpacked."""
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        found = read_old_format(path, error)
-    for key in ("model", "module", "state_dict"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found):
-        raise ValueError(f"{path} holds a {type(found).__name__}, not named tensors")
-    tensors = {name: t for name, t in found.items() if torch.is_tensor(t)}
-    if not tensors:
-        raise ValueError(f"{path} holds {', '.join(list(found)[:4])}, but no tensors by those names")
-    return tensors
-
-
-def read_old_format(path, error):
-    """Files of torch before 1.6 are no zip archives, and cannot be mapped into memory."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as second:
-        held = re.search(r"Unsupported (?:global|class|operand).*?([\w.]*\.\w+)", f"{error} {second}")
-        if held:
-            raise ValueError(f"{path} holds {held[1]} besides tensors, which loading could let run anything; if you "
-                             "trust the file, save its tensors alone: torch.save(torch.load(FILE, weights_only=False)"
-                             '["model"], NEW)') from None
-        raise ValueError(f"{path} is damaged or not a PyTorch file; copy it again") from None
-
-
 def read_tensors(path):
-    """A file of iter_tensors's kinds -> {name: tensor}."""
+    """Reads a file of iter_tensors's kinds -> {name: tensor}."""
     return dict(iter_tensors(path))
 
 
 def save_tensors(tensors, path):
-    """{name: tensor} -> a safetensors file; tensors may be views and on any device. OSError names the file."""
+    """Writes {name: tensor}, views too and from any device, as .safetensors, or else as a PyTorch file, by the suffix.
+
+    OSError names the file.
+    """
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    save = save_file if Path(path).suffix == ".safetensors" else torch.save
     try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from None
+        save(tensors, path)
+    except (SafetensorError, RuntimeError) as error:           # RuntimeError: what torch.save raises on a full disk
+        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}; is there room on the disk?") from None
 
 
-def check_state_dict(own, tensors, where, fresh=(), dropped=()):
-    """Compares own {name: tensor} with tensors by names and shapes; ValueError lists what does not fit.
+def hash_file(path, digest):
+    """Adds the bytes of a file to a hashlib digest -> the digest."""
+    with open(path, "rb") as f:
+        while block := f.read(2 ** 24):                        # 16 MiB at a time
+            digest.update(block)
+    return digest
+
+
+def fingerprint(tensors):
+    """16 hexadecimal digits of weights: names, shapes and 16 values of each tensor, whatever the order.
+
+    tensors: {name: tensor}, or an iterable of (name, tensor), so that a large model need not be in memory.
+    """
+    parts = {}
+    for name, t in tensors.items() if isinstance(tensors, dict) else tensors:
+        flat = t.detach().reshape(-1)
+        values = flat[:: max(1, flat.numel() // 16)][:16].float().cpu().numpy()      # from all over the tensor
+        parts[name] = f"{name} {tuple(t.shape)}".encode() + values.tobytes()
+    return hashlib.sha256(b"".join(parts[name] for name in sorted(parts))).hexdigest()[:16]
+
+
+def check_state_dict(expected, tensors, where, fresh=(), dropped=()):
+    """Compares two {name: tensor} by names and shapes; ValueError names `where` and lists what does not match.
 
     Names that start with one of `fresh` may be missing in tensors, those with one of `dropped` may be left over.
     """
-    missing = [n for n in own if n not in tensors and not n.startswith(tuple(fresh))]
-    extra = [n for n in tensors if n not in own and not n.startswith(tuple(dropped))]
-    shapes = [f"{n} {tuple(tensors[n].shape)} instead of {tuple(own[n].shape)}"
-              for n in own if n in tensors and tensors[n].shape != own[n].shape]
+    # everything at once, because each attempt to load 14 GB takes minutes
+    missing = [n for n in expected if n not in tensors and not n.startswith(tuple(fresh))]
+    extra = [n for n in tensors if n not in expected and not n.startswith(tuple(dropped))]
+    shapes = [f"{n} {tuple(tensors[n].shape)} instead of {tuple(t.shape)}"
+              for n, t in expected.items() if n in tensors and tensors[n].shape != t.shape]
+
+    # of each kind the number and the first three names
     problems = [f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
                 for what, names in (("missing", missing), ("left over", extra), ("of another shape", shapes)) if names]
     if problems:
@@ -149,72 +221,21 @@ def check_state_dict(own, tensors, where, fresh=(), dropped=()):
 def load_strict(module, tensors, where, fresh=(), dropped=()):
     """Fills module from {name: tensor}. Names starting with `fresh` keep their initialisation, `dropped` are not used.
 
-    Every other name must match on both sides with the same shape, or ValueError lists what does not.
+    Every other name must exist on both sides with the same shape, or ValueError lists what does not match.
     """
-    own = module.state_dict()
-    check_state_dict(own, tensors, where, fresh, dropped)
+    state = module.state_dict()
+    check_state_dict(state, tensors, where, fresh, dropped)
     with torch.no_grad():
-        for name, t in own.items():
-            if name in tensors and t.is_meta:
+        for name, t in state.items():
+            if name in tensors and t.is_meta:                  # has no memory to copy into
                 set_parameter(module, name, tensors[name].to(t.dtype))
             elif name in tensors:
                 t.copy_(tensors[name])
 
 
 def set_parameter(module, name, tensor):
-    """Makes tensor the parameter of this name: one on the meta device gets its memory only so."""
+    """Replaces the parameter of this dotted name; one on the meta device gets its memory this way."""
     parent, _, leaf = name.rpartition(".")
     parent = module.get_submodule(parent)
+    # subtle: a copy, because the tensor may be a view of a mapped file
     setattr(parent, leaf, nn.Parameter(tensor.clone(), requires_grad=getattr(parent, leaf).requires_grad))
-
-
-def hash_file(path, digest):
-    """The digest (of hashlib), with the file's bytes added."""
-    with open(path, "rb") as f:
-        while block := f.read(2 ** 24):
-            digest.update(block)
-    return digest
-
-
-@contextmanager
-def lock_folder(folder):
-    """Within it the folder is this process's; OSError if another process has it."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        # subtle: lockf, not flock, which loader workers would hold on to when this process is killed
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise OSError(f"another process is writing into {folder}: wait for it, or choose another folder") from None
-        yield
-
-
-@contextmanager
-def atomic_file(path):
-    """Gives a temporary path to write; it takes the place of `path` only when the block ends without an error."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield temporary
-        fsync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_text(text, path):
-    """A text file: whole or not at all."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def save_torch_file(tensors, path):
-    """{name: tensor} -> a PyTorch file, for the code of others: whole or not at all, as every file here."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with atomic_file(path) as temporary:
-            torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
-    except RuntimeError as error:                              # PyTorch's word for a full disk
-        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}; is there room on the disk?") from None

@@ -1,6 +1,6 @@
 """train.py without dropout that is stopped, as by SIGTERM, in the step before this one: stop_at.py STEP OPTIONS
 
-For test_parallel.py, under torchrun: every process hears the signal, and leaves with code 0.
+For test_distributed.py, under torchrun: every process hears the signal, and leaves with code 0.
 """
 import os
 import signal

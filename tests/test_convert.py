@@ -45,7 +45,7 @@ def own(stage, preset="vicuna-7b"):
 
 def fitting(tensors, table, names, stage_own):
     """Translates and looks at every shape -> what was taken and what was dropped."""
-    ours, without = official_names.to_ours(tensors, table, stage_own, dropped=names)
+    ours, without = official_names.from_official(tensors, "official", table, stage_own, drop_rules=names)
     files.check_state_dict({n: stage_own[n] for n in ours}, ours, "official")
     return ours, without
 
@@ -98,7 +98,8 @@ def test_mistral_s_names():
             "mistral_model.base_model.model.model.layers.31.mlp.down_proj.lora_B.default.weight"} <= set(found)
     k_proj = "mistral_model.base_model.model.model.layers.0.self_attn.k_proj"
     assert found[f"{k_proj}.lora_B.default.weight"].shape[0] == 1024       # eight heads of keys, not 32
-    again, without = official_names.to_ours(found, official_names.OFFICIAL[3], model, "mistral", official_names.DROPPED)
+    again, without = official_names.from_official(found, "official", official_names.OFFICIAL[3], model, "mistral",
+                                                  official_names.DROPPED)
     assert set(again) == set(ours) and set(without) == {"qformer.bert.embeddings.position_ids"}
 
 
@@ -114,7 +115,7 @@ def test_mistral_in_and_out_at_tiny_size(tmp_path):
     wanted = official_names.to_official({n: torch.randn(t.shape) for n, t in model.state_dict().items()
                                    if not checkpoint.is_frozen_llm(n)}, 3, cfg)
     torch.save({"model": wanted}, tmp_path / "stage3.pth")
-    given = convert.Files(llm=str(tmp_path / "llm"), stage3=str(tmp_path / "stage3.pth"))
+    given = convert.OfficialFiles(llm=str(tmp_path / "llm"), stage3=str(tmp_path / "stage3.pth"))
     convert.import_files(given, cfg, tmp_path / "run")
     convert.export(tmp_path / "run", tmp_path / "out.pth")
     found = torch.load(tmp_path / "out.pth", weights_only=True)
@@ -132,8 +133,8 @@ def test_every_row_of_every_table_is_read_both_ways():
             for left, _ in table:
                 llm = "mistral" if prompt_style == "mistral" else "llama"
                 name = left.replace("LLM", llm).replace("*", "model.layers.7.self_attn.q_proj")
-                ours = official_names.renamed(name, table, prompt_style)
-                back = official_names.renamed(ours, table, prompt_style, back=True)
+                ours = official_names.rename_key(name, table, prompt_style)
+                back = official_names.rename_key(ours, table, prompt_style, reverse=True)
                 assert back == name or table is official_names.UMT, (name, ours, back)
 
 
@@ -189,7 +190,7 @@ def recorded(name):
 
 def official_files(given, stage):
     more = {1: {}, 2: {"stage1": str(given / "text_half.pth")}, 3: {}}[stage]
-    return convert.Files(**{"llm": str(given / f"llm{stage}") if stage > 1 else "",
+    return convert.OfficialFiles(**{"llm": str(given / f"llm{stage}") if stage > 1 else "",
                             "bert": "" if stage > 1 else str(given / "tiny_bert"),
                             f"stage{stage}": str(given / f"stage{stage}.pth")}, **more)
 
@@ -219,7 +220,7 @@ def close(found, wanted, name=""):
 def gradients_are_the_recorded_ones(model, stage, g, prefix="grad."):
     named, seen = dict(model.named_parameters()), 0
     for key in [key for key in g if key.startswith(prefix) and (prefix != "grad." or "image_" not in key)]:
-        name = official_names.renamed(key.removeprefix(prefix), official_names.OFFICIAL[stage])
+        name = official_names.rename_key(key.removeprefix(prefix), official_names.OFFICIAL[stage])
         close(named[name].grad, g[key], key)
         seen += 1
     return seen
@@ -252,12 +253,12 @@ def test_stage_3_gives_the_official_numbers(imported):
     """Two conversations through the collate, the model and LoRA's gradients: ones for <s>, trained separators, the
     question in the Q-Former."""
     g, spec = golden_tensors("stage3"), json.loads((GOLDEN / "stage3_targets.json").read_text())["cases"]
-    model, wordpiece, tok = checkpoint.load_checkpoint(imported / "stage3")
+    model, qformer_tok, llm_tok = checkpoint.load_checkpoint(imported / "stage3")
     cfg = model.cfg
     assert cfg.bos_ones and cfg.train_separators and cfg.question_in_qformer  # the preset's defaults
     set_trainable(model, 3)
-    collate = Stage3Collate(tok, wordpiece, 14, cfg.max_text, cfg.prompt_style, cfg.question_in_qformer, cfg.add_timestamps,
-                              cfg.train_separators)
+    collate = Stage3Collate(llm_tok, qformer_tok, 14, cfg.max_text, cfg.prompt_style, cfg.question_in_qformer,
+                            cfg.add_timestamps, cfg.train_separators)
     samples = [{"qas": case["qa"], "medium": "video", "path": "", "idx": 0, "bad": [], "video": video,
                 "seconds": [float(s) for s in case["msg"].split(" at ")[1].replace(" seconds. ", "").split(", ")]}
                for case, video in zip(spec, g["in.image"], strict=False)]
@@ -274,14 +275,14 @@ def test_stage_3_gives_the_official_numbers(imported):
 @pytest.mark.parametrize("medium, key", [("video", ""), ("image", "image_")])
 def test_stage_2_gives_the_official_numbers(imported, medium, key):
     g, spec = golden_tensors("stage2"), json.loads((GOLDEN / "stage2.json").read_text())["config"]
-    model, _, tok = checkpoint.load_checkpoint(imported / "stage2")
+    model, _, llm_tok = checkpoint.load_checkpoint(imported / "stage2")
     set_trainable(model, 2)
     asked = CAPTION_INSTRUCTIONS[medium].index(f"Describe the following {medium} concisely.")
     videos = g["in.image_image"] if medium == "image" else g["in.image"]
     samples = [{"text": text, "medium": medium, "path": "", "idx": 0, "bad": [], "video": video,
                 "draw": (asked + 0.5) / len(CAPTION_INSTRUCTIONS[medium])}
                for text, video in zip(spec["captions"], videos, strict=True)]
-    batch = Stage2Collate(tok, 14, model.cfg.max_text)(samples)
+    batch = Stage2Collate(llm_tok, 14, model.cfg.max_text)(samples)
     close(model.video_tokens(model.encode_video(batch["video"])), g[f"out.{key}img_embeds"])
     run_llm(model, batch, g, key)
     seen = gradients_are_the_recorded_ones(model, 2, g, f"grad.{key}")
@@ -290,13 +291,13 @@ def test_stage_2_gives_the_official_numbers(imported, medium, key):
 
 def test_stage_1_gives_the_official_losses(imported):
     g = golden_tensors("stage1_cat")
-    model, wordpiece, _ = checkpoint.load_checkpoint(imported / "stage1")
+    model, qformer_tok, _ = checkpoint.load_checkpoint(imported / "stage1")
     set_trainable(model, 1)
     close(model.encode_video_stage1(g["in.image"]), g["out.vision_embeds"])
     batch = {"video": g["in.image"], "ids": g["in.input_ids"], "mask": g["in.attention_mask"], "idx": g["in.idx"]}
     negatives = g["in.vision_neg_indices"], g["in.text_neg_indices"]
     with mock.patch("qformer.hard_negatives", return_value=negatives):
-        losses = model.stage1_losses(batch, wordpiece.dec_id, Distributed())
+        losses = model.stage1_losses(batch, qformer_tok.dec_id, Distributed())
     for ours, theirs in (("vtc", "vtc"), ("vtm", "vtm"), ("vtg", "cap")):
         close(losses[ours], g[f"out.loss_{theirs}"])
     sum(losses.values()).backward()
@@ -315,14 +316,14 @@ def test_what_the_official_code_crashes_on_trains_on_the_right_targets(golden):
             assert not qa["q"].strip() or qa["q"].strip() not in learnt
 
 
-@pytest.mark.parametrize("ablation", [{}, {"system": ""}, {"answer_prefix": ""}, {"question_in_qformer": True}])
+@pytest.mark.parametrize("ablation", [{}, {"system": ""}, {"answer_prompt": ""}, {"question_in_qformer": True}])
 def test_mvbench_s_first_logits_are_those_of_transformers_and_peft(given, imported, ablation):
     """The notebook's order of things, put together by hand from segments that are tokenised apart, around 8 frames with
     a position table that was made for 4; <s> has its own embedding here, unlike in training."""
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     q = {"question": "What happened?", "candidates": ["He sat.", "He ran.", "He fell."], "answer": "He ran."}
-    model, wordpiece, tok = checkpoint.load_checkpoint(imported / "stage3")
-    ours = Engine(model, wordpiece, tok, Protocol(max_new_tokens=1, **ablation))
+    model, qformer_tok, llm_tok = checkpoint.load_checkpoint(imported / "stage3")
+    ours = Engine(model, qformer_tok, llm_tok, Protocol(max_new_tokens=1, **ablation))
     video = torch.randn(1, 8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     tokens = ours.read(ours.look(video), [q])                              # (1, 14, D)
     seen = []
@@ -332,7 +333,7 @@ def test_mvbench_s_first_logits_are_those_of_transformers_and_peft(given, import
 
     system = ablation.get("system", SYSTEM)
     asked = "Question: What happened?\nOptions:\n(A) He sat.\n(B) He ran.\n(C) He fell.\nOnly give the best option."
-    ending = ablation.get("answer_prefix", "Best option:(")
+    ending = ablation.get("answer_prompt", "Best option:(")
     segments = (f"{system}###Human: <Video>", f"</Video>\n###Human: {system}{asked}\n###Assistant:"
                 + f" {ending}" * bool(ending))
     spm = sentencepiece.SentencePieceProcessor(model_file=str(GOLDEN / "tokenizer.model"))
@@ -379,10 +380,10 @@ def beginning(tmp_path):
 
 def test_stage_1_begins_with_umt_and_bert(beginning, capsys):
     cfg, vit, bert, folder = beginning
-    bundle = convert.Files(umt=str(folder / "umt.pth"), bert=str(folder / "bert"))
+    bundle = convert.OfficialFiles(umt=str(folder / "umt.pth"), bert=str(folder / "bert"))
     convert.import_files(bundle, cfg, folder / "init")
     printed = capsys.readouterr().out
-    for said in ("behind the block that VideoChat2 reads", "anew", "crossattention"):
+    for said in ("after the last block that VideoChat2 uses", "stage 1 initialises them", "crossattention"):
         assert said in printed
     tensors = files.read_tensors(folder / "init" / "model.safetensors")
     assert torch.equal(tensors["vision_encoder.blocks.2.attn.q_bias"], vit["encoder.blocks.2.attn.q_bias"])
@@ -440,7 +441,8 @@ def train_stage(corpora, out, stage, *more):
 def test_every_stage_trains_on_what_was_imported_and_goes_back(beginning, given, imported, corpora, tmp_path):
     """init -> stage 1; the official stage 1 -> stage 2 -> stage 3 -> a file for the official code."""
     cfg, _, _, folder = beginning
-    convert.import_files(convert.Files(umt=str(folder / "umt.pth"), bert=str(folder / "bert")), cfg, tmp_path / "init")
+    start = convert.OfficialFiles(umt=str(folder / "umt.pth"), bert=str(folder / "bert"))
+    convert.import_files(start, cfg, tmp_path / "init")
     before = files.read_tensors(tmp_path / "init" / "model.safetensors")
     after = train_stage(corpora, tmp_path, 1)                              # it finds init by itself
     frozen = [n for n in after if n.startswith("vision_encoder.")]
@@ -493,12 +495,12 @@ def test_stage_1_needs_no_llm(beginning, given, corpora, tmp_path):
     """Where it was imported it is known; where stage 1 trains it need not be."""
     cfg, _, _, folder = beginning
     shutil.copytree(given / "llm2", tmp_path / "llm")
-    begin = convert.Files(umt=str(folder / "umt.pth"), bert=str(folder / "bert"), llm=str(tmp_path / "llm"))
+    begin = convert.OfficialFiles(umt=str(folder / "umt.pth"), bert=str(folder / "bert"), llm=str(tmp_path / "llm"))
     convert.import_files(begin, replace(cfg, llama=TINY[2].llama), tmp_path / "run" / "init")
     (tmp_path / "llm").rename(tmp_path / "elsewhere")
     train_stage(corpora, tmp_path / "run", 1)
     assert checkpoint.read_config(tmp_path / "run" / "stage1")[1]["llm"]["path"] == "../../llm"
-    with pytest.raises(FileNotFoundError, match="name its place by --llm"):
+    with pytest.raises(FileNotFoundError, match="name its folder by --llm"):
         train_stage(corpora, tmp_path / "run", 2)
     train_stage(corpora, tmp_path / "run", 2, "--llm", str(tmp_path / "elsewhere"))
 
@@ -512,7 +514,7 @@ def plain(imported, corpora, tmp_path_factory):
 
 @pytest.mark.parametrize("flags", [
     ["--no-bos-ones"], ["--no-train-separators"], ["--no-question-in-qformer"], ["--train-norm", "clip"], ["--flip"],
-    ["--no-tell-seconds"], ["--train-frames", "2"], ["--llm-int8"], ["--dtype", "bf16"], ["--dtype", "fp16"]])
+    ["--no-add-timestamps"], ["--train-frames", "2"], ["--llm-int8"], ["--dtype", "bf16"], ["--dtype", "fp16"]])
 def test_each_oddity_is_one_flag_away(imported, corpora, plain, tmp_path, flags):
     """Every flag changes what is learned, and is written into the checkpoint's config where it is the model's."""
     changed = train_stage(corpora, tmp_path, 3, "--init", str(imported / "stage3"), "--max-text", "120", *flags)
@@ -528,7 +530,8 @@ def test_each_oddity_is_one_flag_away(imported, corpora, plain, tmp_path, flags)
 @pytest.mark.parametrize("flag", ["--caption-sep", "--no-repeat-image"])
 def test_stage_1_s_oddities_too(beginning, corpora, tmp_path, flag):
     cfg, _, _, folder = beginning
-    convert.import_files(convert.Files(umt=str(folder / "umt.pth"), bert=str(folder / "bert")), cfg, tmp_path / "init")
+    start = convert.OfficialFiles(umt=str(folder / "umt.pth"), bert=str(folder / "bert"))
+    convert.import_files(start, cfg, tmp_path / "init")
     shutil.copytree(tmp_path / "init", tmp_path / "other" / "init")
     plain, changed = train_stage(corpora, tmp_path, 1), train_stage(corpora, tmp_path / "other", 1, flag)
     assert not torch.equal(plain["query_tokens"], changed["query_tokens"])
@@ -544,19 +547,19 @@ def test_another_llm_is_refused_with_both_named(given, imported):
     wrong = replace(official_files(given, 3), llm=str(given / "llm2"))
     cfg = replace(TINY[3], llama=replace(TINY[3].llama, eps=1e-5))
     with pytest.raises(ValueError, match="llm2 is another LLM than preset vicuna-7b's .Vicuna-7B v0.*rms_norm_eps"):
-        convert.gather(wrong, cfg)
-    convert.gather(wrong, cfg, any_llm=True)
+        convert.collect(wrong, cfg)
+    convert.collect(wrong, cfg, any_llm=True)
 
 
 def test_a_file_that_holds_another_llm_s_weights_is_refused(given, tmp_path):
     """Some people's stage 3 files have the LLM in them: it must be the folder's."""
     whole = recorded("stage3")
     torch.save(whole, tmp_path / "whole.pth")
-    convert.gather(replace(official_files(given, 3), stage3=str(tmp_path / "whole.pth")), TINY[3])
+    convert.collect(replace(official_files(given, 3), stage3=str(tmp_path / "whole.pth")), TINY[3])
     name = "llama_model.base_model.model.model.layers.1.self_attn.q_proj.weight"
     torch.save(whole | {name: whole[name] + 1}, tmp_path / "whole.pth")
     with pytest.raises(ValueError, match="llm3 is another LLM .*layers.1.self_attn.q_proj.weight differs"):
-        convert.gather(replace(official_files(given, 3), stage3=str(tmp_path / "whole.pth")), TINY[3])
+        convert.collect(replace(official_files(given, 3), stage3=str(tmp_path / "whole.pth")), TINY[3])
 
 
 def changed(given, tmp_path, stage, change):
@@ -574,18 +577,18 @@ def changed(given, tmp_path, stage, change):
 ])
 def test_what_does_not_fit_is_named(given, tmp_path, stage, change, message):
     with pytest.raises(ValueError, match=message):
-        convert.gather(changed(given, tmp_path, stage, change), TINY[stage])
+        convert.collect(changed(given, tmp_path, stage, change), TINY[stage])
 
 
 def test_the_wrong_file_for_an_option_is_named(given):
     with pytest.raises(ValueError, match="stage3.pth.*is this the file that the option asks for"):
-        convert.gather(replace(official_files(given, 3), stage1=str(given / "stage3.pth")), TINY[3])
+        convert.collect(replace(official_files(given, 3), stage1=str(given / "stage3.pth")), TINY[3])
     with pytest.raises(ValueError, match="name --stage1, too"):
-        convert.gather(replace(official_files(given, 2), stage1=""), TINY[2])
+        convert.collect(replace(official_files(given, 2), stage1=""), TINY[2])
     with pytest.raises(ValueError, match="needs the frozen LLM.*--llm"):
-        convert.gather(replace(official_files(given, 3), llm=""), TINY[3])
+        convert.collect(replace(official_files(given, 3), llm=""), TINY[3])
     with pytest.raises(ValueError, match="name --umt and --bert"):
-        convert.gather(convert.Files(llm="x"), TINY[1])
+        convert.collect(convert.OfficialFiles(llm="x"), TINY[1])
 
 
 def test_torn_and_foreign_files_leave_nothing_behind(given, tmp_path):
@@ -617,14 +620,14 @@ def test_weights_for_which_the_model_has_no_place_are_refused(given, tmp_path):
                  "qformer.bert.encoder.layer.0.crossattentoin.self.query.weight"):
         wrong = changed(given, tmp_path, 3, lambda t, name=name: t.update({name: torch.ones(4, 32)}))
         with pytest.raises(ValueError, match="1 tensors have names that VideoChat2 does not know"):
-            convert.gather(wrong, TINY[3])
+            convert.collect(wrong, TINY[3])
 
 
 def test_check_says_what_is_in_it(imported, given, capsys, tmp_path):
     convert.main(["check", "--ckpt", str(imported / "stage3")])
     printed = capsys.readouterr().out
     lora = next(line.split() for line in printed.splitlines() if line.split()[:1] == ["lora"])
-    assert lora[1:4] == ["8", "1,024", "float32"] and "whole: every tensor" in printed and "llm3" in printed
+    assert lora[1:4] == ["8", "1,024", "float32"] and "complete: every tensor" in printed and "llm3" in printed
     convert.main(["check", "--ckpt", str(given / "stage3.pth")])           # official files, too
     assert "llama_proj" in capsys.readouterr().out
     tensors = files.read_tensors(imported / "stage3" / "model.safetensors")
@@ -635,7 +638,7 @@ def test_check_says_what_is_in_it(imported, given, capsys, tmp_path):
     with pytest.raises(ValueError, match=r"1 missing \(query_tokens\)"):
         convert.check(broken)
     files.save_tensors(tensors | {"query_tokens": torch.full((1, 8, 20), float("nan"))}, broken / "model.safetensors")
-    with pytest.raises(ValueError, match="query_tokens holds values that are no numbers"):
+    with pytest.raises(ValueError, match="query_tokens holds NaN or infinite values"):
         convert.check(broken)
 
 

@@ -60,27 +60,27 @@ def model_of(stage):
     return model.train()
 
 
-def one_step(stage, world, shard=False, accumulate=1, negatives=False):
+def one_step(stage, dist, shard=False, accumulate=1, negatives=False):
     """-> ({loss: of the joint batch}, {parameter: whole gradient}), as train.fit comes by them."""
     model, cfg = model_of(stage), train.parse(["--stage", str(stage), "--accumulate", str(accumulate)])[0]
     generator = torch.Generator().manual_seed(3)
 
     def loss(batch, done):
         if stage == 1:
-            return model.stage1_losses(batch, 63, world, generator, global_negatives=negatives)
+            return model.stage1_losses(batch, 63, dist, generator, global_negatives=negatives)
         return {"lm": model.lm_loss(batch)}
 
-    forward = distributed.wrap_model(model, loss, world, shard, idle=stage == 3)
+    forward = distributed.wrap_model(model, loss, dist, shard, find_unused=stage == 3)
     whole = batch_of(stage)
     size = len(whole["idx"]) // accumulate
-    parts = [{k: world.local_rows(v[i * size:(i + 1) * size]) if torch.is_tensor(v) else v for k, v in whole.items()}
+    parts = [{k: dist.local_rows(v[i * size:(i + 1) * size]) if torch.is_tensor(v) else v for k, v in whole.items()}
              for i in range(accumulate)]
     parts = [add_packing(batch) if "labels" in batch else batch for batch in parts]
-    (words,) = world.all_reduce_sum([sum(map(train.words_in, parts))])
+    (words,) = dist.all_reduce_sum([sum(map(train.words_in, parts))])
     job = stages.Job("", None, model, None, None, loss, None)
-    losses = train.backward(job, forward, parts, words, 0, torch.amp.GradScaler("cpu", enabled=False), cfg, world)
+    losses = train.backward(job, forward, parts, words, 0, torch.amp.GradScaler("cpu", enabled=False), cfg, dist)
     losses = {name: loss.item() for name, loss in losses.items()}
-    losses = dict(zip(losses, (total / world.size for total in world.all_reduce_sum(losses.values())), strict=True))
+    losses = dict(zip(losses, (total / dist.size for total in dist.all_reduce_sum(losses.values())), strict=True))
     norm = distributed.full_tensor(nn.utils.clip_grad_norm_(model.parameters(), 1e9))
     grads = {name: distributed.full_tensor(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     return losses | {"norm": norm.item()}, grads
@@ -129,12 +129,12 @@ def test_attention_takes_the_flash_kernel(stage):
 
 
 if __name__ == "__main__":                                                # under torchrun: all cases, in one go
-    crowd = distributed.init_distributed("cpu")
-    found = {f"{stage} {shard} {accumulate}": one_step(stage, crowd, shard, accumulate, negatives=True)
+    dist = distributed.init_distributed("cpu")
+    found = {f"{stage} {shard} {accumulate}": one_step(stage, dist, shard, accumulate, negatives=True)
              for stage in (1, 2, 3) for shard in (False, True) for accumulate in (1, 2)}
-    if crowd.first:
+    if dist.is_main:
         torch.save(found, sys.argv[1])
-    crowd.leave()
+    dist.close()
 
 
 @pytest.fixture(scope="module")

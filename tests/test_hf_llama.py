@@ -127,9 +127,9 @@ def test_whatever_is_of_llama_s_architecture_gives_transformers_numbers(tmp_path
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling 'linear', which is not built here"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling 'llama3', which is not built here"),
-    ({"model_type": "qwen2"}, "model_type 'qwen2', which is not built here; known: llama, mistral"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling 'linear', which is not implemented"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling 'llama3', which is not implemented"),
+    ({"model_type": "qwen2"}, "model_type 'qwen2', which is not implemented; known: llama, mistral"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ({"hidden_size": None}, "lacks hidden_size: is this the folder of a LLaMA model"),
 ])

@@ -131,13 +131,13 @@ def test_system_answer_prompt_and_question_in_the_qformer(tree, ckpt):
     """The notebook's settings: what the LLM and the Q-Former read under each."""
     (q,) = mvbench.load_questions(tree, ["State Change"], limit=1)
     shown = []
-    for protocol in ({}, {"system": ""}, {"answer_prefix": ""}, {"question_in_qformer": True}):
+    for protocol in ({}, {"system": ""}, {"answer_prompt": ""}, {"question_in_qformer": True}):
         model = answerer(ckpt, **protocol)
         ids, seen = [], []
         model.model.llama_model.embed = noting(ids, model.model.llama_model.embed)
         model.model.video_tokens = noting(seen, model.model.video_tokens)
         vision = torch.randn(1, 16, model.model.cfg.vit.width)
-        model.answer([q], model.input_embeds(vision, [q]))
+        model.answer([q], model.read(vision, [q]))
         _, instruction_ids, instruction_mask = seen[0]
         head, common, rest = (call[0][0].tolist() for call in ids[:3])     # what the LLM reads, part by part
         text = model.tok.decode(head + common + rest)

@@ -19,9 +19,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from infra.files import atomic_folder, read_json
+from infra.files import atomic_folder, fingerprint, read_json
 from video import MediaError
-from weights.hf_llama import fingerprint
 
 
 class Features:

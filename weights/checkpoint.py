@@ -1,15 +1,16 @@
 """A checkpoint of VideoChat2 is a folder; the frozen LLM is not copied into it.
 
     runs/toy/stage3/
-        config.json          Config, stage, where the LLM lies and its fingerprint
-        model.safetensors    every tensor but the frozen LLM's (LoRA's are here)
-        vocab.txt            WordPiece words of the Q-Former
+        config.json          Config, stage, path and fingerprint of the LLM
+        model.safetensors    every tensor except the frozen LLM's (LoRA's are here)
+        vocab.txt            WordPiece vocabulary of the Q-Former
 
-Another LLM than the one that a checkpoint was made with gives gibberish, not an error; so its fingerprint is compared,
-and another is refused with both named. Not here: the files themselves (infra/files.py), the LLM's folder (weights/hf_llama.py),
-the official checkpoints (weights.py), the optimizer's state (train.py).
+With another LLM than its own, a checkpoint gives gibberish instead of an error. So the fingerprints are compared, and
+another LLM is refused with both named.
+Not here: reading files (infra/files.py), the LLM's folder (weights/hf_llama.py), the official checkpoints
+(weights/convert.py), optimizer state and resuming (training/resume.py).
 
-Try:    python -m weights.convert check --ckpt runs/toy/stage3   # tensors, parameters, dtype and norm of each part
+    python -m weights.convert check --ckpt runs/toy/stage3   # tensors, parameters, dtype and norm of each part
 """
 import hashlib
 import json
@@ -20,129 +21,138 @@ from pathlib import Path
 
 import torch
 
-from infra.files import hash_file, load_strict, read_json, read_tensors, save_tensors
+from infra.files import hash_file, load_strict, read_json, read_tensors, save_tensors, write_json
 from model import DTYPES, Config, VideoChat2
 from tokenizer import WordPiece
 from weights.hf_llama import config_diff, llm_config, llm_tokenizer, load_llm_weights
 
-LLM_PREFIX = "llama_model."
+LLM_PREFIX = "llama_model."  # of the parameters that come from the LLM's folder, and of LoRA's beside them
 
 
 def is_frozen_llm(name):
-    """Whether a tensor of the model belongs to the LLM's folder."""
+    """Whether this tensor of the model comes from the LLM's folder."""
     return name.startswith(LLM_PREFIX) and "lora_" not in name
 
 
 def save_checkpoint(tensors, stage, cfg, folder, vocab, llm=None):
-    """Writes a checkpoint's files into a folder that the caller makes whole (train.py adds the optimizer's).
+    """Writes the files of a checkpoint into a folder that exists (see infra.files.atomic_folder).
 
-    llm: {"path", "fingerprint"} of the frozen LLM, where one is known.
+    llm: {"path", "fingerprint"} of the frozen LLM, if there is one.
     """
     save_tensors({n: t for n, t in tensors.items() if not is_frozen_llm(n)}, folder / "model.safetensors")
     shutil.copyfile(vocab, folder / "vocab.txt")
-    (folder / "config.json").write_text(json.dumps({"stage": stage, "config": asdict(cfg), "llm": llm}, indent=2))
+    write_json({"stage": stage, "config": asdict(cfg), "llm": llm}, folder / "config.json")
 
 
 def read_config(folder):
-    """A checkpoint's config.json -> (Config, the whole dict). ValueError names what is wrong with it."""
+    """config.json of a checkpoint -> (Config, the dict with "stage", "config", "llm"). ValueError if one is missing."""
     path = Path(folder) / "config.json"
-    found = read_json(path)
-    if not {"stage", "config", "llm"} <= set(found):
-        raise ValueError(f"{path} is not a VideoChat2 checkpoint's: it lacks "
-                         + ", ".join(sorted({"stage", "config", "llm"} - set(found))))
-    return Config.from_dict(found["config"]), found
+    record = read_json(path)
+    missing = {"stage", "config", "llm"} - set(record)
+    if missing:
+        raise ValueError(f"{path} is not a VideoChat2 checkpoint's: it lacks {', '.join(sorted(missing))}")
+    return Config.from_dict(record["config"]), record
 
 
 def load_checkpoint(folder, llm="", device="cpu", dtype=torch.float32, int8=False):
-    """A checkpoint folder of stage 1 to 3 -> (VideoChat2, WordPiece, SentencePiece or None), ready to run.
+    """A checkpoint of stage 1, 2 or 3 -> (VideoChat2, WordPiece, SentencePiece or None in stage 1), ready to run.
+
+        model, qformer_tok, llm_tok = load_checkpoint("runs/toy/stage3")
 
     llm: the LLM's folder, if it moved from where config.json says. dtype and int8: of the frozen LLM's weights.
     """
     folder = Path(folder)
-    cfg, found = read_config(folder)
-    if found["stage"] not in (1, 2, 3):
-        raise ValueError(f"{folder} is of stage {found['stage']}, not a VideoChat2 model of stage 1, 2 or 3")
-    with torch.device("meta"):                                 # no memory before the weights are there
-        model = VideoChat2(cfg, found["stage"])
+    cfg, record = read_config(folder)
+    if record["stage"] not in (1, 2, 3):
+        raise ValueError(f"{folder} is of stage {record['stage']}, not a VideoChat2 model of stage 1, 2 or 3")
+
+    # on the meta device the model takes no memory until its weights are read
+    with torch.device("meta"):
+        model = VideoChat2(cfg, record["stage"])
     load_strict(model, read_tensors(folder / "model.safetensors"), folder, fresh=(LLM_PREFIX,))
-    tok = None
-    if found["stage"] > 1:
-        if not found["llm"]:
-            raise ValueError(f"{folder}/config.json names no LLM, which a model of stage {found['stage']} needs")
-        tok = attach_llm(model, Path(llm) if llm else find_llm(folder, found["llm"]["path"]), found["llm"], folder,
-                         dtype=dtype, int8=int8, device=device)[0]
-    left = [name for name, t in model.state_dict().items() if t.is_meta]
-    if left:
-        raise ValueError(f"{folder} does not fit this model: {len(left)} missing ({', '.join(left[:3])})")
-    return model.to(device).eval(), WordPiece.load(folder / "vocab.txt"), tok
+
+    llm_tok = None                                             # in stage 1 there is no LLM yet
+    if record["stage"] > 1:
+        if not record["llm"]:
+            raise ValueError(f"{folder}/config.json names no LLM, which a model of stage {record['stage']} needs")
+        llm_folder = Path(llm) if llm else find_llm(folder, record["llm"]["path"])
+        llm_tok, _ = attach_llm(model, llm_folder, record["llm"], folder, dtype=dtype, int8=int8, device=device)
+
+    # fresh= above also accepts a file without LoRA's weights
+    missing = [name for name, t in model.state_dict().items() if t.is_meta]
+    if missing:
+        raise ValueError(f"{folder} does not fit this model: {len(missing)} missing ({', '.join(missing[:3])})")
+    return model.to(device).eval(), WordPiece.load(folder / "vocab.txt"), llm_tok
 
 
-def attach_llm(model, where, expected, needed_by, **options):
-    """Reads the LLM's folder `where` into the model -> (its tokenizer, {"path", "fingerprint"}).
+def attach_llm(model, llm_folder, expected, needed_by, **options):
+    """Reads an LLM folder into the model -> (its SentencePiece, {"path", "fingerprint"}).
 
-    expected: {"path", "fingerprint"} of the LLM that needed_by was made with, or None; another is a ValueError.
-    options: of llm_folder.load_llm_weights.
+    expected: {"path", "fingerprint"} of the LLM that `needed_by` was made with, or None; another LLM is a ValueError.
+    options: of hf_llama.load_llm_weights.
     """
-    tok, sizes = llm_tokenizer(where), llm_config(where)
-    if tok.vocab_size > sizes.vocab_size:
-        raise ValueError(f"{where}/tokenizer.model has {tok.vocab_size} pieces, but the LLM beside it knows "
-                         f"{sizes.vocab_size}: it is another LLM's")
-    other = config_diff(sizes, model.cfg.llama)
-    if other:
-        raise ValueError(f"{needed_by} was made with another LLM than {where}, whose config.json says "
-                         f"{', '.join(other.values())}; name the right one's folder by --llm")
-    mark = load_llm_weights(model.llama_model, where, **options)
-    if expected and mark != expected["fingerprint"]:
+    # what config.json and the tokenizer tell, before gigabytes are read
+    llm_tok, llama_cfg = llm_tokenizer(llm_folder), llm_config(llm_folder)
+    if llm_tok.vocab_size > llama_cfg.vocab_size:
+        raise ValueError(f"{llm_folder}/tokenizer.model has {llm_tok.vocab_size} pieces, but the LLM beside it knows "
+                         f"{llama_cfg.vocab_size}: the tokenizer belongs to another LLM")
+    differences = config_diff(llama_cfg, model.cfg.llama)
+    if differences:
+        raise ValueError(f"{needed_by} was made with another LLM than {llm_folder}, whose config.json says "
+                         f"{', '.join(differences.values())}; name the right folder by --llm")
+
+    # sizes and tokenizer match: only the weights tell LLMs of the same family apart
+    digits = load_llm_weights(model.llama_model, llm_folder, **options)
+    if expected and digits != expected["fingerprint"]:
         raise ValueError(f"{needed_by} was made with the LLM {Path(expected['path']).name} (fingerprint "
-                         f"{expected['fingerprint']}), but {where} is another one ({mark}), which would give "
-                         "gibberish; name the right one's folder by --llm")
-    return tok, {"path": str(where), "fingerprint": mark}
+                         f"{expected['fingerprint']}), but {llm_folder} is another one ({digits}), which would give "
+                         "gibberish; name the right folder by --llm")
+    return llm_tok, {"path": str(llm_folder), "fingerprint": digits}
 
 
 def find_llm(folder, path):
-    """The LLM's folder: as written, or relative to the checkpoint (so that runs/ can be moved as a whole)."""
-    for candidate in (Path(path), Path(folder) / path):
+    """The LLM's folder: `path`, or `path` relative to the checkpoint `folder`, so that all of runs/ can be moved."""
+    for candidate in (Path(path), Path(folder) / path):        # an absolute path makes both the same
         if (candidate / "config.json").is_file():
             return candidate
-    raise FileNotFoundError(f"{folder} was made with the LLM in {path}, which is not there; name its place by --llm")
+    raise FileNotFoundError(f"{folder} was made with the LLM in {path}, which is not there; name its folder by --llm")
 
 
 def llm_record(llm, folder):
-    """llm {"path", "fingerprint"} as a checkpoint in `folder` notes it: the path holds when runs/ moves as a whole."""
-    # subtle: a link in either path would lead a relative one astray
+    """{"path", "fingerprint"} of an LLM as a checkpoint in `folder` stores it: the path is relative to `folder`."""
+    # subtle: symbolic links in either path would make a relative one wrong
     return llm and llm | {"path": os.path.relpath(os.path.realpath(llm["path"]), os.path.realpath(folder))}
 
 
 def checkpoint_hash(folder):
-    """16 hexadecimal digits of all that a checkpoint's answers depend on, but the LLM, which config.json names."""
-    digest = hashlib.sha256(json.dumps(read_json(Path(folder) / "config.json")["config"], sort_keys=True).encode())
+    """16 hexadecimal digits of everything that a checkpoint's answers depend on, except the LLM."""
+    config = read_json(Path(folder) / "config.json")["config"]
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name in ("vocab.txt", "model.safetensors"):
         hash_file(Path(folder) / name, digest)
     return digest.hexdigest()[:16]
-
 
 # ------------------------------------------------------------------------------ options of every command that loads one
 
 
 def add_model_options(parser):
     """--ckpt, --llm, --device, --dtype, --llm-int8."""
-    parser.add_argument("--ckpt", required=True, help="checkpoint folder of stage 3 (or 2)")
-    parser.add_argument("--llm", default="", help="the LLM's folder, if it moved since training")
-    parser.add_argument("--device", default="", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--ckpt", required=True, metavar="DIR", help="checkpoint folder of stage 3 (or 2)")
+    parser.add_argument("--llm", default="", metavar="DIR", help="the LLM's folder, if it moved since training")
+    parser.add_argument("--device", default="", help="cpu or cuda (default: cuda if there is a GPU)")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="",
-                        help="of the LLM's weights; bf16 and fp16 compute in it too (default: bf16 on a GPU, fp32 "
-                             "elsewhere)")
-    parser.add_argument("--llm-int8", action="store_true", help="keep the LLM's matrices in 8 bits")
+                        help="of the LLM's weights; bf16 and fp16 compute in it too (default: bf16 on GPUs, else fp32)")
+    parser.add_argument("--llm-int8", action="store_true", help="hold the LLM's matrices in 8 bits")
 
 
 def load_from_args(args):
-    """(model, wordpiece, tok, what computes in args.dtype) by add_model_options; ValueError if it cannot speak."""
+    """Loads what add_model_options names -> (model, qformer_tok, llm_tok, autocast context). ValueError for stage 1."""
     device, dtype = device_of(args), dtype_of(args)
-    model, wordpiece, tok = load_checkpoint(args.ckpt, args.llm, device, DTYPES[dtype], args.llm_int8)
-    if tok is None:
+    model, qformer_tok, llm_tok = load_checkpoint(args.ckpt, args.llm, device, DTYPES[dtype], args.llm_int8)
+    if llm_tok is None:
         raise ValueError(f"{args.ckpt} is of stage 1 and has no LLM: a checkpoint of stage 2 or 3 is needed")
-    return model, wordpiece, tok, torch.autocast(
-        torch.device(device).type, DTYPES[dtype], enabled=dtype != "fp32")
+    autocast = torch.autocast(torch.device(device).type, DTYPES[dtype], enabled=dtype != "fp32")
+    return model, qformer_tok, llm_tok, autocast
 
 
 def device_of(args):
@@ -150,4 +160,5 @@ def device_of(args):
 
 
 def dtype_of(args):
+    # many CPUs have no native bfloat16
     return args.dtype or ("bf16" if device_of(args).startswith("cuda") else "fp32")

@@ -1,46 +1,48 @@
-"""Frozen weights in 8 bits: a 7B LLM in 7 GB instead of 13.5, so that stage 3 fits smaller cards.
+"""Frozen weights in 8 bits: a 7B LLM takes 7 GB instead of 13.5, so stage 3 fits smaller GPUs.
 
-Each row of a weight (out, in), which makes one output channel, is divided by its largest magnitude / 127 and rounded:
+Each row of a weight (out, in), one output channel, is divided by its scale, its largest magnitude / 127, and rounded:
 
-    W (out, in)  ->  weight int8 (out, in), scale (out,)        W = weight * scale, nearly
+    W (out, in)  ->  weight int8 (out, in), scale (out,)        W is nearly weight * scale
 
-Weights alone are 8 bits wide; inputs, sums and gradients keep their dtype. What it saves is memory, not time: a weight
-is widened each time it is used. Not here: which layers (quantize_int8: all of the LLM's but lm_head and embeddings, which
-would lose most), reading folders (weights/hf_llama.py), LoRA, which learns beside them (lora.py).
-
+Only weights are in 8 bits; inputs, sums and gradients keep their dtype. This saves memory, not time: a weight is
+converted back each time it is used. lm_head and the embeddings would lose most, and stay as they are.
+Not here: reading folders (weights/hf_llama.py), LoRA, which trains beside these layers (lora.py).
 Source: ours; LLM.int8 (arXiv 2208.07339) treats outliers apart, which plain rounding per channel does not.
+
     pytest tests/test_int8.py
 """
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from lora import replace_module
 
-def widened(weight, scale, dtype):
-    """weight int8 (out, in) * scale (out,) -> (out, in). subtle: x weight^T, scaled only then, overflows float16."""
+
+def dequantize(weight, scale, dtype):
+    """weight int8 (out, in) * scale (out,) -> (out, in). subtle: scaling after the product would overflow float16."""
     return (weight * scale[:, None]).to(dtype)
 
 
-class Int8Product(torch.autograd.Function):
-    """x W^T with a gradient for x alone.
+class Int8MatMul(torch.autograd.Function):
+    """x @ W.T with a gradient for x alone.
 
-    subtle: autograd would keep the widened weight of every layer until the backward pass, and so more than int8 saves.
-    Here the narrow one is kept and widened a second time.
+    subtle: autograd would keep every layer's dequantized weight until the backward pass, which costs more than int8
+    saves. This keeps the int8 weight and dequantizes it a second time.
     """
 
     @staticmethod
     def forward(ctx, x, weight, scale):                                # (..., in), (out, in), (out,)
         ctx.save_for_backward(weight, scale)
-        return F.linear(x, widened(weight, scale, x.dtype))            # (..., out)
+        return F.linear(x, dequantize(weight, scale, x.dtype))         # (..., out)
 
     @staticmethod
     def backward(ctx, grad):                                           # (..., out)
         weight, scale = ctx.saved_tensors
-        return grad @ widened(weight, scale, grad.dtype), None, None   # (..., in)
+        return grad @ dequantize(weight, scale, grad.dtype), None, None  # (..., in)
 
 
 class Int8Linear(nn.Module):
-    """A frozen nn.Linear whose weight is kept in 8 bits: x (..., in) -> (..., out)."""
+    """A frozen nn.Linear with its weight in 8 bits: x (..., in) -> (..., out)."""
 
     def __init__(self, linear):
         super().__init__()
@@ -49,11 +51,11 @@ class Int8Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty_like(linear.weight, dtype=torch.int8), requires_grad=False)
         self.scale = nn.Parameter(torch.empty(self.out_features, device=device), requires_grad=False)
         if not linear.weight.is_meta:
-            self.fill(linear.weight)
+            self.quantize(linear.weight)
 
     @torch.no_grad()
-    def fill(self, weight):
-        """Rounds weight (out, in) to 8 bits."""
+    def quantize(self, weight):
+        """Rounds weight (out, in) to 8 bits and stores it."""
         scale = (weight.float().abs().amax(1) / 127).clamp(min=1e-12)                          # (out,)
         rounded = (weight.float() / scale[:, None]).round().to(torch.int8)                     # (out, in)
         self.weight = nn.Parameter(rounded, requires_grad=False)
@@ -63,13 +65,12 @@ class Int8Linear(nn.Module):
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        y = Int8Product.apply(x, self.weight, self.scale)
+        y = Int8MatMul.apply(x, self.weight, self.scale)                                       # (..., out)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 def quantize_int8(llama):
-    """Puts an Int8Linear in the place of each Linear of a Llama's layers, LoRA's own excepted."""
+    """Replaces every Linear in a Llama's layers by an Int8Linear, except LoRA's own."""
     for name, module in list(llama.model["layers"].named_modules()):
         if isinstance(module, nn.Linear) and "lora_" not in name:
-            parent, _, leaf = name.rpartition(".")
-            setattr(llama.model["layers"].get_submodule(parent), leaf, Int8Linear(module))
+            replace_module(llama.model["layers"], name, Int8Linear(module))
