@@ -1,114 +1,159 @@
-"""MVBench the plain way: one question at a time, each step where the official notebook has it. Slow, and easy to check.
+"""Twins of our parts, made of transformers and peft and filled with our weights: what bench/ compares with.
 
-    video, frame by frame -> ViT -> Q-Former -> prompt -> LLM, word by word -> first line
+    ViTTwin       VideoMAEModel                          in place of vit_video.VisionTransformer
+    QFormerTwin   InstructBlipVideoQFormerModel          in place of qformer.QFormer
+    LlamaTwin     LlamaForCausalLM, with peft's LoRA     in place of llama.Llama
 
-mvbench.py gives the same answers in a fraction of the time; bench.py and the tests hold the two against each other. The
-LLM is ours, or transformers' LLaMA with peft's LoRA, on which the official code runs, with the same weights. Not here:
-controls, files, scores. Source: mvbench.ipynb, infer_mvbench and the loop around it; conversation.py, answer.
+They compute what transformers computes, padding included; the small layers between them stay ours. Weights are loaded
+strictly, so that nothing keeps its random start. Needs requirements-dev.txt.
 
-    python bench.py mvbench --ckpt runs/toy/stage3
+    pytest tests/test_bench.py
 """
-import os
-import time
-from collections import defaultdict
-from pathlib import Path
+from importlib import import_module
 
-import decord
-import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from torch import nn
 
-from llama import KVCache
-from prompt import SYSTEM, decode_answer, is_finished, mvbench_prompt, pad_ids
-from video import FOLDER_FPS, NORMS, eval_frame_indices
-from weights.checkpoint import find_llm, read_config
+from qformer import hard_negatives, similarity, vtc_loss, vtg_loss
+from weights.hf_llama import HF_NAMES
 
-
-def read_clip(path, bound, cfg):
-    """A video, or a folder of frames, decoded and resized one frame after the other -> (1, T, 3, size, size)."""
-    if os.path.isdir(path):
-        count = len(os.listdir(path))
-        frames = (Image.open(Path(path) / f"{i:05d}.jpg").convert("RGB")
-                  for i in eval_frame_indices(cfg.eval_frames, count, FOLDER_FPS, bound, 1))
-    else:
-        reader = decord.VideoReader(str(path), num_threads=1)
-        last = len(reader) - 1
-        frames = (Image.fromarray(reader[min(i, last)].asnumpy())
-                  for i in eval_frame_indices(cfg.eval_frames, last, reader.get_avg_fps(), bound))
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in NORMS[cfg.eval_norm])
-    shown = [(torch.from_numpy(np.array(sized(frame, cfg))).permute(2, 0, 1).float() / 255 - mean) / std
-             for frame in frames]
-    return torch.stack(shown)[None]
+VIT_NAMES = {"blocks.": "encoder.layer.", "patch_embed.proj": "embeddings.patch_embeddings.projection",
+             "norm1": "layernorm_before", "norm2": "layernorm_after", "mlp.fc1": "intermediate.dense",
+             "mlp.fc2": "output.dense", "attn.proj": "attention.output.dense", "attn.qkv": "attention.attention.qkv",
+             "attn.q_bias": "attention.attention.query.bias", "attn.v_bias": "attention.attention.value.bias"}
+QFORMER_NAMES = {"bert.": "", "attention.self.": "attention.attention.", "embeddings.LayerNorm": "embeddings.layernorm"}
 
 
-def sized(image, cfg):
-    """Short side to the model's size, and the centre of it; or the whole, where the model takes no crops."""
-    size = cfg.vit.img_size
-    if not cfg.crop:
-        return image.resize((size, size), Image.BICUBIC)
-    short = min(image.size)
-    image = image.resize((size * image.width // short, size * image.height // short), Image.BICUBIC)
-    left, top = (round((side - size) / 2) for side in image.size)
-    return image.crop((left, top, left + size, top + size))
+def import_dev(name):
+    """The module of this name; ValueError says how to install it."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ValueError(f"{error}; this comparison needs it: pip install -r requirements-dev.txt") from error
 
 
-def own_llm(model, tok):
-    """embeds (1, S, D) -> new ids: our LLaMA, one word after the other, with a cache."""
-    llm = model.llama_model
-
-    def generate(embeds):
-        cache, new = KVCache(llm.cfg.depth), []
-        while len(new) < 100 and not (new and is_finished(tok, new)):
-            new.append(llm.lm_head(llm(embeds, cache=cache)[:, -1]).argmax(-1).item())
-            embeds = llm.embed(torch.tensor([new[-1:]], device=embeds.device))
-        return new
-    return generate
+def renamed(module, names):
+    """{name: tensor} of the module, each part of a name replaced as `names` says."""
+    weights = module.state_dict()
+    for ours, theirs in names.items():
+        weights = {name.replace(ours, theirs): t for name, t in weights.items()}
+    return weights
 
 
-def transformers_llm(model, tok, ckpt):
-    """The same by transformers and peft, with the weights of our model's LLM and LoRA."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
+class ViTTwin(nn.Module):
+    """video (B, T, 3, H, W) -> (B, T, L, C)."""
 
-    class Complete(StoppingCriteria):
-        def __call__(self, ids, scores, **more):
-            return is_finished(tok, ids[0].tolist())
+    def __init__(self, vit):
+        super().__init__()
+        hf, cfg, weights = import_dev("transformers"), vit.cfg, renamed(vit, VIT_NAMES)
+        self.twin = hf.VideoMAEModel(hf.VideoMAEConfig(
+            image_size=cfg.img_size, patch_size=cfg.patch_size, num_frames=cfg.frames, tubelet_size=1,
+            hidden_size=cfg.width, num_hidden_layers=cfg.depth, num_attention_heads=cfg.heads,
+            intermediate_size=cfg.mlp_ratio * cfg.width, layer_norm_eps=cfg.eps, use_mean_pooling=True))
+        # our qkv is three matrices there
+        for name in [name for name in weights if "qkv" in name]:
+            for part, t in zip(("query", "key", "value"), weights.pop(name).chunk(3), strict=True):
+                weights[name.replace("qkv", part)] = t
+        self.twin.load_state_dict(weights)
 
-    cfg, record = read_config(ckpt)
-    llm = LlamaForCausalLM.from_pretrained(find_llm(ckpt, record["llm"]["path"]), dtype=torch.float32)
-    llm = get_peft_model(llm, LoraConfig(r=cfg.lora_r, lora_alpha=cfg.lora_alpha, target_modules=list(cfg.lora_names)))
-    own = {name.replace("llama_model.", "base_model.model.").replace(".weight", ".default.weight"): t
-           for name, t in model.state_dict().items() if "lora_" in name}
-    unknown = llm.load_state_dict(own, strict=False).unexpected_keys
-    if unknown:
-        raise ValueError(f"peft has no {unknown[0]}")
-    llm.to(model.device).eval()
-
-    def generate(embeds):
-        return llm.generate(inputs_embeds=embeds, max_new_tokens=100, num_beams=1, do_sample=False, min_length=1,
-                            repetition_penalty=1.0, length_penalty=1.0, pad_token_id=tok.eos_id,
-                            stopping_criteria=StoppingCriteriaList([Complete()]))[0].tolist()
-    return generate
+    def forward(self, video):
+        return self.twin(video).last_hidden_state.unflatten(1, (video.shape[1], -1))
 
 
-@torch.no_grad()
-def answers(model, wordpiece, tok, questions, generate):
-    """-> (the predictions, one after the other; seconds of each part)."""
-    cfg, seconds, found = model.cfg, defaultdict(float), []
-    n_video = cfg.n_query + cfg.n_extra
-    for q in questions:
-        marks = [time.perf_counter()]
-        video = read_clip(q["media"], q["bound"], cfg).to(model.device)                        # (1, T, 3, H, W)
-        marks.append(time.perf_counter())
-        vision = model.encode_video(video)                                                           # (1, N, C)
-        marks.append(time.perf_counter())
-        words = wordpiece.encode(SYSTEM, min(cfg.max_text, cfg.qformer.max_positions), sep=True, truncate="left")
-        tokens = model.video_tokens(vision, *(t.to(model.device) for t in pad_ids([words], wordpiece.pad_id)))   # (1, Q, D)
-        marks.append(time.perf_counter())
-        prompt = mvbench_prompt(tok, q["question"], q["candidates"], n_video, prompt_style=cfg.prompt_style)
-        new = generate(model.insert_video_tokens(torch.tensor([prompt.ids], device=model.device), tokens))
-        found.append("(" + decode_answer(tok, new).split("\n")[0].rstrip())
-        marks.append(time.perf_counter())
-        for part, begun, ended in zip(("data", "ViT", "Q-Former", "LLM"), marks[:-1], marks[1:], strict=True):
-            seconds[part] += ended - begun
-    return found, dict(seconds)
+class QFormerTwin(nn.Module):
+    """As QFormer, for queries, text or both; a mask may also be (B, 1, Q + S, Q + S). Without dropout."""
+
+    def __init__(self, qformer):
+        super().__init__()
+        hf = import_dev("transformers.models.instructblipvideo.modeling_instructblipvideo")
+        self.cfg, self.cls = qformer.cfg, qformer.cls
+        self.twin = hf.InstructBlipVideoQFormerModel(hf.InstructBlipVideoQFormerConfig(
+            vocab_size=self.cfg.vocab_size, hidden_size=self.cfg.width, num_hidden_layers=self.cfg.depth,
+            num_attention_heads=self.cfg.heads, intermediate_size=self.cfg.ffn, layer_norm_eps=self.cfg.eps,
+            max_position_embeddings=self.cfg.max_positions, encoder_hidden_size=self.cfg.vision_width,
+            cross_attention_frequency=self.cfg.cross_every, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+        weights = renamed(qformer, QFORMER_NAMES)
+        self.twin.load_state_dict({name: t for name, t in weights.items() if not name.startswith("cls.")})
+
+    def forward(self, query=None, ids=None, mask=None, vision=None, **_):
+        if query is not None:
+            query = query.expand(len(vision), -1, -1)                                   # (B, Q, E)
+            if mask is None:
+                mask = torch.ones(query.shape[:2], device=query.device)                 # (B, Q)
+            elif mask.ndim == 2:
+                mask = F.pad(mask, (query.shape[1], 0), value=1)                        # (B, Q + S)
+        return self.twin(ids, attention_mask=mask, query_embeds=query, encoder_hidden_states=vision).last_hidden_state
+
+
+class LlamaTwin(nn.Module):
+    """The LLM of a VideoChat2, in stage 3 with LoRA, which alone trains."""
+
+    def __init__(self, model):
+        super().__init__()
+        hf, cfg = import_dev("transformers"), model.llama_model.cfg
+        weights = renamed(model.llama_model, {".base.": "."})
+        sizes = {theirs: getattr(cfg, ours) for ours, theirs in HF_NAMES.items()} | {"head_dim": cfg.head_size}
+        with torch.device(model.device):
+            self.twin = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes)).to(weights["lm_head.weight"].dtype)
+        self.twin.load_state_dict({name: t for name, t in weights.items() if "lora_" not in name})
+        self.twin.requires_grad_(False)
+
+        # peft renames what it wraps, so LoRA's tensors are loaded on their own
+        if model.stage == 3:
+            peft, cfg = import_dev("peft"), model.cfg
+            self.twin = peft.get_peft_model(self.twin, peft.LoraConfig(
+                r=cfg.lora_r, lora_alpha=cfg.lora_alpha, target_modules=list(cfg.lora_names)))
+            lora = {"base_model.model." + name.replace(".weight", ".default.weight"): t
+                    for name, t in weights.items() if "lora_" in name}
+            if {name for name in self.twin.state_dict() if "lora_" in name} != set(lora):
+                raise ValueError(f"peft wraps other layers than our model, whose lora_names are {cfg.lora_names}")
+            self.twin.load_state_dict(self.twin.state_dict() | lora)
+        self.embed = self.twin.get_input_embeddings()
+        self.train(model.training)
+
+    def generate(self, embeds, max_new_tokens=100, stop=None):
+        """Greedy, as Llama.generate: embeds (1, S, D) -> [new ids]. stop: new ids -> whether the answer is complete."""
+        stopping = import_dev("transformers").StoppingCriteriaList([lambda ids, *_, **__: stop(ids[0].tolist())])
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+        return self.twin.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=max_new_tokens,
+                                  do_sample=False, pad_token_id=0, stopping_criteria=stopping).tolist()
+
+
+def use_twins(model):
+    """Puts twins in place of the parts of a VideoChat2, for twin_losses."""
+    device, model.vision_encoder = model.device, ViTTwin(model.vision_encoder).requires_grad_(model.stage > 1)
+    model.qformer = QFormerTwin(model.qformer)
+    if model.stage > 1:
+        model.llama_model = LlamaTwin(model)
+    return model.to(device).train()
+
+
+def twin_losses(model, batch, generator=None):
+    """{name: loss} of a batch after use_twins, with the values that our own parts give."""
+    ids, mask = batch["ids"], batch["mask"]
+    if model.stage > 1:
+        return {"lm": model.llama_model.twin(inputs_embeds=model.input_embeds(batch), attention_mask=mask,
+                                             labels=batch["labels"]).loss}
+
+    # as BLIP-2: captioning and the queries alone share a pass, since queries do not see the caption
+    vision, heads, query = model.encode_video_stage1(batch["video"]), model.aligner, model.query_tokens
+    (B, S), Q = ids.shape, query.shape[1]
+    dec_ids = torch.cat((torch.full_like(ids[:, :1], 3), ids[:, 1:]), 1)                # (B, S)
+    visible = torch.ones(B, 1, Q + S, Q + S, dtype=torch.bool, device=ids.device).tril()
+    visible[..., :Q, :Q] = True
+    visible[..., Q:] &= mask.bool()[:, None, None]
+    hidden = model.qformer(query, dec_ids, visible, vision)                             # (B, Q + S, E)
+    words = model.qformer.cls["predictions"](
+        hidden[:, Q:], model.qformer.twin.embeddings.word_embeddings.weight)            # (B, S, V)
+    text = heads.text_features(model.qformer(ids=ids, mask=mask))                       # (B, e)
+    sim = similarity(heads.video_features(hidden[:, :Q]), text) / heads.temperature()   # (B, B)
+
+    # matching: true pairs, pairs with another video, pairs with another text
+    other_videos, other_texts = hard_negatives(sim, batch["idx"], generator)
+    pairs = model.qformer(query, torch.cat((ids, ids, ids[other_texts])), torch.cat((mask, mask, mask[other_texts])),
+                          torch.cat((vision, vision[other_videos], vision)))            # (3 * B, Q + S, E)
+    logits = heads.itm_head(torch.cat((pairs[:, :Q].mean(1), pairs[:, Q]), -1))         # (3 * B, 2)
+    is_pair = (torch.arange(3 * B, device=ids.device) < B).long()
+    return {"vtc": vtc_loss(sim, batch["idx"]), "vtm": F.cross_entropy(logits, is_pair),
+            "vtg": vtg_loss(words, dec_ids, mask, model.cfg.qformer.label_smoothing)}

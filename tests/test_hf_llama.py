@@ -195,7 +195,7 @@ MEASURE = """
 import sys
 import torch
 from weights import hf_llama
-from bench.speed import memory_of
+from bench.memory import memory_of
 from llama import Llama, LlamaConfig
 with torch.device("meta"):
     Llama(LlamaConfig(vocab_size=8, width=8, depth=1, heads=1, kv_heads=1, ffn=8))     # what torch loads for it first
