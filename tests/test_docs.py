@@ -23,8 +23,9 @@ MAX_LINES, MAX_BYTES = 130, 9 * 1024
 
 FILE_ROW = re.compile(r"^\| \[([\w/.]+)\]\(\1\) \| (.+) \| ([\d,]+) \|$", re.M)     # | [lora.py](lora.py) | ... | 90 |
 CODE = re.compile(r"^(?: {4}(.+)|\s*\$ (.+))$|`([^`\n]+)`", re.M)                   # a line of code, or a code span
-COMMAND = re.compile(
-    r"(?:\w+=\S+ )*(?:(?:\S*/)?python (-m [\w.]+|[\w/]+\.py)|torchrun (?:--\w+ \S+ )*([\w/]+\.py))((?:\s.*)?)$")
+COMMAND = re.compile(r"(?:\w+=\S+ )*"                                               # OMP_NUM_THREADS=1
+                     r"(?:(?:\S*/)?python (-m (?!pytest)[\w.]+|[\w/]+\.py)|torchrun (?:--\w+ \S+ )*([\w/]+\.py))"
+                     r"((?:\s.*)?)$")
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)")
 STOP = re.compile(r"`([\w/]+\.py):([A-Za-z_][\w.]*)`")                              # `llama.py:Llama.forward`
 QUIRK = re.compile(r"QUIRK (?!of )(\S+\.ipynb \w+|\S+?\.py:[\d-]+|\S+)")
@@ -64,12 +65,17 @@ def with_true_counts(text):
 
 # ---- what is true ----------------------------------------------------------------------------------------------------
 
+def file_of(script):
+    """model.py, -m toy.world -> its path."""
+    return ROOT / (script[3:].replace(".", "/") + ".py" if script.startswith("-m ") else script)
+
+
 @cache
 def help_of(script, subcommand=""):
     """What `python script subcommand --help` prints; "" for a script without options, which would run instead."""
-    path = ROOT / (script.removeprefix("-m ").replace(".", "/") + ".py" if script.startswith("-m ") else script)
+    path = file_of(script)
     assert path.is_file(), f"{script} does not exist"
-    if "argparse" not in path.read_text(encoding="utf-8"):
+    if not re.search(r"argparse|infra\.cli|infra import cli", path.read_text(encoding="utf-8")):
         return ""
     argv, printed = sys.argv, io.StringIO()
     sys.argv = [path.name, *([subcommand] if subcommand else []), "--help"]
@@ -119,7 +125,8 @@ def test_a_command_names_a_script_and_options_that_exist(page, script, subcomman
 
 @pytest.mark.parametrize("page", PAGES)
 def test_an_option_named_alone_belongs_to_a_command(page):
-    known = set().union(*(options_in(help_of(script, sub)) for _, script, sub, _ in commands())) | {"--help"}
+    scripts = {(script, subcommand) for _, script, subcommand, _ in commands() if file_of(script).is_file()}
+    known = set().union({"--help"}, *(options_in(help_of(*script)) for script in scripts))
     alone = set().union(*(options_in(code) for code in code_in(PAGES[page]) if code.startswith("--")))
     assert alone <= known, f"{page} names {sorted(alone - known)}, which no command has"
 
@@ -184,10 +191,10 @@ def test_functions_that_are_named_exist(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_files_that_are_named_exist(page):
-    """`weights/int8.py` in a code span, and the like in every folder of ours."""
+    """weights/int8.py in a code span or a command, and the like in every folder of ours."""
     folders = "|".join(path.name for path in ROOT.iterdir() if path.is_dir() and path.name not in ("data", "runs"))
-    spans = re.findall(rf"`((?:{folders})/[\w/.]+\.\w+)`", PAGES[page])
-    missing = sorted(name for name in spans if not (ROOT / name).exists())
+    named = re.findall(rf"(?<![\w/.-])(?:{folders})/[\w/.]*\w\.\w+", "\n".join(code_in(PAGES[page])))
+    missing = sorted(name for name in named if not (ROOT / name).exists())
     assert not missing, f"{page} names {', '.join(missing)}"
 
 
