@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
          for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 README = PAGES["README.md"]
+EVERY_PAGE = PAGES | {f"{folder}/README.md": (ROOT / folder / "README.md").read_text(encoding="utf-8")
+                      for folder in ("results", "assets")}
 MAX_LINES, MAX_BYTES = 130, 9 * 1024
 
 FILE_ROW = re.compile(r"^\| \[([\w/.]+)\]\(\1\) \| (.+) \| ([\d,]+) \|$", re.M)     # | [lora.py](lora.py) | ... | 90 |
@@ -171,9 +173,9 @@ def test_the_python_example_runs(ckpt, tmp_path, monkeypatch, capsys):
 
 # ---- every page ------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", EVERY_PAGE)
 def test_links_pictures_and_headings_exist(page):
-    for target, anchor in LINK.findall(PAGES[page]):
+    for target, anchor in LINK.findall(EVERY_PAGE[page]):
         path = ((ROOT / page).parent / target).resolve() if target else ROOT / page
         assert path.exists(), f"{page} links to {target}, which does not exist"
         limit = {".md": 1e9, ".html": 1e6}.get(path.suffix, 3e5)
@@ -198,9 +200,9 @@ def test_files_that_are_named_exist(page):
     assert not missing, f"{page} names {', '.join(missing)}"
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", EVERY_PAGE)
 def test_no_place_of_one_machine(page):
-    assert not re.search(r"(?<![\w.])/(?:work|home|root|tmp|Users|mnt)/", PAGES[page])
+    assert not re.search(r"(?<![\w.])/(?:work|home|root|tmp|Users|mnt)/", EVERY_PAGE[page])
 
 
 def test_the_walkthrough_has_three_trips_and_exercises():
