@@ -140,6 +140,14 @@ def test_make_targets_exist():
     assert {"demo", "test"} <= named <= targets, f"the Makefile has no {sorted(named - targets)}"
 
 
+def test_the_demo_runs_what_the_toy_page_lists():
+    """The Makefile's rules are the steps by hand of docs/toy.md, so that either gives the same model."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    steps = {step.strip() for step in re.findall(r"\$\(PY\) ((?:-m toy\.|train\.py|mvbench\.py)[^\n;&|]*)", makefile)}
+    by_hand = {code.removeprefix("python ") for code in code_in(PAGES["docs/toy.md"])}
+    assert len(steps) >= 6 and steps <= by_hand, f"docs/toy.md lacks {sorted(steps - by_hand)}"
+
+
 # ---- README ----------------------------------------------------------------------------------------------------------
 
 def test_readme_is_short():
