@@ -28,7 +28,6 @@ from infra.files import (
     write_json,
 )
 from llama import Llama, LlamaConfig
-from model import DTYPES
 from tokenizer import SentencePiece
 from weights.int8 import Int8Linear, quantize_int8
 
