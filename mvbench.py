@@ -72,8 +72,8 @@ def answer_one(model, qformer_tok, llm_tok, q, protocol):
 # --------------------------------------------------------------------------------------------------------- the options
 
 # the groups of --help
-QUESTIONS, PROTOCOL, CONTROL, RUN = ("questions", "protocol (the defaults are the paper's)",
-                                     "controls: the same model with less to go by", "run")
+QUESTION_GROUP, PROTOCOL_GROUP = "questions", "protocol (the defaults are the paper's)"
+CONTROL_GROUP, RUN_GROUP = "controls: the same model with less to go by", "run"
 
 
 def listed(table):
@@ -89,29 +89,29 @@ class EvalConfig:
     dtype: str = ""
     llm_int8: bool = False
 
-    benchmark: str = option("mvbench", "the benchmark whose questions are asked", QUESTIONS, tuple(BENCHMARKS))
-    data: str = option("data/toy/mvbench", "the benchmark's folder, which holds json/ and video/", QUESTIONS)
-    tvbench: str = option("", "TVBench's folder; short for --benchmark tvbench --data TVBENCH", QUESTIONS)
-    only: str = option("", 'names of tasks, separated by commas: "Action Count,State Change"', QUESTIONS)
-    limit: int = option(0, "ask only the first LIMIT questions of each task", QUESTIONS)
-    strict_data: bool = option(False, "stop at a medium that is missing or cannot be read", QUESTIONS)
+    benchmark: str = option("mvbench", "the benchmark whose questions are asked", QUESTION_GROUP, tuple(BENCHMARKS))
+    data: str = option("data/toy/mvbench", "the benchmark's folder, which holds json/ and video/", QUESTION_GROUP)
+    tvbench: str = option("", "TVBench's folder; short for --benchmark tvbench --data TVBENCH", QUESTION_GROUP)
+    only: str = option("", 'names of tasks, separated by commas: "Action Count,State Change"', QUESTION_GROUP)
+    limit: int = option(0, "ask only the first LIMIT questions of each task", QUESTION_GROUP)
+    strict_data: bool = option(False, "stop at a medium that is missing or cannot be read", QUESTION_GROUP)
 
-    frames: int = option(0, "frames of a clip (default: the preset's; paper: 16)", PROTOCOL)
+    frames: int = option(0, "frames of a clip (default: the preset's; paper: 16)", PROTOCOL_GROUP)
     norm: str = option("", "mean and deviation of pixels: clip, as in the official evaluation, or imagenet, as in "
-                       "training (default: the preset's)", PROTOCOL, tuple(NORMS))
-    system: bool = option(True, "the system prompt (paper: 51.1 with it, 49.9 without)", PROTOCOL)
-    answer_prompt: bool = option(True, 'end the prompt in "Best option:(" (paper: 50.1 without)', PROTOCOL)
-    question_in_qformer: bool = option(False, "the Q-Former reads the question too (paper: 50.8)", PROTOCOL)
-    decode: str = option("generate", listed(DECODES), PROTOCOL, tuple(DECODES))
+                       "training (default: the preset's)", PROTOCOL_GROUP, tuple(NORMS))
+    system: bool = option(True, "the system prompt (paper: 51.1 with it, 49.9 without)", PROTOCOL_GROUP)
+    answer_prompt: bool = option(True, 'end the prompt in "Best option:(" (paper: 50.1 without)', PROTOCOL_GROUP)
+    question_in_qformer: bool = option(False, "the Q-Former reads the question too (paper: 50.8)", PROTOCOL_GROUP)
+    decode: str = option("generate", listed(DECODES), PROTOCOL_GROUP, tuple(DECODES))
 
-    controls: str = option("", f"all, or names separated by commas; {listed(CONTROLS)}", CONTROL)
+    controls: str = option("", f"all, or names separated by commas; {listed(CONTROLS)}", CONTROL_GROUP)
     permute: bool = option(False, "ask each question in all cyclic orders of its options: are the answers consistent, "
-                           "and which letters are preferred?", CONTROL)
+                           "and which letters are preferred?", CONTROL_GROUP)
 
-    out: str = option("", "folder of the results (default: CKPT/mvbench)", RUN)
-    restart: bool = option(False, "delete the answers of an earlier run and ask again", RUN)
-    batch: int = option(32, "clips, and questions, that are computed together", RUN)
-    workers: int = option(max(1, min(8, (os.cpu_count() or 1) // 2)), "processes that decode ahead of the model", RUN)
+    out: str = option("", "folder of the results (default: CKPT/mvbench)", RUN_GROUP)
+    restart: bool = option(False, "delete the answers of an earlier run and ask again", RUN_GROUP)
+    batch: int = option(32, "clips, and questions, that are computed together", RUN_GROUP)
+    workers: int = option(max(1, min(8, (os.cpu_count() or 1) // 2)), "processes that decode ahead", RUN_GROUP)
 
     @property
     def protocol(self):
@@ -136,7 +136,7 @@ def parse(argv=None):
     cli.add_options(p, EvalConfig)
     args, _ = cli.read_options(p, EvalConfig, argv)
 
-    # what an option stands for
+    # options that stand for others
     if args.tvbench:
         args.benchmark, args.data = "tvbench", args.tvbench
     args.out = args.out or str(Path(args.ckpt) / "mvbench")
@@ -144,7 +144,7 @@ def parse(argv=None):
     unknown = sorted(set(names) - {*CONTROLS, "all"})
     args.controls = ",".join(CONTROLS if "all" in names else names)
 
-    # what cannot be
+    # options that contradict each other, or have no meaning
     if unknown:
         p.error(f"--controls knows no {', '.join(unknown)}: choose among {', '.join(CONTROLS)}, or all")
     if args.decode == "letter" and not args.answer_prompt:
@@ -197,11 +197,11 @@ def run(args, dist):
     conditions = [c for c in conditions
                   if c.requested or all(key_of(v) in c.rows for q in with_media for v in c.variants(q))]
     requested = [condition for condition in conditions if condition.requested]
-    n_open, seconds = sum(len(condition.open(with_media)) for condition in requested), {}
-    if n_open:
+    n_todo, seconds = sum(len(condition.todo(with_media)) for condition in requested), {}
+    if n_todo:
         if dist.is_main:
             print(f"{BENCHMARKS[args.benchmark].name}: {len(with_media)} questions, {len(requested)} condition(s), "
-                  f"{n_open} answers to come", flush=True)
+                  f"{n_todo} answers to come", flush=True)
         seconds = answer_all(args, with_media, requested, dist)
     if not dist.is_main:
         return
@@ -212,9 +212,9 @@ def run(args, dist):
     leaderboard = BENCHMARKS[args.benchmark].leaderboard and not (args.only or args.limit)
     report.write(summary, rows, conditions[0].folder, leaderboard)
     report.show(summary)
-    if n_open:
+    if n_todo:
         parts = ", ".join(f"{part} {s:.1f} s" for part, s in seconds.items() if part != "in all")
-        print(f"\n{n_open} answers in {seconds['in all']:.0f} s, {n_open / seconds['in all']:.1f} per second: {parts}")
+        print(f"\n{n_todo} answers in {seconds['in all']:.0f} s, {n_todo / seconds['in all']:.1f} per second: {parts}")
     else:
         print(f"\nEverything was answered before; --restart asks again. ({conditions[0].path})")
     print(f"written to {conditions[0].folder}; open {conditions[0].folder / 'report.html'}")

@@ -58,7 +58,7 @@ def evaluate(engine, questions, conditions, batch=32, workers=1, dist=None, scor
     dist = dist or Distributed()
     prompts = {key_of(q): engine.prompt(q) for q in questions}
     batches = [clips for clips in batches_by_clip(questions, prompts, batch)[dist.rank::dist.size]
-               if any(condition.open(qs) for condition in conditions for qs in clips)]
+               if any(condition.todo(qs) for condition in conditions for qs in clips)]
 
     # loader processes decode ahead, in groups: several of them can then work on a batch
     groups = [[(qs[0]["media"], qs[0]["bound"]) for qs in clips[i:i + GROUP]]
@@ -66,7 +66,7 @@ def evaluate(engine, questions, conditions, batch=32, workers=1, dist=None, scor
     loader = iter(DataLoader(groups, batch_size=None, collate_fn=partial(load_clips, cfg=engine.model.cfg),
                              num_workers=workers, worker_init_fn=ignore_signals))
 
-    total = sum(len(condition.open(qs)) for condition in conditions for clips in batches for qs in clips)
+    total = sum(len(condition.todo(qs)) for condition in conditions for clips in batches for qs in clips)
     with tqdm(total=total, unit="answer", leave=False, disable=None if dist.is_main else True) as bar:
         for clips in batches:
             with engine.clock("waiting for data"):
@@ -81,7 +81,7 @@ def evaluate(engine, questions, conditions, batch=32, workers=1, dist=None, scor
                 rows = [make_row(v, answer, scorer) for v, answer in answers.get(condition.name, ())]
                 rows += [make_row(v, None, scorer, error)
                          for qs, error in unread for q in qs for v in condition.variants(q)]
-                rows = [row for row in rows if condition.is_open(row)]
+                rows = [row for row in rows if condition.needs_answer(row)]
                 yield condition, rows
                 bar.update(len(rows))
 
@@ -89,12 +89,12 @@ def evaluate(engine, questions, conditions, batch=32, workers=1, dist=None, scor
 def answer_batch(engine, video, questions, prompts, conditions, batch):
     """Clips (B, T, 3, H, W), a list of questions for each -> {condition's name: [(question, Answer), ...]}.
 
-    prompts: those of the questions in their own order, by key_of. Conditions without an open question are left out.
+    prompts: those of the questions in their own order, by key_of. A condition with nothing to ask is left out.
     """
     seeds = [clip_seed(qs[0]["video"], qs[0]["bound"]) for qs in questions]
     encoded, answers = {}, {}
     for condition in conditions:
-        if not any(condition.open(qs) for qs in questions):
+        if not any(condition.todo(qs) for qs in questions):
             continue
 
         # what is computed of the clips serves all orders of the options; so do the video tokens, unless the Q-Former
@@ -108,12 +108,12 @@ def answer_batch(engine, video, questions, prompts, conditions, batch):
         vision, tokens = encoded[control]
 
         # the questions, those with long prompts first, `batch` at a time
-        todo = [(v, clip, prompts.get(key_of(v)) or engine.prompt(v))
+        variants = [(v, clip, prompts.get(key_of(v)) or engine.prompt(v))
                 for clip, qs in enumerate(questions) for q in qs for v in condition.variants(q)]
-        todo.sort(key=lambda item: -len(item[2].ids))
+        variants.sort(key=lambda item: -len(item[2].ids))
         answers[condition.name] = []
-        for i in range(0, len(todo), batch):
-            qs, clips, qs_prompts = map(list, zip(*todo[i:i + batch], strict=True))
+        for i in range(0, len(variants), batch):
+            qs, clips, qs_prompts = map(list, zip(*variants[i:i + batch], strict=True))
             video_tokens, rows = tokens, clips
             if tokens is None:                                 # then each question has video tokens of its own
                 video_tokens = engine.video_tokens(vision[clips], control, [seeds[clip] for clip in clips], qs)

@@ -80,13 +80,13 @@ class Condition:
         """The question as this condition asks it: once, or in each cyclic order of its options but their own."""
         return [rotate_options(q, n) for n in range(1, len(q["candidates"]))] if self.name == "permute" else [q]
 
-    def is_open(self, q):
-        """Whether it has no answer yet. A medium that could not be read is tried again in each run."""
+    def needs_answer(self, q):
+        """Whether it has none yet; a medium that could not be read is tried again in each run."""
         return "unread" in self.rows.get(key_of(q), {"unread": ""})
 
-    def open(self, questions):
+    def todo(self, questions):
         """The variants of these questions that have no answer yet."""
-        return [v for q in questions for v in self.variants(q) if self.is_open(v)]
+        return [v for q in questions for v in self.variants(q) if self.needs_answer(v)]
 
     # ---- files
 
@@ -110,18 +110,17 @@ class Condition:
         notes: more to keep in settings.json; commands are collected. Raises ValueError naming what differs.
         """
         files, info = self.files(), {} if restart else self.saved()
-        for path in files if restart else ():
-            path.unlink()
-
-        # files of these settings are resumed; the last line may be torn
-        if files and not restart:
+        if restart:
+            for path in files:
+                path.unlink()
+        elif files:
             old = info.get("settings", {})
             differences = [f"{what}: {shorten(old.get(what))} there, {shorten(value)} now"
                            for what, value in self.settings.items() if old.get(what) != value]
             if differences:
                 raise ValueError(f"{files[0]} holds answers under other settings ({'; '.join(differences)}): choose "
                                  "another folder with --out, or --restart to delete them and ask again")
-            for path in files:
+            for path in files:                                 # of a process that was killed while it wrote
                 drop_torn_line(path)
 
         self.folder.mkdir(parents=True, exist_ok=True)

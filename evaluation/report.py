@@ -250,8 +250,8 @@ def rows_of(path):
     places = [Path(path), Path(path) / "predictions.jsonl", Path(path) / "mvbench" / "predictions.jsonl"]
     file = next((place for place in places if place.is_file()), None)
     if file is None:
-        others = dict.fromkeys(str(f) for place in places for pattern in ("predictions*.jsonl", "*/predictions*.jsonl")
-                               for f in sorted(place.parent.glob(pattern)))
+        others = [str(f) for pattern in ("predictions*.jsonl", "*/predictions*.jsonl", "mvbench/*/predictions*.jsonl")
+                  for f in sorted(Path(path).glob(pattern))]
         hint = f"; there are {', '.join(others)}" if others else ""
         raise FileNotFoundError(f"{path} is no finished run: it has no predictions.jsonl{hint}")
     return read_rows(file)
