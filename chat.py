@@ -18,7 +18,6 @@ from weights.checkpoint import add_model_options, load_checkpoint, load_from_arg
 
 INSTRUCTION = "Watch the video and answer the question.\n"
 
-
 class Chat:
     """A conversation about a video, image or folder of frames."""
 
@@ -56,7 +55,6 @@ class Chat:
         self.history.append((question, answer))
         return answer
 
-
 def main(argv=None):
     p = argparse.ArgumentParser(prog="chat.py", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -79,7 +77,6 @@ def main(argv=None):
             print(chat.ask(question))
     except (EOFError, KeyboardInterrupt):
         print()
-
 
 if __name__ == "__main__":
     cli.run(main, "chat.py")

@@ -120,7 +120,6 @@ class VideoTextDataset(torch.utils.data.Dataset):
         frames, seconds = read_media(source.path(entry), select, as_image=source.media == "image")
         return {"video": self.transform(frames, rng), "seconds": seconds}
 
-
 # ---- order -----------------------------------------------------------------------------------------------------------
 
 class Sampler:
@@ -196,7 +195,6 @@ class Sampler:
             for micro_batch in np.split(batches[b], self.micro_batches):
                 yield micro_batch[self.rank::self.world_size].tolist()                   # this rank's samples
 
-
 def make_loader(dataset, sampler, collate, workers=0):
     """Batches of one epoch, from the sampler's position on; `workers` processes decode ahead."""
     # subtle: workers start again with every epoch, which is how they learn of dataset.set_epoch. Their seeds need a
@@ -204,7 +202,6 @@ def make_loader(dataset, sampler, collate, workers=0):
     return torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers,
                                        pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None,
                                        generator=torch.Generator().manual_seed(0), worker_init_fn=ignore_signals)
-
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
 
@@ -218,7 +215,6 @@ def collate_media(samples):
         batch[key] = torch.stack([s[key] for s in samples]) if key in samples[0] else None   # (B, T, ...)
     return batch
 
-
 @dataclass
 class Stage1Collate:
     """Stage 1: the Q-Former reads and writes the caption. Adds ids (B, S), mask (B, S)."""
@@ -230,7 +226,6 @@ class Stage1Collate:
         rows = [self.qformer_tok.encode(s["text"], self.max_length, sep=self.sep) for s in samples]
         ids, mask = pad_ids(rows, self.qformer_tok.pad_id)                               # (B, S) each
         return collate_media(samples) | {"ids": ids, "mask": mask}
-
 
 @dataclass
 class Stage2Collate:
@@ -249,7 +244,6 @@ class Stage2Collate:
                                           self.max_text))
         ids, labels, mask = pad_batch(prompts, self.llm_tok.eos_id)                      # (B, S) each
         return collate_media(samples) | add_packing({"ids": ids, "labels": labels, "mask": mask})
-
 
 @dataclass
 class Stage3Collate:
@@ -289,12 +283,10 @@ class Stage3Collate:
         text = qa.get("i") or ""
         return f"{text} {qa.get('q') or ''}".strip() if text and self.question_in_qformer else text
 
-
 def seconds_message(seconds):
     """[0.31, 0.9] -> "The video contains 2 frames sampled at 0.3, 0.9 seconds.": part of the conversation."""
     times = ", ".join(str(round(s, 1)) for s in seconds)
     return f"The video contains {len(seconds)} frames sampled at {times} seconds."
-
 
 if __name__ == "__main__":
     # "check" was a command of this file

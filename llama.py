@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-
 @dataclass
 class LlamaConfig:
     vocab_size: int = 32000
@@ -87,7 +86,6 @@ class KVCache:
                 torch.index_select(t[:, :, :S], 0, rows, out=new[:, :, :S])
         return selected
 
-
 class RMSNorm(nn.Module):
     def __init__(self, width, eps):
         super().__init__()
@@ -99,7 +97,6 @@ class RMSNorm(nn.Module):
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * y.to(x.dtype)
 
-
 def rope_cos_sin(positions, head_size, theta, dtype):
     """positions (B, S) -> cos and signed sin of a head's angles, (B, S, 1, hs) each, for apply_rope."""
     pair = torch.arange(0, head_size, 2, device=positions.device).float()       # (hs/2,)
@@ -109,13 +106,11 @@ def rope_cos_sin(positions, head_size, theta, dtype):
     cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)    # (B, S, hs)
     return cos[:, :, None].to(dtype), sin[:, :, None].to(dtype)                 # (B, S, 1, hs)
 
-
 def apply_rope(x, cos, signed_sin):
     """Rotate x (B, S, nh, hs) by the angles of its positions: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
     subtle: channel j pairs with j + hs/2 (Hugging Face), not with its neighbour (the paper, Meta's files).
     """
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), signed_sin)    # (B, S, nh, hs)
-
 
 class Attention(nn.Module):
     def __init__(self, cfg, layer_idx):
@@ -157,7 +152,6 @@ class Attention(nn.Module):
             y = torch.cat(y, dim=1)                                             # (1, N, nh, hs)
         return self.o_proj(y.flatten(2))                                        # (B, n_out, D)
 
-
 class MLP(nn.Module):
     def __init__(self, cfg):
         super().__init__()
@@ -167,7 +161,6 @@ class MLP(nn.Module):
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
 
 class Layer(nn.Module):
     def __init__(self, cfg, layer_idx):
@@ -202,7 +195,6 @@ def attention_mask(mask, s, dtype):
         diagonal = torch.eye(s, S, dtype=torch.bool, device=mask.device).roll(S - s, dims=1)    # (s, S)
         visible = visible & mask.bool()[:, None, None, :] | diagonal            # (B, 1, s, S)
     return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
-
 
 class Llama(nn.Module):
     """forward reads padded batches, with a cache or without; forward_packed reads texts without padding, for training.

@@ -25,7 +25,6 @@ import math
 import torch
 from torch import nn
 
-
 class LoRALinear(nn.Module):
     """The frozen Linear base with an update of rank r: x (..., in) -> (..., out)."""
     def __init__(self, base, r, alpha, dropout=0.0):
@@ -59,12 +58,10 @@ class LoRALinear(nn.Module):
         self.base.weight.copy_(self.base.weight.to(update.dtype) + update)
         return self.base
 
-
 def replace_module(root, name, new):
     """Replace the submodule of root that has this dotted name: "layers.0.self_attn.q_proj"."""
     parent, _, leaf = name.rpartition(".")
     setattr(root.get_submodule(parent), leaf, new)
-
 
 def add_lora(module, names, r, alpha, dropout=0.0):
     """Wrap every Linear inside module whose last name is one of names ("q_proj", ...) -> their full names.
@@ -81,7 +78,6 @@ def add_lora(module, names, r, alpha, dropout=0.0):
     for name in wrapped:
         replace_module(module, name, LoRALinear(linears[name], r, alpha, dropout))
     return wrapped
-
 
 def merge_lora(module):
     """Add every update to its frozen weight in place, and put the plain Linear back -> their full names."""

@@ -35,7 +35,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # names of Config's fields in older checkpoints
 OLD_FIELDS = {"style": "prompt_style", "tell_seconds": "add_timestamps", "train_choice": "frame_sampling"}
 
-
 @dataclass
 class Config:
     """Sizes and conventions of one model. The defaults are VideoChat2 with Vicuna-7B v0 (paper, table 10)."""
@@ -81,14 +80,12 @@ class Config:
         config.lora_names = tuple(config.lora_names)
         return config
 
-
 def strict_init(cls, d):
     """cls(**d), with an error that names what cls does not know."""
     unknown = sorted(set(d) - {f.name for f in fields(cls)})
     if unknown:
         raise ValueError(f"{cls.__name__} has no option {', '.join(unknown)}")
     return cls(**d)
-
 
 # the presets, as differences from the defaults above
 EVERY_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -236,7 +233,6 @@ class VideoChat2(nn.Module):
             embeds = torch.cat((torch.ones_like(embeds[:, :1]), embeds[:, 1:]), 1)      # <s> is the first token
         return next_token_loss(self.llama_model, embeds, batch["labels"], batch["lengths"], batch["targets"])
 
-
 def next_token_loss(llama, embeds, labels, lengths, targets):
     """Next-token cross-entropy, mean over labels != IGNORE: embeds (B, S, D), labels (B, S), padded right, with their
     lengths and targets (n,) by prompt.add_packing -> scalar, 0 without targets.
@@ -259,14 +255,12 @@ FROZEN = {  # stage: the names that do not train, as a pattern; everything else 
     3: r"^llama_model\.(?!.*lora_)",
 }
 
-
 def set_trainable(model, stage, vit=True):
     """Freezes what the stage does not train, and the ViT unless vit -> part_table(model), for the log."""
     frozen = FROZEN[stage] if vit else FROZEN[1] + "|" + FROZEN[stage]
     for name, p in model.named_parameters():
         p.requires_grad = not re.search(frozen, name)
     return part_table(model)
-
 
 def part_table(model):
     """Rows (part, parameters, trained) of the top-level parts; LoRA is separate from the LLM that contains it."""
@@ -276,7 +270,6 @@ def part_table(model):
         total, trained = rows.get(part, (0, 0))
         rows[part] = (total + p.numel(), trained + p.numel() * p.requires_grad)
     return [(part, *counts) for part, counts in rows.items()]
-
 
 def main():
     for name, make in PRESETS.items():
@@ -288,7 +281,6 @@ def main():
         print(f"\n{name}: stage 3 on {cfg.train_frames} frames of {cfg.vit.img_size} pixels")
         for part, total, trained in set_trainable(model, 3):
             print(f"  {part:20} {total:>13,} parameters, {trained:>11,} trained")
-
 
 if __name__ == "__main__":
     main()

@@ -42,7 +42,6 @@ from prompt import ANSWER_PROMPT, QUESTION_PROMPT, SYSTEM, decode_answer, is_fin
 from video import NORMS, load_eval_clip
 from weights.checkpoint import add_model_options, checkpoint_hash, device_of, dtype_of, load_from_args, read_config
 
-
 @torch.inference_mode()
 def answer_one(model, qformer_tok, llm_tok, q, protocol):
     """The model's answer to one question of evaluation.tasks.load_questions, such as "(B) It jumps."."""
@@ -68,17 +67,14 @@ def answer_one(model, qformer_tok, llm_tok, q, protocol):
                                             stop=partial(is_finished, llm_tok))
     return protocol.opening + decode_answer(llm_tok, new_ids).split("\n")[0].rstrip()
 
-
 # --------------------------------------------------------------------------------------------------------- the options
 
 # the groups of --help
 QUESTION_GROUP, PROTOCOL_GROUP = "questions", "protocol (the defaults are the paper's)"
 CONTROL_GROUP, RUN_GROUP = "controls: the same model with less to go by", "run"
 
-
 def listed(table):
     return "; ".join(f"{name}: {what}" for name, what in table.items())
-
 
 @dataclass
 class EvalConfig:
@@ -127,7 +123,6 @@ class EvalConfig:
                  self.norm: self.norm, self.dtype: self.dtype, "int8": self.llm_int8, "part": self.only or self.limit}
         return ".".join(part for part, differs in parts.items() if differs)
 
-
 def parse(argv=None):
     """Command line -> EvalConfig. Exits with code 2 for options that contradict each other."""
     p = argparse.ArgumentParser(prog="mvbench.py", description=__doc__,
@@ -156,14 +151,11 @@ def parse(argv=None):
         p.error("--batch must be 1 or more, --limit, --frames and --workers 0 or more")
     return args
 
-
 def split_names(text):
     """"a, b" -> ["a", "b"], each once."""
     return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
-
 # ------------------------------------------------------------------------------------------------------------- a run
-
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
@@ -177,7 +169,6 @@ def main(argv=None):
         run(args, dist)
     dist.close()
     return 0
-
 
 def run(args, dist):
     """Asks what has no answer yet, together with the other processes; the first one writes the report."""
@@ -219,7 +210,6 @@ def run(args, dist):
         print(f"\nEverything was answered before; --restart asks again. ({conditions[0].path})")
     print(f"written to {conditions[0].folder}; open {conditions[0].folder / 'report.html'}")
 
-
 def prepare(args, dist):
     """-> (the questions that are meant, also those without media; the conditions). The first process checks files."""
     benchmark = BENCHMARKS[args.benchmark]
@@ -260,7 +250,6 @@ def prepare(args, dist):
         condition.check_media(questions)
     return questions, conditions
 
-
 def answer_all(args, questions, conditions, dist):
     """Loads the model and answers this process's share of what is open -> {part: seconds}."""
     start = time.perf_counter()
@@ -292,7 +281,6 @@ def answer_all(args, questions, conditions, dist):
         with engine.clock("waiting for other processes"):
             dist.barrier()
     return {**seconds, **engine.clock.seconds, "in all": time.perf_counter() - start}
-
 
 if __name__ == "__main__":
     cli.run(main, "mvbench.py", "stopped; the answers so far are saved, and the same command resumes")

@@ -40,7 +40,6 @@ SYSTEM = (
 QUESTION_PROMPT = "Only give the best option."
 ANSWER_PROMPT = "Best option:("  # the answer's beginning, so the next token is the letter of an option
 
-
 @dataclass
 class Prompt:
     ids: list     # ids of the LLM's tokenizer, VIDEO where a video token goes
@@ -51,7 +50,6 @@ class Prompt:
         """Index of the first video token; ValueError in a prompt without video."""
         return self.ids.index(VIDEO)
 
-
 def encode_spans(tok, spans):
     """Spans [(text, trained), ...], tokenised once as one text; an id is trained if its last character's span is.
 
@@ -61,19 +59,16 @@ def encode_spans(tok, spans):
     ids, ends = tok.encode_with_ends("".join(text for text, _ in spans))
     return Prompt(ids, [i if trained_chars[end] else IGNORE for i, end in zip(ids, ends, strict=True)])
 
-
 def insert_slot(tok, before, n_video, after):
     """`<s>`, the text `before`, n_video times VIDEO, then the Prompt `after`."""
     head = tok.encode(before, bos=True) + [VIDEO] * n_video
     return Prompt(head + after.ids, [IGNORE] * len(head) + after.labels)
-
 
 def truncate(prompt, length):
     """The first `length` ids. Raises ValueError if that would cut the slot."""
     if VIDEO in prompt.ids[length:]:
         raise ValueError(f"{prompt.slot} ids of text before the video: shorten the instruction or raise max_text")
     return Prompt(prompt.ids[:length], prompt.labels[:length])
-
 
 # ---- training: captions in stage 2, conversations in stage 3 ---------------------------------------------------------
 
@@ -87,7 +82,6 @@ def caption_prompt(tok, caption, n_video, instruction, medium="video", max_text=
     request = tok.encode(f"</{tag}> {instruction} ###Assistant: ")
     after = Prompt(request + target, [IGNORE] * len(request) + target)
     return insert_slot(tok, f"###Human: <{tag}>", n_video, after)
-
 
 def conversation_prompt(tok, turns, n_video, message="", medium="video", prompt_style="vicuna", max_text=512,
                         train_separators=False):
@@ -117,7 +111,6 @@ def conversation_prompt(tok, turns, n_video, message="", medium="video", prompt_
     prompt = insert_slot(tok, before, n_video, encode_spans(tok, [(lead, False), *spans]))
     return truncate(prompt, max_text + n_video)
 
-
 def vicuna_turns(turns, train_separators):
     """Spans of ` ###Human: {q} ###Assistant: {a} ###`.
 
@@ -133,7 +126,6 @@ def vicuna_turns(turns, train_separators):
                 spans += [(f" {text}", after_answer)]
     return [*spans, (" ###", True)]
 
-
 def mistral_turns(turns):
     """Spans of ` [INST] {q} [/INST] {a}</s>`."""
     spans = []
@@ -142,14 +134,12 @@ def mistral_turns(turns):
         spans += [(f" {turn['a']}</s>", True)]
     return spans
 
-
 # ---- generation: MVBench and chat ------------------------------------------------------------------------------------
 
 def mvbench_question(question, candidates):
     """`Question: {question}\\nOptions:\\n(A) ..\\n(B) ..\\n`; QUESTION_PROMPT comes next. Source: mvbench.ipynb."""
     options = "\n".join(f"({chr(ord('A') + i)}) {candidate}" for i, candidate in enumerate(candidates))
     return f"Question: {question}\nOptions:\n{options}".rstrip() + "\n"
-
 
 def mvbench_prompt(tok, question, candidates, n_video, system=SYSTEM, answer_prompt=ANSWER_PROMPT,
                    prompt_style="vicuna"):
@@ -159,7 +149,6 @@ def mvbench_prompt(tok, question, candidates, n_video, system=SYSTEM, answer_pro
     """
     text = system + mvbench_question(question, candidates) + QUESTION_PROMPT
     return chat_prompt(tok, [], text, n_video, system, prompt_style=prompt_style, answer_prompt=answer_prompt)
-
 
 def chat_prompt(tok, history, question, n_video, instruction="", medium="video", prompt_style="vicuna",
                 answer_prompt=""):
@@ -177,16 +166,13 @@ def chat_prompt(tok, history, question, n_video, instruction="", medium="video",
     before = f"{instruction}{human} <{medium.capitalize()}>"
     return insert_slot(tok, before, n_video, Prompt(ids, [IGNORE] * len(ids)))
 
-
 def is_finished(tok, ids):
     """Whether these new ids end an answer: with </s> or ###."""
     return ids[-1] == tok.eos_id or "###" in tok.decode(ids[-4:])
 
-
 def decode_answer(tok, ids):
     """New ids -> the answer, without its end."""
     return tok.decode([i for i in ids if i != tok.eos_id]).split("###")[0].strip()
-
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
 
@@ -199,7 +185,6 @@ def pad_batch(prompts, pad_id, side="right", multiple=8):
     labels, _ = pad_ids([prompt.labels for prompt in prompts], IGNORE, side, multiple)
     return ids, labels, mask
 
-
 def pad_ids(rows, pad_id, side="right", multiple=8):
     """Lists of ids -> ids, mask, each (B, S); S is the longest row, rounded up: tensor cores need multiples of 8."""
     length = -(-max(map(len, rows)) // multiple) * multiple
@@ -211,11 +196,9 @@ def pad_ids(rows, pad_id, side="right", multiple=8):
         mask[i, columns] = 1
     return ids, mask
 
-
 def pack_rows(t, lengths):
     """Rows t (B, S, ...) of these lengths, without their padding on the right, one after another: (1, N, ...)."""
     return torch.cat([row[:n] for row, n in zip(t, lengths, strict=True)])[None]
-
 
 def add_packing(batch):
     """Adds to a batch of ids, labels and mask what the loss needs; computed later, on a GPU, it would sync the GPU.

@@ -29,7 +29,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-
 @dataclass
 class QFormerConfig:
     vocab_size: int = 30523       # 30522 of BERT + [DEC], which opens a generated caption
@@ -63,7 +62,6 @@ def drop_path(x, p, training):
     survives = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(1 - p)       # (B, 1, 1)
     return x * survives / (1 - p)
 
-
 class Output(nn.Module):
     """The end of every branch: project, drop, add to the stream x, normalise."""
     def __init__(self, cfg, branch_width, path_rate):
@@ -76,7 +74,6 @@ class Output(nn.Module):
     def forward(self, branch, x):
         branch = self.dropout(self.dense(branch))
         return self.LayerNorm(x + drop_path(branch, self.path_rate, self.training))
-
 
 class Attention(nn.Module):
     def __init__(self, cfg, source_width, path_rate):
@@ -104,7 +101,6 @@ class Attention(nn.Module):
         p = self.p if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)    # (B, nh, rows, hs)
         return self.output(y.transpose(1, 2).flatten(2), x)                     # (B, rows, E)
-
 
 class Layer(nn.Module):
     def __init__(self, cfg, layer_idx):
@@ -138,7 +134,6 @@ class Layer(nn.Module):
         hidden = torch.cat((query, text.expand(len(query), -1, -1)), dim=1)     # (B, Q + S, E)
         return hidden, self_kv, cross_kv
 
-
 class Embeddings(nn.Module):
     def __init__(self, cfg):
         super().__init__()
@@ -157,7 +152,6 @@ class Embeddings(nn.Module):
             position = torch.arange(S, device=ids.device)                       # (S,)
             rows.append(self.word_embeddings(ids) + self.position_embeddings(position))
         return self.dropout(self.LayerNorm(torch.cat(rows, dim=1)))             # (B, Q + S, E)
-
 
 class PredictionHead(nn.Module):
     """hidden (B, S, E) -> logits (B, S, V). Its last matrix is that of the word embeddings, passed in."""
@@ -244,7 +238,6 @@ def similarity(video_feats, text_feats):
     """video_feats (Nv, Q, e), text_feats (Nt, e), unit length -> (Nv, Nt): cosine, averaged over the queries."""
     return video_feats.mean(1) @ text_feats.T                                   # (Nv, e) @ (e, Nt) -> (Nv, Nt)
 
-
 def vtc_loss(sim, idx):
     """Contrast, both ways. sim (B, B) videos x texts over temperature; idx (B,) names the clips: a clip that is in the
     batch twice is no negative of itself but shares the target.
@@ -253,7 +246,6 @@ def vtc_loss(sim, idx):
     target = same / same.sum(1, keepdim=True)                                   # (B, B), rows sum to 1
     return (F.cross_entropy(sim, target) + F.cross_entropy(sim.T, target)) / 2
 
-
 def negative_weights(sim, idx):
     """sim (B, B), row = anchor -> weights (B, B) of negatives: the more similar the likelier, the same clip never."""
     same = idx[:, None] == idx[None]                                            # (B, B)
@@ -261,7 +253,6 @@ def negative_weights(sim, idx):
         raise ValueError(f"matching (VTM) needs for each clip another one in the batch, but the batch of {len(idx)} "
                          f"holds a single clip, idx {idx[0].item()}: use a larger batch")
     return (sim.float().softmax(1) + 1e-4).masked_fill(same, 0)
-
 
 @torch.no_grad()
 def hard_negatives(sim, idx, generator=None):
@@ -276,12 +267,10 @@ def hard_negatives(sim, idx, generator=None):
         rows.append((weights / noise.to(weights.device, non_blocking=True)).argmax(1))      # (B,)
     return tuple(rows)
 
-
 def vtg_loss(logits, ids, mask, label_smoothing):
     """Next word: logits (B, S, V), ids and mask (B, S) -> mean cross-entropy over all words but each row's first."""
     target = ids.masked_fill(mask == 0, -100)[:, 1:]                            # (B, S - 1)
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), target.flatten(), label_smoothing=label_smoothing)
-
 
 class Stage1Heads(nn.Module):
     """The heads of stage 1, dropped afterwards. Q-Former and query tokens (1, Q, E) are arguments of its methods: if it

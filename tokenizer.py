@@ -92,7 +92,6 @@ class WordPiece:
             start = end
         return ids
 
-
 def basic_tokenize(text):
     """BERT's basic tokenisation into words: "Don't blink, Zoë" -> don ' t blink , zoe"""
     # control characters and U+FFFD vanish; white space becomes a space, a Chinese character a word of its own
@@ -105,11 +104,9 @@ def basic_tokenize(text):
         words += "".join(f" {c} " if is_punctuation(c) else c for c in plain).split()
     return words
 
-
 def is_punctuation(c):
     """Unicode's punctuation, and the ASCII signs that Unicode counts as symbols, such as $ and ^."""
     return unicodedata.category(c).startswith("P") or (c.isascii() and c.isprintable() and not c.isalnum() and c != " ")
-
 
 def train_wordpiece(texts, path):
     """Writes a vocab.txt: specials, all words of `texts` (most frequent first), single characters, alone and as ##."""
@@ -118,7 +115,6 @@ def train_wordpiece(texts, path):
     by_count = sorted(count, key=lambda word: (-count[word], word))
     vocab = dict.fromkeys([*SPECIALS, *by_count, *letters, *("##" + c for c in letters)])
     Path(path).write_text("\n".join(vocab) + "\n", encoding="utf-8")
-
 
 # ---- SentencePiece ---------------------------------------------------------------------------------------------------
 
@@ -168,7 +164,6 @@ class SentencePiece:
     def decode(self, ids):
         """Text of `ids`, without <s>, </s> and the ids that an LLM has beyond its tokenizer's pieces."""
         return self.model.decode([i for i in ids if i < self.vocab_size])
-
 
 def train_sentencepiece(texts, path, vocab_size):
     """Writes a tokenizer.model made as LLaMA's was: BPE, single digits, bytes for unknown characters, text unchanged.

@@ -44,7 +44,6 @@ from weights.hf_llama import llm_config
 RUN, DATA, OPTIM, SPEED, LOG = "run", "data", "optimization", "memory and speed", "logging and saving"   # in --help
 MODEL = "the model, and quirks of the official code (default: the preset's)"
 
-
 @dataclass
 class TrainConfig:
     """Every option of the command line. A recipe replaces what was not typed. No default is anywhere else."""
@@ -100,7 +99,6 @@ class TrainConfig:
     caption_sep: bool = option(None, "stage 1: captions end in [SEP], which the official code forgets", MODEL)
     repeat_image: bool = option(None, "stage 1: repeat an image for each temporal embedding", MODEL)
 
-
 MODEL_OPTIONS = [f.name for f in fields(TrainConfig) if f.metadata["group"] == MODEL]    # fields of model.Config too
 RECIPES = {  # preset -> stage -> what differs from TrainConfig's defaults
     "toy": {
@@ -123,7 +121,6 @@ RECIPES = {  # preset -> stage -> what differs from TrainConfig's defaults
 
 AT_LEAST_1 = ("epochs", "grad_accum", "max_bad_steps", "log_every", "save_every", "keep_checkpoints")
 SHARES = ("warmup", "constant_until", "vtg_only")                          # between 0 and 1
-
 
 def parse(argv=None, config_class=TrainConfig, command="train.py", description=__doc__, parts=()):
     """Command line -> (config, names of the options that were typed). Wrong values exit as argparse does, code 2."""
@@ -156,11 +153,9 @@ def parse(argv=None, config_class=TrainConfig, command="train.py", description=_
     cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return cfg, explicit
 
-
 def apply_recipe(cfg, explicit, recipe):
     """The recipe's values, except for options that were typed."""
     return replace(cfg, **{name: value for name, value in recipe.items() if name not in explicit})
-
 
 @dataclass
 class Stage:
@@ -180,12 +175,10 @@ class Stage:
     def unfinished(self):
         return self.folder.with_name(f"{self.folder.name}.unfinished")     # what an interrupted run resumes from
 
-
 NEW = {1: ("query_tokens", "qformer.", "vision_temp_embed", "aligner.", "vision_layernorm."),   # start at random,
        2: ("extra_query_tokens", "llama_proj."), 3: ()}                    # if the checkpoint before does not have them
 DROPPED = {1: ("norm.", "heads."),                                         # of the toy ViT's pretraining
            2: ("aligner.", "vision_temp_embed", "qformer.cls."), 3: ()}    # of stage 1's losses
-
 
 def build_stage(cfg, dist):
     """Stage 1, 2 or 3: its model, filled from the stage before, its data and its loss."""
@@ -235,7 +228,6 @@ def build_stage(cfg, dist):
     return Stage(f"stage {cfg.stage}", Path(cfg.out) / f"stage{cfg.stage}", model, dataset, collate, loss, write, notes,
                  generator, find_unused=cfg.vtg_only > 0 or cfg.stage == 3)
 
-
 def build_model(cfg, config, start, llm):
     """-> (VideoChat2 filled from the checkpoint `start`, the LLM's tokenizer, the LLM's {"path", "fingerprint"})."""
     # blocks whose inside the backward pass computes again: less memory, more time
@@ -266,7 +258,6 @@ def build_model(cfg, config, start, llm):
     return model, *checkpoint.attach_llm(model, Path(llm_folder), expected, needed_by, dtype=DTYPES[cfg.dtype],
                                          int8=cfg.llm_int8)
 
-
 def load_clips(cfg, config, corpus, num_frames):
     """The samples of --corpus, or of this file in the data folder, with the model's frames and pixels."""
     path = Path(cfg.corpus or Path(cfg.data) / corpus)
@@ -278,7 +269,6 @@ def load_clips(cfg, config, corpus, num_frames):
     return data.VideoTextDataset(load_corpus(path), num_frames, transform, config.frame_sampling, seed=cfg.seed)
 
 # ------------------------------------------------------------------------------------------------------------ the loop
-
 
 def fit(stage, cfg, dist):
     """Trains a stage to its last step and writes stage.folder. Resumes from the last whole checkpoint, bit for bit."""
@@ -331,7 +321,6 @@ def fit(stage, cfg, dist):
     resume.finish(stage, cfg, dist)
     log.print_main(f"{stage.name}: finished in {log.minutes():.1f} min, written to {stage.folder}")
 
-
 def forward_backward(stage, forward, micro_batches, n_targets, progress, scaler, cfg, dist):
     """Adds up the gradients of a step -> {name: loss}, whose mean over the processes is the loss of the step.
 
@@ -355,20 +344,17 @@ def forward_backward(stage, forward, micro_batches, n_targets, progress, scaler,
     sync_unsharded_grads(stage.model, dist)                            # FSDP leaves the temperature whole
     return losses
 
-
 def count_targets(batch):
     """Number of tokens of a batch that next-token losses are means over."""
     if "targets" in batch:
         return len(batch["targets"])
     return batch["mask"][:, 1:].sum().item() if "mask" in batch else 0
 
-
 def cycle(loader, sampler):
     """The batches of one epoch after another."""
     while True:
         yield from loader
         sampler.next_epoch()
-
 
 def train_stage(build, cfg, dist):
     """fit(build(cfg, dist)), unless that stage is finished."""
@@ -383,7 +369,6 @@ def train_stage(build, cfg, dist):
     with resume.locked(stage, cfg, dist):
         fit(stage, cfg, dist)
 
-
 def main(argv=None):
     cfg, explicit = parse(argv)
     if cfg.stage not in (1, 2, 3):
@@ -393,7 +378,6 @@ def main(argv=None):
     dist = init_distributed(cfg.device)
     train_stage(build_stage, cfg, dist)
     dist.close()
-
 
 if __name__ == "__main__":
     run(main, "train.py", stopped="stopped at once; the last checkpoint is intact")

@@ -32,7 +32,6 @@ NORMS = {        # name: (mean, std) of red, green, blue in 0..1
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
 }
 
-
 # ---- which frames ----------------------------------------------------------------------------------------------------
 
 def train_frame_indices(num_frames, n_total, sampling="rand", rng=None):
@@ -66,7 +65,6 @@ def train_frame_indices(num_frames, n_total, sampling="rand", rng=None):
         indices = sorted(rng.sample(range(n_total), len(intervals)))
     return indices + [indices[-1]] * (num_frames - len(indices))
 
-
 def eval_frame_indices(num_frames, max_frame, fps, bound=None, first_idx=0):
     """The benchmark's frames: the middles of equal parts of bound = (start, end) in seconds, or of the whole video.
 
@@ -77,7 +75,6 @@ def eval_frame_indices(num_frames, max_frame, fps, bound=None, first_idx=0):
     part = (end - start) / num_frames
     return [int(start + part / 2 + round(part * i)) for i in range(num_frames)]
 
-
 def train_frame_selector(num_frames, sampling="rand", rng=None, start=None, end=None):
     """A `select` for read_media: train_frame_indices between start and end (seconds), or of the whole video."""
     def select(first, last, fps):
@@ -86,7 +83,6 @@ def train_frame_selector(num_frames, sampling="rand", rng=None, start=None, end=
             offset, n_total = first + int(start * fps), max(int((end - start) * fps), 1)
         return [offset + i for i in train_frame_indices(num_frames, n_total, sampling, rng)]
     return select
-
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
@@ -98,10 +94,8 @@ class SampleError(ValueError):
         message = super().__str__().strip().split("\n")[-1]
         return message.removeprefix(f"{type(self).__module__}.{type(self).__qualname__}: ")
 
-
 class MediaError(SampleError):
     """A video, image or folder of frames that cannot be read."""
-
 
 def read_media(path, select, as_image=False, limit=TIME_LIMIT):
     """-> frames (T, 3, H, W) uint8 and their seconds, of a video, an image (T = 1) or a folder of 00001.jpg ...
@@ -122,7 +116,6 @@ def read_media(path, select, as_image=False, limit=TIME_LIMIT):
     if path.suffix.lower() == ".gif":
         return read_gif(path, select)
     return with_timeout(limit, read_video, path, select)
-
 
 def with_timeout(limit, read, path, *args):
     """read(path, *args) in a thread, which is abandoned (MediaError) if it takes more than `limit` seconds.
@@ -145,7 +138,6 @@ def with_timeout(limit, read, path, *args):
     except TimeoutError:  # of concurrent.futures; Python 3.11 made it the built-in one
         raise MediaError(f"{path}: decoding takes more than {limit:g} seconds") from None
 
-
 @contextmanager
 def decode_errors(path, kind, *errors):
     """These errors of a decoder become a MediaError."""
@@ -155,7 +147,6 @@ def decode_errors(path, kind, *errors):
         raise
     except errors as error:
         raise MediaError(f"{path}: cannot be decoded as {kind}") from error
-
 
 def read_video(path, select):
     """As read_media, by decord."""
@@ -170,7 +161,6 @@ def read_video(path, select):
     # subtle: channels stay last in memory, as they came; resize is fastest on them
     return torch.from_numpy(frames).permute(0, 3, 1, 2), [i / fps for i in indices]      # (T, 3, H, W)
 
-
 def get_frames(reader, indices):
     """Frames (T, H, W, 3) of a decord.VideoReader, in a single call, so that no part of the file is decoded twice."""
     try:
@@ -182,7 +172,6 @@ def get_frames(reader, indices):
     frames = np.stack([reader[i].asnumpy() for i in indices])                            # (T, H, W, c)
     t, height, width, _ = frames.shape
     return frames.reshape(t, height, -1)[:, :, :3 * width].reshape(t, height, width, 3)
-
 
 def read_gif(path, select):
     """As read_video, but by Pillow, in half of decord's time; so does the official code (mvbench.ipynb, read_gif)."""
@@ -202,13 +191,11 @@ def read_gif(path, select):
         selected = torch.from_numpy(np.stack([np.asarray(frames[i]) for i in indices]))  # (T, H, W, 3)
     return selected.permute(0, 3, 1, 2), [i / fps for i in indices]                      # (T, 3, H, W)
 
-
 def read_image(path):
     """(3, H, W) uint8 of any kind of image: grey, palette, transparency, CMYK."""
     with decode_errors(path, "an image", *IMAGE_ERRORS), Image.open(path) as image:
         pixels = np.array(image.convert("RGB"))              # (H, W, 3)
     return torch.from_numpy(pixels).permute(2, 0, 1)         # (3, H, W)
-
 
 def read_folder(path, select):
     last = len(list(path.glob("*.jpg")))
@@ -221,12 +208,10 @@ def read_folder(path, select):
     frames = [read_image(path / f"{i:05d}.jpg") for i in indices]
     return torch.stack(frames), [(i - 1) / FOLDER_FPS for i in indices]  # (T, 3, H, W)
 
-
 def read_eval_frames(path, num_frames, bound=None):
     """(T, 3, H, W) uint8: the frames of a medium that the benchmark takes, within bound = (start, end) in seconds."""
     frames, _ = read_media(path, lambda first, last, fps: eval_frame_indices(num_frames, last, fps, bound, first))
     return frames
-
 
 # ---- pixels ----------------------------------------------------------------------------------------------------------
 
@@ -275,7 +260,6 @@ class Transform:
         w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
         return (height - h) // 2, (width - w) // 2, h, w
 
-
 def resize(x, height, width):
     """Bicubic with antialiasing, within 2 levels of Pillow's. (T, 3, H, W) uint8 -> float (T, 3, height, width).
 
@@ -286,7 +270,6 @@ def resize(x, height, width):
     if x.shape[-2:] != (height, width):
         x = F.interpolate(x, (height, width), mode="bicubic", antialias=True)
     return x.to(torch.float32, memory_format=torch.contiguous_format)
-
 
 def load_eval_clip(path, cfg, bound=None):
     """A medium as MVBench and chat show it to a model (cfg: its model.Config): (T, 3, size, size)."""

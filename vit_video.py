@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-
 @dataclass
 class ViTConfig:
     img_size: int = 224
@@ -60,7 +59,6 @@ def sinusoid(n, width):
     table = angle.sin()
     table[:, 1::2] = angle[:, 1::2].cos()
     return table.float()
-
 
 @lru_cache(maxsize=16)            # and no buffer, so that a model built on the meta device has its positions, too
 @torch.no_grad()
@@ -103,7 +101,6 @@ class PatchEmbed(nn.Module):
         x = x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(2, 3)             # (B, T, L, 3*p*p)
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)         # (B, T, L, C)
 
-
 class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
@@ -121,7 +118,6 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v)                             # (B, nh, N, hs)
         return self.proj(y.transpose(1, 2).flatten(2))                          # (B, N, C)
 
-
 class MLP(nn.Module):
     def __init__(self, cfg):
         super().__init__()
@@ -130,7 +126,6 @@ class MLP(nn.Module):
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x)))
-
 
 class Block(nn.Module):
     def __init__(self, cfg):
@@ -143,7 +138,6 @@ class Block(nn.Module):
     def forward(self, x):
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
-
 
 class VisionTransformer(nn.Module):
     def __init__(self, cfg):

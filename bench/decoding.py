@@ -23,7 +23,6 @@ from infra.cli import run
 from model import Config
 from video import NORMS, eval_frame_indices, load_eval_clip
 
-
 def write_clip(path):
     """A moving gradient with noise, 25 frames a second."""
     av, rng = import_dev("av"), np.random.default_rng(0)
@@ -35,7 +34,6 @@ def write_clip(path):
             frame = (gradient[..., None] + rng.integers(0, 4, (480, 854, 3))).astype(np.uint8)          # (H, W, 3)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
-
 
 def read_as_notebook(path, cfg):
     """A video, frame by frame: decoded, short side resized, centre cropped, normalised -> (T, 3, size, size)."""
@@ -52,7 +50,6 @@ def read_as_notebook(path, cfg):
         pixels = torch.from_numpy(np.array(image.crop((left, top, left + size, top + size))))           # (H, W, 3)
         frames.append((pixels.permute(2, 0, 1).float() / 255 - mean) / std)
     return torch.stack(frames)
-
 
 def main(argv=None):
     parser = argparse.ArgumentParser("python -m bench.decoding", description=__doc__.splitlines()[0])
@@ -72,7 +69,6 @@ def main(argv=None):
                 list(loader)
                 rate = args.clips / (time.perf_counter() - start)
                 print(f"{name:20}{workers} workers{rate:8.2f} clips/s", flush=True)
-
 
 if __name__ == "__main__":
     run(main, "bench.decoding")

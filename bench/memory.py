@@ -30,13 +30,11 @@ from weights.int8 import quantize_int8
 
 GIB = 2 ** 30
 
-
 @dataclass
 class Options(Step):
     dtype: str = option("bf16", "of the computation and the frozen LLM", choices=tuple(DTYPES))
     llm_int8: bool = option(False, "the frozen LLM in 8 bits")
     gpu: float = option(80.0, "GiB of the GPU that the batch is to fit")
-
 
 class LiveBytes(TorchDispatchMode):
     """Inside it, what each operation returns is counted from its creation until it is freed."""
@@ -61,7 +59,6 @@ class LiveBytes(TorchDispatchMode):
     def remove(self, key):
         self.now -= self.sizes.pop(key)
 
-
 @contextmanager
 def no_values(dtype):
     """Inside it, tensors have no values; patches replace what a GPU does differently and what would read values."""
@@ -80,7 +77,6 @@ def no_values(dtype):
               T, vit.cfg.grid ** 2, vit.cfg.width)),
           FakeTensorMode(allow_non_fake_inputs=True)):
         yield
-
 
 def counted_step(cfg, step):
     """{name: bytes} of a training step on one GPU. It is the second step: the first one makes AdamW's moments."""
@@ -115,15 +111,12 @@ def counted_step(cfg, step):
         return {"frozen weights": n_bytes(frozen), "trained weights": n_bytes(trained), "gradients": gradients,
                 "optimizer": live.now - before_steps, "activations": activations, "peak": live.peak}
 
-
 def n_bytes(tensors):
     return sum(t.numel() * t.element_size() for t in tensors)
-
 
 def memory_of(key="VmHWM"):
     """MiB of this process, at its largest or now (VmRSS). subtle: ru_maxrss would begin with the parent's memory."""
     return int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-
 
 def main(argv=None):
     parser = argparse.ArgumentParser("python -m bench.memory", description=__doc__.splitlines()[0])
@@ -141,7 +134,6 @@ def main(argv=None):
     # the CUDA context and its libraries take 0.5 to 1 GiB
     clips = step.batch + ((step.gpu - 1) * GIB - sizes["peak"]) // per_clip
     print(f"  a GPU of {step.gpu:g} GiB, 1 of them for CUDA itself, has room for {max(0, clips):.0f} clips")
-
 
 if __name__ == "__main__":
     run(main, "bench.memory")

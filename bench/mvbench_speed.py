@@ -20,7 +20,6 @@ from infra.cli import run
 from infra.files import read_json
 from weights.checkpoint import load_from_args
 
-
 def batched(argv):
     """mvbench.py with these options -> its answers in the benchmark's order, and seconds."""
     with tempfile.TemporaryDirectory() as folder:
@@ -30,7 +29,6 @@ def batched(argv):
         answers = [json.loads(line)["prediction"] for line in predictions.read_text().splitlines()]
         seconds = read_json(summary)["seconds"]
     return answers, seconds["in all"] - seconds["loading the model"]
-
 
 def main(argv=None):
     # the model is loaded once for both LLMs; mvbench.py, which has to merge LoRA, loads its own
@@ -52,7 +50,6 @@ def main(argv=None):
         differ = sum(a != b for a, b in zip(answers, batched_answers, strict=True))
         print(f"answer_one, {name}: {len(questions) / seconds:.1f} questions/s; mvbench.py is "
               f"{seconds / batched_seconds:.1f} times as fast, {differ} answers differ", flush=True)
-
 
 if __name__ == "__main__":
     run(main, "bench.mvbench_speed")

@@ -24,7 +24,6 @@ VIT_NAMES = {"blocks.": "encoder.layer.", "patch_embed.proj": "embeddings.patch_
              "attn.q_bias": "attention.attention.query.bias", "attn.v_bias": "attention.attention.value.bias"}
 QFORMER_NAMES = {"bert.": "", "attention.self.": "attention.attention.", "embeddings.LayerNorm": "embeddings.layernorm"}
 
-
 def import_dev(name):
     """The module of this name; ValueError says how to install it."""
     try:
@@ -32,14 +31,12 @@ def import_dev(name):
     except ImportError as error:
         raise ValueError(f"{error}; this comparison needs it: pip install -r requirements-dev.txt") from error
 
-
 def renamed(module, names):
     """{name: tensor} of the module, each part of a name replaced as `names` says."""
     weights = module.state_dict()
     for ours, theirs in names.items():
         weights = {name.replace(ours, theirs): t for name, t in weights.items()}
     return weights
-
 
 class ViTTwin(nn.Module):
     """video (B, T, 3, H, W) -> (B, T, L, C)."""
@@ -59,7 +56,6 @@ class ViTTwin(nn.Module):
 
     def forward(self, video):
         return self.twin(video).last_hidden_state.unflatten(1, (video.shape[1], -1))
-
 
 class QFormerTwin(nn.Module):
     """As QFormer, for queries, text or both; a mask may also be (B, 1, Q + S, Q + S). Without dropout."""
@@ -84,7 +80,6 @@ class QFormerTwin(nn.Module):
             elif mask.ndim == 2:
                 mask = F.pad(mask, (query.shape[1], 0), value=1)                        # (B, Q + S)
         return self.twin(ids, attention_mask=mask, query_embeds=query, encoder_hidden_states=vision).last_hidden_state
-
 
 class LlamaTwin(nn.Module):
     """The LLM of a VideoChat2, in stage 3 with LoRA, which alone trains."""
@@ -119,7 +114,6 @@ class LlamaTwin(nn.Module):
         return self.twin.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=max_new_tokens,
                                   do_sample=False, pad_token_id=0, stopping_criteria=stopping).tolist()
 
-
 def use_twins(model):
     """Puts twins in place of the parts of a VideoChat2, for twin_losses."""
     device, model.vision_encoder = model.device, ViTTwin(model.vision_encoder).requires_grad_(model.stage > 1)
@@ -127,7 +121,6 @@ def use_twins(model):
     if model.stage > 1:
         model.llama_model = LlamaTwin(model)
     return model.to(device).train()
-
 
 def twin_losses(model, batch, generator=None):
     """{name: loss} of a batch after use_twins, with the values that our own parts give."""

@@ -38,7 +38,6 @@ CPU_ATTENTION = {                       # operations that PyTorch's counter does
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
-
 @dataclass
 class Step:
     """A training step, by its sizes."""
@@ -56,7 +55,6 @@ class Step:
     def __str__(self):
         return f"{self.preset}, stage {self.stage}: {self.batch} clips, {self.frames} frames, {self.text} text tokens"
 
-
 def step_config(step):
     """The preset's Config for the step's frames; the toy's vocabularies, which depend on its tokenizers, are 1,000."""
     cfg = SCALED if step.preset == "scaled" else PRESETS[step.preset]()
@@ -64,7 +62,6 @@ def step_config(step):
                    vit=replace(cfg.vit, frames=step.frames, pos_scale=1.0),
                    qformer=replace(cfg.qformer, vocab_size=cfg.qformer.vocab_size or 1000),
                    llama=replace(cfg.llama, vocab_size=cfg.llama.vocab_size or 1000))
-
 
 def random_batch(cfg, step, shortest=0.25):
     """Random clips, and texts of shortest * step.text to step.text tokens; stages 2 and 3 learn every second token."""
@@ -86,7 +83,6 @@ def random_batch(cfg, step, shortest=0.25):
         batch |= {"instruction_ids": instruction, "instruction_mask": torch.ones_like(instruction)}
     return batch
 
-
 def our_model(cfg, stage):
     """VideoChat2 with random weights, without dropout, which the two sides would draw differently."""
     cfg = replace(cfg, lora_dropout=0.0, qformer=replace(cfg.qformer, dropout=0.0, drop_path=0.0))
@@ -100,20 +96,17 @@ def our_model(cfg, stage):
     set_trainable(model, stage)
     return model.train()
 
-
 def llm_to_dtype(model, dtype):
     """The frozen LLM's weights in this dtype; those in 8 bits and their scales stay as they are."""
     for name, p in model.named_parameters():
         if name.startswith("llama_model.") and p.is_floating_point() and not name.endswith(".scale"):
             p.data = p.data if "lora_" in name else p.data.to(dtype)
 
-
 def step_losses(model, batch, generator=None):
     """{name: loss} of the model's stage. generator draws the hard negatives of stage 1."""
     if model.stage > 1:
         return {"lm": model.lm_loss(batch)}
     return model.stage1_losses(batch, 3, Distributed(), generator)
-
 
 def measure(side, step):
     """One side, "ours" or "transformers", in this process -> seconds of a step, losses, peak GiB, utilisation."""
@@ -151,7 +144,6 @@ def measure(side, step):
     rate = 2 * n ** 3 / seconds_of(lambda: a @ b, 0.5)
     return seconds, losses, peak / 2 ** 30, counter.get_total_flops() / seconds / rate
 
-
 def main(argv=None):
     parser = argparse.ArgumentParser("python -m bench.train_step", description=__doc__.splitlines()[0])
     add_options(parser, Step)
@@ -175,7 +167,6 @@ def main(argv=None):
     for name, loss in rows["ours"][1].items():
         if abs(loss - others[name]) > (1e-4 if DTYPE == torch.float32 else 2e-2) * abs(loss):
             raise ValueError(f"loss {name} is {loss} with our modules, {others[name]} with those of transformers")
-
 
 if __name__ == "__main__":
     run(main, "bench.train_step")

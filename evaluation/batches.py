@@ -22,7 +22,6 @@ from video import MediaError, load_eval_clip
 
 GROUP = 8       # clips that a loader process hands over at a time
 
-
 def load_clips(group, cfg):
     """Clips, each a (medium, bound) -> (the readable ones (B, T, 3, H, W) or None; for each "", or why it failed)."""
     clips, errors = [], []
@@ -37,7 +36,6 @@ def load_clips(group, cfg):
             errors.append(f"{media}: {type(error).__name__}: {error}")
     return torch.stack(clips) if clips else None, errors
 
-
 def batches_by_clip(questions, prompts, batch):
     """Questions -> batches of at most `batch` clips. A batch is a list: for each clip, the list of its questions.
 
@@ -50,7 +48,6 @@ def batches_by_clip(questions, prompts, batch):
         by_clip[q["media"], q["bound"]].append(q)
     clips = sorted(by_clip.values(), key=lambda qs: -max(len(prompts[key_of(q)].ids) for q in qs))
     return [clips[i:i + batch] for i in range(0, len(clips), batch)]
-
 
 def evaluate(engine, questions, conditions, batch=32, workers=1, dist=None, scorer="official"):
     """Asks what has no answer yet, under all conditions; yields (condition, its new rows), batch by batch."""
@@ -84,7 +81,6 @@ def evaluate(engine, questions, conditions, batch=32, workers=1, dist=None, scor
                 rows = [row for row in rows if condition.needs_answer(row)]
                 yield condition, rows
                 bar.update(len(rows))
-
 
 def answer_batch(engine, video, questions, prompts, conditions, batch):
     """Clips (B, T, 3, H, W), a list of questions for each -> {condition's name: [(question, Answer), ...]}.

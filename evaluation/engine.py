@@ -40,13 +40,11 @@ from prompt import chat_prompt, decode_answer, is_finished, mvbench_prompt, pad_
 
 ANSWER_ROOM = 32    # tokens of an answer that the cache has room for from the start
 
-
 @dataclass
 class Answer:
     text: str               # its first line, with the bracket that the prompt ends in
     letters: list           # probability of each option's letter as the first token; [] without an answer prompt
     likelihoods: list       # mean log-probability of each option's tokens, for decode "likelihood"
-
 
 class Clock:
     """Seconds by part: `with clock("ViT"): ...` adds to clock.seconds["ViT"]."""
@@ -62,7 +60,6 @@ class Clock:
             torch.cuda.synchronize()    # or the time would count for the next part, which waits for the GPU
         self.seconds[part] += time.perf_counter() - start
 
-
 def letter_ids(llm_tok):
     """The ids of the letters A to E after a bracket.
 
@@ -70,7 +67,6 @@ def letter_ids(llm_tok):
     After "Best option:(" the LLM writes the second; so a letter is encoded with its bracket, and the last id taken.
     """
     return [llm_tok.encode(f"({letter}")[-1] for letter in LETTERS]
-
 
 class Engine:
     """A model with its tokenizers, asked by one protocol. The pictures are in the header of this file."""
@@ -258,10 +254,8 @@ class Engine:
         return [Answer(f"({LETTERS[argmax(p)]}) {q['candidates'][argmax(p)]}", [], p)
                 for q, p in zip(questions, likelihoods, strict=True)]
 
-
 def argmax(values):
     return max(range(len(values)), key=values.__getitem__)
-
 
 def continuation(answer, drafts):
     """What follows, in one of the drafts, the longest piece that the answer ends with; [] if none has any of it.
@@ -277,7 +271,6 @@ def continuation(answer, drafts):
             if n > longest:
                 best, longest = draft[at:], n
     return best
-
 
 def common_length(prompts):
     """How many ids all prompts begin with."""

@@ -23,16 +23,13 @@ from infra.files import read_json, save_text, write_json
 # settings by the names that older versions wrote
 OLD_SETTINGS = {"asked for": "question prompt", "8 bits": "int8"}
 
-
 def key_of(row):
     """Which question, with its options in which order, a row answers."""
     return row["task"], row["index"], row.get("shift", 0)
 
-
 def rotate_options(q, n):
     """The question with its options rotated by n: with 1, option B comes first."""
     return {**q, "candidates": q["candidates"][n:] + q["candidates"][:n], "shift": n}
-
 
 def make_row(q, answer, scorer, unread=""):
     """A row of predictions.jsonl. unread: why the medium cannot be read; then there is no answer, and it is wrong."""
@@ -43,7 +40,6 @@ def make_row(q, answer, scorer, unread=""):
         row |= {"prediction": answer.text, "letter_probabilities": [round(p, 4) for p in answer.letters]}
         row |= {"likelihoods": [round(p, 4) for p in answer.likelihoods]} if answer.likelihoods else {}
     return {**row, "correct": is_right(scorer, row)}
-
 
 def read_rows(path):
     """{key: row} of a file of predictions; ValueError names a line that is none."""
@@ -56,7 +52,6 @@ def read_rows(path):
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path}, line {number} is no prediction: delete the line, or --restart") from None
     return rows
-
 
 class Condition:
     """One way to ask all questions, and its answers; each process has its own object, and writes its own file.
@@ -167,12 +162,10 @@ class Condition:
                 path.unlink()
         return [rows[key] for key in order if key in rows]
 
-
 def shorten(value):
     """A setting as an error shows it."""
     text = json.dumps(value)
     return text if len(text) <= 40 else text[:37] + "..."
-
 
 def drop_torn_line(path):
     """Cuts off what follows the last line end."""
@@ -180,7 +173,6 @@ def drop_torn_line(path):
     if data and not data.endswith(b"\n"):
         with open(path, "r+b") as f:
             f.truncate(data.rfind(b"\n") + 1)
-
 
 def adopt_old_files(out, setting):
     """Moves files of older versions, which had the setting ("frames8.part") in each name, into the setting's folder."""

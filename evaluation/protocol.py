@@ -30,7 +30,6 @@ CONTROLS = {
 }
 NO_VIDEO = ("blank", "noise")       # controls under which nothing of the clip reaches the model
 
-
 @dataclass(frozen=True)
 class Protocol:
     """The defaults are the paper's (51.1 with Vicuna-7B). Each field but the last is one of its ablations."""
@@ -50,11 +49,9 @@ class Protocol:
         question = mvbench_question(q["question"], q["candidates"]) if self.question_in_qformer else ""
         return self.system + question
 
-
 def clip_seed(media, bound):
     """A seed for a clip: the same on every machine, in every process and in every order."""
     return zlib.crc32(f"{media} {bound}".encode())
-
 
 def apply_control(video, control, seed):
     """A clip (T, 3, H, W) under a control; unchanged under "" and under those that change no frames."""
@@ -69,7 +66,6 @@ def apply_control(video, control, seed):
             order = torch.randperm(T, generator=generator)
         return video[order]
     return video
-
 
 def noise_like(tokens, seeds):
     """Random vectors (B, Q, D), a seed for each row, with the mean and the deviation that each channel has over Q."""

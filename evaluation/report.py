@@ -43,7 +43,6 @@ TIMELESS = ("single", "shuffle")
 
 # ----------------------------------------------------------------------------------------------------------- the scores
 
-
 def score(rows):
     """Rows -> {task: percent right, ..., "Avg": percent right of all questions}, the tasks in the rows' order."""
     by_task = defaultdict(list)
@@ -52,11 +51,9 @@ def score(rows):
     table = {task: 100 * sum(right) / len(right) for task, right in by_task.items()}
     return table | {"Avg": 100 * sum(row["correct"] for row in rows) / max(1, len(rows))}
 
-
 def chance(questions):
     """The expected score of uniform guessing, as score (27.95 on the real benchmark)."""
     return score([{"task": q["task"], "correct": 1 / len(q["candidates"])} for q in questions])
-
 
 def summarise(rows, questions, condition, benchmark, seconds):
     """Everything that can be said about a run, as a dict.
@@ -84,7 +81,6 @@ def summarise(rows, questions, condition, benchmark, seconds):
         "unread": sorted({row["unread"] for row in plain if "unread" in row}),
         "unanswered": sum("unread" in row for row in plain), "seconds": seconds, "software": software(), **info}
 
-
 def task_line(name, rows, questions, controls):
     """A line of the table: one task's, or that of "Avg". controls: {control: score(its rows)}."""
     of_task = [row for row in rows if name in ("Avg", row["task"])]
@@ -97,7 +93,6 @@ def task_line(name, rows, questions, controls):
             "asked": len(of_task), "there are": sum(name in ("Avg", q["task"]) for q in questions),
             "chance": chance(of_task)["Avg"], "controls": scores, "needs time": gain}
 
-
 def temporal_gain_interval(rows):
     """95 % interval of the average's temporal gain, paired by question; {} without the two controls."""
     if not all(control in rows for control in TIMELESS):
@@ -107,7 +102,6 @@ def temporal_gain_interval(rows):
     low, high = cluster_bootstrap(paired, [[column[key_of(row)] for column in columns] for row in paired],
                                   lambda means: means[:, 0] - means[:, 1:].max(1))     # the better one in each draw
     return {"needs time low": 100 * low, "needs time high": 100 * high}
-
 
 def software():
     """Commit, versions and machine."""
@@ -119,16 +113,13 @@ def software():
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     return {"commit": commit, "python": platform.python_version(), "torch": torch.__version__, "machine": machine}
 
-
 def command_line():
     """The command that is running, as one would type it."""
     n_processes = os.environ.get("WORLD_SIZE")
     launcher = ["torchrun", "--nproc_per_node", n_processes] if n_processes else ["python"]
     return shlex.join([*launcher, Path(sys.argv[0]).name, *sys.argv[1:]])
 
-
 # ------------------------------------------------------------------------------------------------------------ the files
-
 
 def write(summary, rows, folder, leaderboard):
     """Writes a run's files into its folder. leaderboard: whether all questions were meant, so that it may take them."""
@@ -143,9 +134,7 @@ def write(summary, rows, folder, leaderboard):
         write_json(score(rows[""]), folder / "leaderboard.json")
     save_text(report_page.page(summary, rows[""]), folder / "report.html")
 
-
 # ---------------------------------------------------------------------------------------------------------- the console
-
 
 def show(summary):
     """Prints the table, the scorers, and what else a reader of the scores should know."""
@@ -178,7 +167,6 @@ def show(summary):
         print(f"\n{summary['unanswered']} questions with an unreadable medium, counted as wrong:")
         print("\n".join(f"  unread: {reason}" for reason in summary["unread"][:5]))
 
-
 def show_biases(summary):
     """Prints how letters, confidence and the order of the options go with the answers."""
     letters = summary["letters"]
@@ -198,9 +186,7 @@ def show_biases(summary):
               f"{orders['always']:.1f} in every order; the same option in every order: {orders['same']:.1f}\n"
               f"  answered {shares}")
 
-
 # ------------------------------------------------------------------------------------------------------------- two runs
-
 
 def compare(argv):
     """python mvbench.py compare A B: prints which of two runs is better, by task and over all."""
@@ -243,7 +229,6 @@ def compare(argv):
     print(f"\nA - B over all: {score_a - score_b:+.2f}, 95 % over videos {100 * low:+.2f} to {100 * high:+.2f}. "
           f"{verdict}\nOf 20 tasks, one is at p < 0.05 by luck alone.")
     return 0
-
 
 def rows_of(path):
     """A run's rows by key: of a file, of a folder's predictions.jsonl, or of a checkpoint's mvbench folder."""

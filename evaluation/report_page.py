@@ -25,7 +25,6 @@ from video import MediaError, read_eval_frames
 ASSETS = Path(__file__).parent.parent / "assets"
 FRAMES, COLUMNS, WIDTH = 8, 4, 112      # of an example: frames, in rows of four, each at most WIDTH pixels wide
 
-
 def page(summary, rows):
     """The whole page. rows: those of the run itself; their media are read again, for the frames of the examples."""
     average = summary["average"]
@@ -37,16 +36,13 @@ def page(summary, rows):
         letters=letters(summary["letters"]), permutations=permutations(summary["permutations"]),
         calibration=calibration(summary["calibration"]), examples=examples(rows), provenance=provenance(summary))
 
-
 # ------------------------------------------------------------------------------------------------------ building blocks
-
 
 def table(head, lines, last_is_total=False):
     """A table of cells that are HTML already; a wide one scrolls by itself."""
     body = "".join(f'<tr{" class=total" * (last_is_total and line is lines[-1])}>'
                    + "".join(f"<td>{cell}</td>" for cell in line) + "</tr>" for line in lines)
     return f'<div class="wide"><table><tr>{"".join(f"<th>{name}</th>" for name in head)}</tr>{body}</table></div>'
-
 
 def bar(percent, low=None, high=None, chance=None):
     """A bar, with an interval, and with a red mark at the chance level."""
@@ -57,13 +53,10 @@ def bar(percent, low=None, high=None, chance=None):
         parts.append(f'<i class="odds" style="left:{chance:.2f}%"></i>')
     return f'<span class="bar">{"".join(parts)}</span>'
 
-
 def soft(text):
     return f'<p class="soft">{text}</p>'
 
-
 # ---------------------------------------------------------------------------------------------------- parts of the page
-
 
 def cards(summary):
     """The numbers that a reader looks for first."""
@@ -75,7 +68,6 @@ def cards(summary):
     values["mean of tasks"] = f"{summary['mean of tasks']:.1f} %"
     return "".join(f'<div class="card"><small>{name}</small><b>{value}</b></div>' for name, value in values.items())
 
-
 def unanswered(summary):
     """What is missing from the numbers."""
     html = ""
@@ -86,7 +78,6 @@ def unanswered(summary):
         html += (f'<p class="bad">{summary["unanswered"]} questions are about a medium that cannot be read. They have '
                  f"no answer, and count as wrong.</p><details><summary>which</summary>{reasons}</details>")
     return html
-
 
 def tasks(summary):
     """A bar for each task."""
@@ -100,7 +91,6 @@ def tasks(summary):
                  f'{bar(line["accuracy"], line["low"], line["high"], line["chance"])}<span>{line["accuracy"]:.1f} '
                  f'<small>{line["low"]:.0f} to {line["high"]:.0f}</small></span></div>')
     return html
-
 
 def controls(summary):
     """What the same model answers with less to go by."""
@@ -126,7 +116,6 @@ def controls(summary):
     return ("<h2>The same model with less to go by</h2>" + table(head, lines, last_is_total=True)
             + f'<ul class="soft">{"".join(f"<li>{item}</li>" for item in legend)}</ul>')
 
-
 def scorers(summary):
     """Four scorers side by side, and the questions on which they disagree."""
     html = table(["scorer", "right, %", "of", "unparsed", "any key"],
@@ -142,7 +131,6 @@ def scorers(summary):
     return (f"{html}<details><summary>They differ on {summary['scorers differ']} questions</summary>"
             + table(["question", "answer", "key", "right for"], lines) + "</details>")
 
-
 def letters(counts):
     """How often each letter is the key, and how often it is the answer. counts: of stats.letter_counts."""
     n = max(1, sum(answered for *_, answered in counts.values())) / 100
@@ -150,7 +138,6 @@ def letters(counts):
              for letter, (_, key, answered) in counts.items() if key or answered]
     return ('<div class="letters">' + table(["letter", "is key, %", "answered, %", ""], lines) + "</div>"
             + soft("In red: how often the letter is the key."))
-
 
 def permutations(orders):
     """Whether the same option is chosen when the options change places."""
@@ -160,7 +147,6 @@ def permutations(orders):
             f"their options: right {orders['mean']:.1f} % in the mean, {orders['always']:.1f} % in every order. The "
             f"same option is chosen in every order in {orders['same']:.1f} % of the questions.</p>"
             + letters(orders["letters"]))
-
 
 def calibration(result):
     """Confidence against the share that is right, as a picture."""
@@ -182,7 +168,6 @@ def calibration(result):
                    "dashed line are as often right as they are confident; the mean distance from it is "
                    f"{100 * result['error']:.1f} points."))
 
-
 def provenance(summary):
     """Command, checkpoint, questions, protocol, time, software."""
     settings = dict(summary["settings"])
@@ -197,9 +182,7 @@ def provenance(summary):
              "software": ", ".join(f"{name} {value}" for name, value in summary["software"].items())}
     return "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in items.items() if text)
 
-
 # ------------------------------------------------------------------------------------------------------------- examples
-
 
 def examples(rows):
     """Of each task two right answers and two wrong ones, drawn at random."""
@@ -211,7 +194,6 @@ def examples(rows):
             html += "".join(map(example, random.Random(0).sample(of_task, min(2, len(of_task)))))
         html += "</div></details>"
     return html
-
 
 def example(row):
     """A card: frames, question, options with their probabilities."""
@@ -230,7 +212,6 @@ def example(row):
     verdict = '<b class="good">right</b>' if row["correct"] else '<b class="bad">wrong</b>'
     return (f'<div class="example">{image}<p><b>{escape(row["question"])}</b></p>{options}'
             f'<p>{verdict}: <span class="soft">{escape(row["prediction"])}</span></p></div>')
-
 
 def frame_sheet(row):
     """Eight of the clip's frames side by side, as JPEG in base64; "" if the medium cannot be read."""

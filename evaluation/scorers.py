@@ -28,13 +28,11 @@ FAILED = "Failed to obtain answer via API"
 REFUSALS = ("Sorry, I can't help with images of people yet.", "I can't process this file.",
             "I'm sorry, but without the image provided", "Cannot determine the answer")
 
-
 def official(text, candidates):
     """QUIRK mvbench.ipynb check_ans: substrings count both ways, so the empty answer "(" is right on every question."""
     first = text.lower().split(" ")[0]
     options = {letter: f"({letter.lower()})" for letter in LETTERS[:len(candidates)]}
     return {letter for letter, option in options.items() if first.replace(".", "") in option or option in first}
-
 
 def lmms_eval(text, candidates):
     """The letter of "B. text", or else the first letter from A to E that stands alone, in upper or lower case."""
@@ -49,13 +47,11 @@ def lmms_eval(text, candidates):
         match = re.search(r"\b([a-e])\b", re.sub(r"\.(?!\d)", "", cleaned), re.I)
     return {match[1].upper()} & set(LETTERS[:len(candidates)]) if match else set()
 
-
 def vlmevalkit(text, candidates):
     """The official rule, or one letter or one text that occurs; a failed request is right on every question."""
     if FAILED in text:
         return set(LETTERS[:len(candidates)])
     return official(text, candidates) | inferred(text, candidates)
-
 
 def inferred(text, candidates):
     """The one option letter that stands alone, in upper case; without any, the one option whose text occurs."""
@@ -69,7 +65,6 @@ def inferred(text, candidates):
         return set()
     texts = {letter for letter, option in zip(LETTERS, candidates, strict=False) if str(option).lower() in text.lower()}
     return texts if len(texts) == 1 else set()
-
 
 def strict(text, candidates):
     """One option, named by its letter ("(B)" anywhere; "B", "B.", "B)", "B:" at the start) or by its whole text.
@@ -87,7 +82,6 @@ def strict(text, candidates):
     different = {candidates[LETTERS.index(letter)] for letter in texts}
     return texts if len(different) == 1 and (hint is None or hint[1] in texts) else set()
 
-
 def options_in(text, candidates):
     """Letters of the options whose text occurs as whole words; "red" inside a "dark red" that occurs does not count."""
     rest, occurring = normalise(text), set()
@@ -98,14 +92,11 @@ def options_in(text, candidates):
             occurring.add(option)
     return {letter for letter, option in zip(LETTERS, candidates, strict=False) if normalise(option) in occurring}
 
-
 def normalise(text):
     """Lower case, single spaces, no full stop at the end."""
     return " ".join(str(text).lower().split()).rstrip(".")
 
-
 SCORERS = {"official": official, "lmms-eval": lmms_eval, "vlmevalkit": vlmevalkit, "strict": strict}
-
 
 def is_right(scorer, row):
     """Whether a scorer counts a row of predictions.jsonl as right. An unreadable medium is never right.
@@ -118,11 +109,9 @@ def is_right(scorer, row):
     keys = {"lmms-eval": set(letters[:1]), "strict": set(letters)}.get(scorer, {letter_of(row)})
     return bool(SCORERS[scorer](row["prediction"], row["candidates"]) & keys)
 
-
 def is_counted(scorer, row):
     """Whether a row is in the scorer's denominator: lmms-eval leaves empty answers out."""
     return scorer != "lmms-eval" or row["prediction"] != "" or bool(row.get("unread"))
-
 
 def compare_scorers(rows):
     """Rows -> ({scorer: {"right", "counted", "percent", "unparsed", "any"}}, the rows on which the scorers disagree).

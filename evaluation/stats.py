@@ -24,7 +24,6 @@ from evaluation.tasks import LETTERS, letter_of
 Z = 1.959964            # 95 % of a normal distribution are within Z standard deviations
 DRAWS = 5000
 
-
 def wilson(right, n):
     """right of n -> (low, high), from 0 to 1: the shares that are compatible with it at 5 %; n = 0: (0, 1)."""
     if n == 0:
@@ -33,7 +32,6 @@ def wilson(right, n):
     middle = (share + Z * Z / (2 * n)) / shrink
     half = Z * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n)) / shrink
     return max(0.0, middle - half), min(1.0, middle + half)
-
 
 def cluster_bootstrap(rows, values, statistic=None, seed=0):
     """Mean of values, one for each row (right: 1 or 0) -> (low, high), 95 %, by drawing the rows' videos again.
@@ -57,7 +55,6 @@ def cluster_bootstrap(rows, values, statistic=None, seed=0):
     low, high = np.percentile(np.concatenate(results), (2.5, 97.5))
     return float(low), float(high)
 
-
 def accuracy_interval(rows, right):
     """cluster_bootstrap of booleans. If they are all the same, draws show nothing: Wilson's interval of n videos."""
     if len(set(right)) == 1:
@@ -65,19 +62,16 @@ def accuracy_interval(rows, right):
         return wilson(n_videos if right[0] else 0, n_videos)
     return cluster_bootstrap(rows, right)
 
-
 def mcnemar(only_a, only_b):
     """How many questions only A, and only B, has right -> the exact two-sided p of "both are equally good"."""
     n = only_a + only_b
     tail = sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1))
     return min(1.0, 2 * tail / 2 ** n)                                                     # integers: no overflow
 
-
 def answered_letter(row):
     """The letter that the official scorer takes from an answer, or "" if it takes none or several."""
     accepted = official(row["prediction"], row["candidates"])
     return next(iter(accepted)) if len(accepted) == 1 else ""
-
 
 def letter_counts(rows):
     """{letter: (how often it is an option, the key, the answer)}; "" counts the answers that are no letter."""
@@ -89,7 +83,6 @@ def letter_counts(rows):
             table[letter_of(row)][1] += 1
             table[answered_letter(row)][2] += 1
     return {letter: tuple(counts) for letter, counts in table.items()}
-
 
 def calibration(rows, bins=10):
     """Rows with letter probabilities -> (expected calibration error, [(mean confidence, share right, n), ...]).
@@ -108,7 +101,6 @@ def calibration(rows, bins=10):
     groups = [(float(confidence[bin_of == i].mean()), float(right[bin_of == i].mean()), int((bin_of == i).sum()))
               for i in range(bins) if (bin_of == i).any()]
     return sum(n * abs(mean - share) for mean, share, n in groups) / len(points), groups
-
 
 def option_order_consistency(rows):
     """Rows of all cyclic orders ("shift" 0, 1, ...) -> percentages over the questions that have them all.

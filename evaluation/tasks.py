@@ -23,7 +23,6 @@ from infra.files import read_json
 
 LETTERS = "ABCDE"
 
-
 @dataclass(frozen=True)
 class Task:
     """A row of a benchmark's table: its names, and where its questions and media are."""
@@ -32,7 +31,6 @@ class Task:
     file: str               # json/{file}.json
     folder: str             # video/{folder}/
     bound: bool = False     # only the seconds from "start" to "end" of the medium are shown
-
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -53,7 +51,6 @@ class Benchmark:
     scorer: str = "official"                # of scorers.SCORERS: what "correct" means in predictions.jsonl
     version: Callable | None = None         # entries of all tasks -> which published version this is, in words
     leaderboard: bool = False               # whether a leaderboard takes leaderboard.json
-
 
 # ------------------------------------------------------------------------------------------------- MVBench and TVBench
 
@@ -82,7 +79,6 @@ TASKS = [
 # media that came with the questions of 2024-06-13, which replaced some 30 (Ask-Anything issues 198 and 236)
 REVISED = ("EDXBD.mp4", "video_14727.mp4", "video_13446.mp4")
 
-
 def json_questions(root, task):
     """Reader of MVBench's layout: json/{task}.json, or {task}.json where everything is in one folder."""
     path = Path(root) / f"{task.file}.json"
@@ -92,7 +88,6 @@ def json_questions(root, task):
         raise ValueError(f"{path} is a JSON {type(entries).__name__}, not a list of questions")
     return path, entries
 
-
 def mvbench_version(entries):
     """Which of the published versions of MVBench has these entries."""
     if len(entries) != 4000:
@@ -101,7 +96,6 @@ def mvbench_version(entries):
         if any(entry.get("video") == name for entry in entries):
             return f"MVBench as revised on 2024-06-13 (it asks about {name})"
     return "MVBench before its revision of 2024-06-13 (it asks about none of " + ", ".join(REVISED) + ")"
-
 
 MVBENCH = Benchmark("MVBench", TASKS, json_questions, version=mvbench_version, leaderboard=True)
 TVBENCH = Benchmark("TVBench", [
@@ -119,7 +113,6 @@ TVBENCH = Benchmark("TVBench", [
 BENCHMARKS = {"mvbench": MVBENCH, "tvbench": TVBENCH}       # as --benchmark names them
 
 # -------------------------------------------------------------------------------------------------------- the questions
-
 
 def load_questions(root, only=(), limit=0, benchmark=MVBENCH):
     """Benchmark folder -> list of dicts: task, index, video, media, size, bound, question, candidates, answer.
@@ -150,7 +143,6 @@ def load_questions(root, only=(), limit=0, benchmark=MVBENCH):
         print(f"{path} does not exist: this task is left out", file=sys.stderr)
     return questions
 
-
 def make_question(task, index, entry, path, root):
     """One entry of a task's file, checked, with its medium found."""
     wrong = [key for key in ("video", "question") if not isinstance(entry.get(key), str)]
@@ -169,7 +161,6 @@ def make_question(task, index, entry, path, root):
             "bound": bound, "question": entry["question"], "candidates": list(map(str, entry["candidates"])),
             "answer": str(entry["answer"])}
 
-
 def find_media(root, folder, name):
     """Path of a medium, in the official tree or in one that people have made of its archives; "" if it is missing.
 
@@ -186,13 +177,11 @@ def find_media(root, folder, name):
                 return str(place / variant)
     return ""
 
-
 def media_size(media):
     """What tells a medium from another of the same name: its bytes, or a folder's number of files; 0 if missing."""
     if not media:
         return 0
     return len(os.listdir(media)) if os.path.isdir(media) else os.path.getsize(media)
-
 
 def missing_media(questions, benchmark=MVBENCH):
     """A line for each task with missing media: how many of its questions have none, and why that may be."""
@@ -204,7 +193,6 @@ def missing_media(questions, benchmark=MVBENCH):
             lines.append(f"{task.name}: {has_media.count(False)} of {len(has_media)} media are missing "
                          f"(video/{task.folder}/){hint}")
     return lines
-
 
 def describe(root, benchmark=MVBENCH):
     """Benchmark folder -> (fingerprint of its questions, 16 hexadecimal digits; its version in words).
@@ -218,7 +206,6 @@ def describe(root, benchmark=MVBENCH):
     if benchmark.version:
         version = benchmark.version([entry for _, entry in entries])
     return hashlib.sha256(content.encode()).hexdigest()[:16], version
-
 
 def letter_of(q):
     """The letter of the right answer. QUIRK mvbench.ipynb qa_template: of equal candidates the last one counts."""

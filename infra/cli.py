@@ -18,7 +18,6 @@ import sys
 import threading
 from dataclasses import MISSING, field, fields
 
-
 def option(default, help, group="options", choices=None, aliases=(), factory=None):
     """A field of an options dataclass. aliases: further spellings ("--accumulate"), kept for old command lines.
 
@@ -26,7 +25,6 @@ def option(default, help, group="options", choices=None, aliases=(), factory=Non
     """
     metadata = {"help": help, "group": group, "choices": choices, "aliases": aliases}
     return field(default_factory=factory, metadata=metadata) if factory else field(default=default, metadata=metadata)
-
 
 def add_options(parser, config_class):
     """Adds an option for each field of config_class that option() made: grad_accum -> --grad-accum.
@@ -50,12 +48,10 @@ def add_options(parser, config_class):
         spellings = ["--" + f.name.replace("_", "-"), *f.metadata["aliases"]]
         group.add_argument(*spellings, dest=f.name, default=MISSING, help=f.metadata["help"] + shown, **kwargs)
 
-
 def read_options(parser, config_class, argv=None):
     """Parses argv -> (config_class filled in, set of the field names that were typed). Exits as argparse does."""
     typed = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not MISSING}
     return config_class(**typed), set(typed)
-
 
 def run(main, name, stopped="stopped"):
     """sys.exit(main()); ValueError and OSError become the line "name: error" and code 2, Ctrl-C `stopped` and 130."""
@@ -68,7 +64,6 @@ def run(main, name, stopped="stopped"):
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
 
-
 def ignore_signals(worker_id):
     """worker_init_fn of a DataLoader: Ctrl-C and SIGTERM reach the workers too, but only their parent may stop them.
 
@@ -80,7 +75,6 @@ def ignore_signals(worker_id):
         threading.Thread(target=exit_with_parent, daemon=True).start()
     # the thread that hands tensors over may fail while the parent exits; errors of samples are passed on elsewhere
     sys.excepthook = lambda *error: None
-
 
 def exit_with_parent():
     """Ends this process when a SIGTERM comes from the process that started it, as multiprocessing sends it."""

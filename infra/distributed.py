@@ -29,7 +29,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 # ------------------------------------------------------------------------------------------------------- the processes
 
-
 class GatherRows(torch.autograd.Function):
     """x (b, ...) of each process -> (b * size, ...) of all, in the order of the joint batch.
 
@@ -48,7 +47,6 @@ class GatherRows(torch.autograd.Function):
         grad = grad.contiguous()                                                     # (b * size, ...)
         torch_dist.all_reduce(grad)
         return grad[torch_dist.get_rank()::torch_dist.get_world_size()]              # (b, ...)
-
 
 @dataclass
 class Distributed:
@@ -111,7 +109,6 @@ class Distributed:
         if self.size > 1:
             torch_dist.destroy_process_group()
 
-
 def init_distributed(device, gloo_only=False):
     """Joins the processes that torchrun started -> Distributed; without torchrun, a single process. One GPU each.
 
@@ -140,7 +137,6 @@ def init_distributed(device, gloo_only=False):
     torch_dist.init_process_group("nccl" if on_gpu and not gloo_only else "gloo", timeout=timeout)
     return Distributed(torch_dist.get_rank(), size, device, torch_dist.new_group(backend="gloo", timeout=timeout))
 
-
 def raise_together(problem, dist):
     """Raises the main process's problem there, once; the other processes exit with code 2."""
     # n processes would print the same message n times
@@ -152,7 +148,6 @@ def raise_together(problem, dist):
 
 # --------------------------------------------------------------------------------------- one model in several processes
 
-
 class LossModule(nn.Module):
     """loss(batch, progress) as a module that owns the model, which is what DDP wraps."""
 
@@ -163,12 +158,10 @@ class LossModule(nn.Module):
     def forward(self, batch, progress):
         return self.loss(batch, progress)
 
-
 def blocks_of(model):
     """ViT blocks, Q-Former layers, LLM layers."""
     return [block for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
             and name.rpartition(".")[2] in ("blocks", "layer", "layers") for block in module]
-
 
 def wrap_model(model, loss, dist, shard=False, find_unused=True):
     """Moves the model to the processes' devices -> the function that computes a step's losses.
@@ -182,7 +175,6 @@ def wrap_model(model, loss, dist, shard=False, find_unused=True):
     if dist.size == 1:
         return loss
     return DistributedDataParallel(LossModule(model, loss), find_unused_parameters=find_unused)
-
 
 def wrap_fsdp(model, loss, dist):
     """FSDP2: each block is a unit, a frozen one too; the layers outside of blocks form the root unit."""
@@ -204,14 +196,12 @@ def wrap_fsdp(model, loss, dist):
         register_fsdp_forward_method(model, method)
     return loss
 
-
 def set_gradient_sync(forward, model, last):
     """Whether the next backward pass exchanges gradients: only the last micro-batch of a step does."""
     if isinstance(forward, DistributedDataParallel):               # else a single process, or FSDP2
         forward.require_backward_grad_sync = last
     elif hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(last)
-
 
 def sync_unsharded_grads(model, dist):
     """Averages the gradients of the scalars that FSDP does not shard."""
@@ -221,11 +211,9 @@ def sync_unsharded_grads(model, dist):
                 torch_dist.all_reduce(p.grad)
                 p.grad /= dist.size
 
-
 def full_tensor(t):
     """Gathers a sharded tensor; every process must call it. Other tensors are returned as they are."""
     return t.full_tensor() if isinstance(t, DTensor) else t
-
 
 def shard_like(t, other):
     """Shards a full tensor as `other` is sharded, if it is."""

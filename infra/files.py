@@ -23,13 +23,11 @@ import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-
 def flush_to_disk(path):
     """Waits until the bytes of a file are on the disk. Folders are skipped."""
     if path.is_file():
         with open(path, "rb+") as f:
             os.fsync(f.fileno())
-
 
 @contextmanager
 def atomic_folder(folder, replace=True):
@@ -58,7 +56,6 @@ def atomic_folder(folder, replace=True):
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
-
 @contextmanager
 def atomic_file(path):
     """Yields a temporary path to write; the file becomes `path` only if the block ends without an error."""
@@ -71,7 +68,6 @@ def atomic_file(path):
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
 
 @contextmanager
 def lock_folder(folder):
@@ -86,17 +82,14 @@ def lock_folder(folder):
             raise OSError(f"another process is writing into {folder}: wait for it, or choose another folder") from None
         yield
 
-
 def save_text(text, path):
     """Writes a text file atomically."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
-
 def write_json(value, path, indent=2):
     """Writes a JSON file atomically."""
     save_text(json.dumps(value, indent=indent) + "\n", path)
-
 
 def read_json(path):
     """FileNotFoundError or ValueError name the file, in one line."""
@@ -109,7 +102,6 @@ def read_json(path):
         raise ValueError(f"{path} is not JSON: {error}") from None
 
 # ------------------------------------------------------------------------------------------------------ named tensors
-
 
 def read_torch_file(path):
     """A PyTorch file of somebody else -> {name: tensor}; a dict under "model", "module" or "state_dict" is unpacked."""
@@ -141,7 +133,6 @@ def read_torch_file(path):
         raise ValueError(f"{path} holds {', '.join(map(str, list(content)[:4]))}, but no tensors by those names")
     return tensors
 
-
 def iter_tensors(path):
     """Yields (name, tensor) one by one from .safetensors; a PyTorch file (.bin, .pth, .pt) is loaded whole first.
 
@@ -160,11 +151,9 @@ def iter_tensors(path):
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or not a safetensors file ({error}); copy or make it again") from None
 
-
 def read_tensors(path):
     """Reads a file of iter_tensors's kinds -> {name: tensor}."""
     return dict(iter_tensors(path))
-
 
 def save_tensors(tensors, path):
     """Writes {name: tensor}, views too and from any device, as .safetensors, or else as a PyTorch file, by the suffix.
@@ -178,14 +167,12 @@ def save_tensors(tensors, path):
     except (SafetensorError, RuntimeError) as error:           # RuntimeError: what torch.save raises on a full disk
         raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}; is there room on the disk?") from None
 
-
 def hash_file(path, digest):
     """Adds the bytes of a file to a hashlib digest -> the digest."""
     with open(path, "rb") as f:
         while block := f.read(2 ** 24):                        # 16 MiB at a time
             digest.update(block)
     return digest
-
 
 def fingerprint(tensors):
     """16 hexadecimal digits of weights: names, shapes and 16 values of each tensor, whatever the order.
@@ -198,7 +185,6 @@ def fingerprint(tensors):
         values = flat[:: max(1, flat.numel() // 16)][:16].float().cpu().numpy()      # from all over the tensor
         parts[name] = f"{name} {tuple(t.shape)}".encode() + values.tobytes()
     return hashlib.sha256(b"".join(parts[name] for name in sorted(parts))).hexdigest()[:16]
-
 
 def check_state_dict(expected, tensors, where, fresh=(), dropped=()):
     """Compares two {name: tensor} by names and shapes; ValueError names `where` and lists what does not match.
@@ -217,7 +203,6 @@ def check_state_dict(expected, tensors, where, fresh=(), dropped=()):
     if problems:
         raise ValueError(f"{where} does not fit this model: " + "; ".join(problems))
 
-
 def load_strict(module, tensors, where, fresh=(), dropped=()):
     """Fills module from {name: tensor}. Names starting with `fresh` keep their initialisation, `dropped` are not used.
 
@@ -231,7 +216,6 @@ def load_strict(module, tensors, where, fresh=(), dropped=()):
                 set_parameter(module, name, tensors[name].to(t.dtype))
             elif name in tensors:
                 t.copy_(tensors[name])
-
 
 def set_parameter(module, name, tensor):
     """Replaces the parameter of this dotted name; one on the meta device gets its memory this way."""

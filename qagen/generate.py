@@ -20,15 +20,12 @@ OPEN = ("Answer the question about the video in a few words.", "Watch the video 
 DESCRIBE = ("Describe the video.", "Say what happens in the video.", "Give a short description of the video.")
 OPTION_HINTS = ("no", "yes")  # wrong, right; no other text has these words in lower case
 
-
 def capitalize(text):
     """The first letter alone: str.capitalize would lower the letters of Character Order."""
     return text[:1].upper() + text[1:]
 
-
 def excluding(pool, *taken):
     return [entry for entry in pool if entry not in taken]
-
 
 @dataclass(frozen=True)
 class Fact:
@@ -43,7 +40,6 @@ class Fact:
     def from_template(cls, kind, template, answer, wrong, slots=None):
         """Every option from one template: "It {}." and "spins" -> "It spins."."""
         return cls(kind, template.format(answer), [template.format(option) for option in wrong], slots or {})
-
 
 class QATask:
     """One task, asked about one kind of annotation: a row of the paper's table 1, and how to read an annotation."""
@@ -62,7 +58,6 @@ class QATask:
         """
         raise NotImplementedError
 
-
 def caption_and_facts(task, clip, rng):
     """An annotation -> (caption, the facts that pass the paper's filters).
 
@@ -74,7 +69,6 @@ def caption_and_facts(task, clip, rng):
     facts = [fact for fact in facts if len({fact.answer, *fact.wrong}) == 1 + len(fact.wrong) == task.n_options]
     return capitalize(caption), facts
 
-
 def multiple_choice(task, fact, rng, position=None):
     """A fact -> {"question", "candidates", "answer"}; the answer is candidate number `position`, by default any."""
     phrasing = rng.choice(task.phrasings[fact.kind])
@@ -83,12 +77,10 @@ def multiple_choice(task, fact, rng, position=None):
     candidates.insert(rng.randrange(len(fact.wrong) + 1) if position is None else position, fact.answer)
     return {"question": phrasing.format(**slots), "candidates": candidates, "answer": fact.answer}
 
-
 def caption_and_questions(task, clip, rng, turns):
     """-> (caption, at most `turns` questions). No fact is asked twice: the first answer would give away the second."""
     caption, facts = caption_and_facts(task, clip, rng)
     return caption, [multiple_choice(task, fact, rng) for fact in rng.sample(facts, min(turns, len(facts)))]
-
 
 def as_turn(choice, worked=False, system=""):
     """A question as one turn {"i", "q", "a"} of a conversation, in the benchmark's own words.
@@ -103,12 +95,10 @@ def as_turn(choice, worked=False, system=""):
     return {"i": system, "q": mvbench_question(choice["question"], options) + QUESTION_PROMPT,
             "a": f"Best option:({letter}) {answer}"}
 
-
 def as_open_turns(choices, rng):
     """The questions without their options, as the turns of a conversation."""
     instruction = rng.choice(OPEN)
     return [{"i": instruction, "q": choice["question"], "a": choice["answer"]} for choice in choices]
-
 
 def conversations(task, clip, rng, turns=2):
     """Conversations for stage 3: questions with options, the same without and, for one clip in two, the caption.
@@ -129,7 +119,6 @@ def conversations(task, clip, rng, turns=2):
         result.append([{"i": rng.choice(DESCRIBE), "q": "", "a": caption}])
     return result
 
-
 def text_document(task, clip, rng, turns=2):
     """For a language model without video: (caption, turns whose answers are in the caption, the same without options).
 
@@ -138,7 +127,6 @@ def text_document(task, clip, rng, turns=2):
     caption, choices = caption_and_questions(task, clip, rng, turns)
     worked = rng.random() < 2 / 3
     return caption, [as_turn(choice, worked) for choice in choices], as_open_turns(choices, rng)
-
 
 def benchmark(task, count, draw_clip, rng, trials=24):
     """-> `count` balanced questions of a task, [(annotation, question)]; draw_clip() returns a new annotation."""

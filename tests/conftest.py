@@ -23,12 +23,10 @@ BERT_VOCAB = GOLDEN.parent.parent / "assets" / "bert_vocab.txt"
 WEIGHTS_OF = {"qformer_text": "qformer_query", "qformer_joint": "qformer_query", "qformer_cap": "qformer_query",
               "vit_interp": "vit"}  # kept once: they are the same
 
-
 @pytest.fixture(scope="session")
 def golden():
     """Folder of numbers recorded from the official implementation."""
     return GOLDEN
-
 
 def golden_tensors(name):
     """All tensors of one recorded case, {name: tensor}: `w.`, `in.`, `out.`, `grad.`, `aux.`"""
@@ -38,7 +36,6 @@ def golden_tensors(name):
         tensors |= {key: t for key, t in shared.items() if key.startswith("w.")}
     return tensors
 
-
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A toy world for the micro preset; tests do not write into it."""
@@ -46,11 +43,9 @@ def world(tmp_path_factory):
     toyworld.build(toyworld.WorldConfig(str(folder), clips=40, questions=2, texts=200, patch=12, workers=1))
     return folder
 
-
 # ---- MVBench at tiny size --------------------------------------------------------------------------------------------
 
 SUFFIX = {"ssv2_video": ".webm", "nturgbd": ".avi"}                        # as the original archives have them
-
 
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory):
@@ -75,7 +70,6 @@ def tree(tmp_path_factory):
         (root / "json").mkdir(exist_ok=True)
         (root / "json" / f"{task.file}.json").write_text(json.dumps(entries))
     return root
-
 
 @pytest.fixture(scope="session")
 def ckpt(tmp_path_factory, golden):

@@ -23,18 +23,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from infra import files  # noqa: E402
 
-
 def command(args, out, stage):
     more = ["--init", args.run / "init"] if stage == 1 else []
     return [str(part) for part in (
         sys.executable, ROOT / "train.py", "--stage", stage, "--data", args.data, "--out", out, "--steps", args.steps,
         "--llm", args.run / "llm", "--save-every", 50, "--vtg-only", 0.5, "--log-every", 200, *more)]
 
-
 def start(args, out, stage):
     return subprocess.Popen(command(args, out, stage), env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-
 
 def undisturbed(args, out):
     for stage in (1, 2, 3):
@@ -42,7 +39,6 @@ def undisturbed(args, out):
         said, _ = process.communicate()
         if process.returncode:
             raise SystemExit(f"the undisturbed run failed:\n{said}")
-
 
 def disturbed(args, out, rng, kills):
     for stage in (1, 2, 3):
@@ -61,13 +57,11 @@ def disturbed(args, out, rng, kills):
                 raise SystemExit(f"not killed, and failed:\n{said}")
             kills.append(stage)
 
-
 def kill(process, all_of_them):
     if all_of_them:
         os.killpg(process.pid, signal.SIGKILL)
     else:
         process.kill()
-
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -95,7 +89,6 @@ def main():
                 return 1
     print(f"{len(kills)} kills in {(time.time() - begun) / 60:.1f} minutes; every weight is the same, bit for bit")
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

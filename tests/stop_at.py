@@ -14,12 +14,10 @@ import train  # noqa: E402
 
 micro = model.PRESETS["micro"]
 
-
 def without_dropout():
     """The micro preset's Config; of dropout, each process has its own."""
     config = micro()
     return replace(config, lora_dropout=0.0, qformer=replace(config.qformer, dropout=0.0, drop_path=0.0))
-
 
 def main():
     real, last = train.TrainLog.step, int(sys.argv[1])
@@ -35,7 +33,6 @@ def main():
     except SystemExit as left:
         return int(left.code != 128 + signal.SIGTERM)
     return 1
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,11 +11,9 @@ import pytest
 from training import annotations
 from training.annotations import AnnotationFile, Source, each_entry, load_annotations, load_corpus
 
-
 def write(path, value):
     path.write_text(value if isinstance(value, str) else json.dumps(value))
     return path
-
 
 # ---- forms and faults ------------------------------------------------------------------------------------------------
 
@@ -27,11 +25,9 @@ def test_a_corpus_in_all_its_forms(tmp_path):
     assert (b.root, b.media, c.media, d.media_key, d.suffix, d.weight) == ("/abs", "video", "text", "key", ".mp4", 0.5)
     assert load_corpus([["a.json", "root"]])[0].anno == "a.json"
 
-
 def test_the_old_name_of_on_error_still_counts():
     values = [load_corpus([{"anno": "a.json", "faulty": value}])[0].on_error for value in ("stop", "skip")]
     assert values == ["raise", "skip"]
-
 
 @pytest.mark.parametrize("content, message", [
     ("{", "corpus.json: not JSON"),
@@ -46,9 +42,7 @@ def test_a_faulty_corpus_is_named(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
         load_corpus(write(tmp_path / "corpus.json", content))
 
-
 GOOD = {"video": "a.gif", "QA": [{"q": "", "a": "yes"}]}
-
 
 @pytest.mark.parametrize("content, message", [
     ('[{"video": ', "anno.json: not JSON"),
@@ -69,20 +63,16 @@ def test_a_faulty_entry_is_named(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
         load_annotations(Source(str(write(tmp_path / "anno.json", content)), media="video", media_key="video"))
 
-
 def test_a_missing_annotation_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.json: no such annotation file"):
         load_corpus(tmp_path / "none.json")
 
-
 def source(path, **options):
     return Source(str(path), media="video", media_key="video", **options)
-
 
 def test_a_null_instruction_is_none(tmp_path):
     entries = load_annotations(source(write(tmp_path / "a.json", [{"video": "a.gif", "QA": [{"i": None, "a": "b"}]}])))
     assert entries[0]["QA"][0]["a"] == "b" and entries.header["qa"] == 1
-
 
 def test_faulty_entries_are_left_out_where_the_corpus_says_so_and_told(tmp_path, capsys):
     good = [{"video": f"{i}.mp4", "caption": f"clip {i}"} for i in range(6)]
@@ -95,7 +85,6 @@ def test_faulty_entries_are_left_out_where_the_corpus_says_so_and_told(tmp_path,
     assert "2 faulty entries are left out, the first: entry 1" in capsys.readouterr().out
     assert entries.header["kinds"] == {"malformed": 1, "empty text": 1}
 
-
 def test_the_texts_of_many_faults_do_not_spill_into_the_rows(tmp_path):
     wanted = [{"video": f"{i}.mp4", "caption": f"clip {i}"} for i in range(200)]
     (tmp_path / "a.json").write_text(json.dumps([{"视频" * 80: i} for i in range(150)] + wanted, ensure_ascii=False),
@@ -104,12 +93,10 @@ def test_the_texts_of_many_faults_do_not_spill_into_the_rows(tmp_path):
         entries = load_annotations(source(tmp_path / "a.json", on_error="skip"))
         assert [entries[i] for i in range(200)] == wanted and 50 < len(entries.header["first"]) <= 100
 
-
 # ---- reading entry by entry ------------------------------------------------------------------------------------------
 
 LISTS = ["[]", " [ ] ", "[1]", '[1, 23, "a]", {"b": [1, {"c": "}]"}]}, null]\n', '[\n {"a": 1}\n,\t{"a": 2}\r\n]',
          '["ü, 视频", {"😀": "é"}, 12345, -1.5e3]', '\ufeff["with a mark"]', '["\\u00fc \\" [", "\\\\"]']
-
 
 @pytest.mark.parametrize("text", LISTS)
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1 << 22])
@@ -121,7 +108,6 @@ def test_entries_and_their_places_whatever_the_chunks(tmp_path, text, chunk, mon
     assert [entry for *_, entry in found] == json.loads(text.lstrip("\ufeff"))
     raw = path.read_bytes()
     assert [json.loads(raw[start:start + length]) for start, length, _ in found] == [entry for *_, entry in found]
-
 
 @pytest.mark.parametrize("text, message", [
     ("", "a.json: not JSON: entry 0, at byte 0"), ("[", "not JSON: entry 0, at byte 1"),
@@ -136,12 +122,10 @@ def test_what_is_no_list_is_named_with_its_place(tmp_path, text, message, chunk,
         list(each_entry(write(tmp_path / "a.json", text)))
     assert message in str(caught.value)
 
-
 def test_bytes_that_are_no_text(tmp_path):
     (tmp_path / "a.json").write_bytes(b'["\xff\xfe"]')
     with pytest.raises(ValueError, match="a.json: not JSON: entry 0, at byte 1: not UTF-8"):
         list(each_entry(tmp_path / "a.json"))
-
 
 # ---- the index -------------------------------------------------------------------------------------------------------
 
@@ -149,7 +133,6 @@ def many(tmp_path, n=300):
     entries = [{"video": f"{i}.mp4", "caption": "ü" * (i % 7 + 1)} for i in range(n)]
     (tmp_path / "a.json").write_text(json.dumps(entries, ensure_ascii=False), encoding="utf-8")
     return entries, tmp_path / "a.json"
-
 
 def test_entries_come_from_the_index_in_any_order(tmp_path):
     wanted, path = many(tmp_path)
@@ -160,7 +143,6 @@ def test_entries_come_from_the_index_in_any_order(tmp_path):
         entries[300]
     again = pickle.loads(pickle.dumps(entries))                            # as a spawned worker gets it
     assert again[5] == wanted[5] and len(pickle.dumps(entries)) < 2000
-
 
 def test_it_is_made_once_and_again_when_it_does_not_fit(tmp_path, monkeypatch):
     made = []
@@ -188,7 +170,6 @@ def test_it_is_made_once_and_again_when_it_does_not_fit(tmp_path, monkeypatch):
     AnnotationFile(Source(str(path), media="image", media_key="video"))       # read in another way
     assert len(made) == 2 and sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.json.index"]
 
-
 def test_an_interrupted_index_leaves_nothing(tmp_path, monkeypatch):
     _, path = many(tmp_path)
 
@@ -199,7 +180,6 @@ def test_an_interrupted_index_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         AnnotationFile(source(path))
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
-
 
 def test_a_folder_that_may_not_be_written_to(tmp_path, monkeypatch):
     wanted, path = many(tmp_path)
@@ -216,7 +196,6 @@ def test_a_folder_that_may_not_be_written_to(tmp_path, monkeypatch):
     path.write_text(json.dumps(wanted[:5]))                                # which is soon out of date
     assert len(AnnotationFile(source(path))) == 5 and len(list((tmp_path / "cache2" / "videochat2").iterdir())) == 1
 
-
 def test_a_file_that_changes_under_a_running_training_is_noticed(tmp_path):
     _, path = many(tmp_path)
     entries = AnnotationFile(source(path))
@@ -224,7 +203,6 @@ def test_a_file_that_changes_under_a_running_training_is_noticed(tmp_path):
         f.write("[" * 4000)
     with pytest.raises(ValueError, match="a.json has changed: entry 9 is no longer where it was"):
         entries[9]
-
 
 MEASURE = """
 import sys
@@ -234,7 +212,6 @@ before = memory_of()
 entries = AnnotationFile(Source(sys.argv[1], media="video", media_key="video"))
 print(len(entries), memory_of() - before)
 """
-
 
 def test_memory_does_not_grow_with_the_file(tmp_path):
     path = tmp_path / "big.json"

@@ -42,7 +42,6 @@ two_steps(cfg, step)
 print((memory.memory_of("VmHWM") - before) * 2**20)
 """
 
-
 def sizes(stage):
     """A model of a middling size, whose activations outweigh what a process has anyway."""
     cfg = PRESETS["micro"]()
@@ -52,7 +51,6 @@ def sizes(stage):
                         embed_dim=128),
         llama=replace(cfg.llama, vocab_size=4000, width=384, depth=8, heads=6, kv_heads=6, ffn=1024))
     return cfg, memory.Options(stage, batch=6, frames=4, text=200, dtype="fp32")
-
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_counted_memory_is_what_a_real_step_takes(stage):
@@ -64,7 +62,6 @@ def test_counted_memory_is_what_a_real_step_takes(stage):
     real = float(result.stdout)
     assert real > 4e8 and counted["peak"] == pytest.approx(real, rel=0.1), (counted, real)
 
-
 def test_the_largest_batch_fits_and_one_more_does_not(capsys):
     """The count of each further clip leads to a batch whose own count is within the GPU's memory."""
     memory.main(["--preset", "micro", "--stage", "1", "--batch", "2", "--gpu", "1.1"])
@@ -73,7 +70,6 @@ def test_the_largest_batch_fits_and_one_more_does_not(capsys):
     step = memory.Options(stage=1, preset="micro", batch=clips)
     room, cfg = 0.1 * 2**30, train_step.step_config(step)
     assert clips > 10 and memory.counted_step(cfg, step)["peak"] == pytest.approx(room, rel=0.05)
-
 
 @pytest.mark.parametrize("preset", ["scaled", "micro"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -88,12 +84,10 @@ def test_twins_of_transformers_and_peft_give_the_same_losses(stage, preset):
     twins = reference.twin_losses(reference.use_twins(model), batch, torch.Generator().manual_seed(0))
     assert {n: loss.item() for n, loss in ours.items()} == pytest.approx({n: x.item() for n, x in twins.items()}, 1e-5)
 
-
 def test_a_training_step_prints_both_sides(capsys):
     train_step.main(["--preset", "micro", "--stage", "1", "--batch", "2"])
     printed = capsys.readouterr().out
     assert "micro, stage 1: 2 clips, 4 frames, 32 text tokens" in printed and printed.count("MFU") == 2
-
 
 def test_questions_one_by_one_have_the_answers_of_the_batched_engine(ckpt, tree, capsys):
     """One question at a time, by our LLM and by transformers' with peft's LoRA."""
@@ -101,17 +95,14 @@ def test_questions_one_by_one_have_the_answers_of_the_batched_engine(ckpt, tree,
     printed = capsys.readouterr().out
     assert "20 questions; mvbench.py" in printed and printed.count(", 0 answers differ") == 2
 
-
 def test_the_notebook_s_way_reads_the_same_pixels(tmp_path):
     path, cfg = write_video(tmp_path / "a.mp4", width=320, height=256, frames=30), Config()
     difference = (decoding.read_as_notebook(path, cfg) - load_eval_clip(path, cfg)).abs()      # one level is 0.015
     assert difference.shape == (16, 3, 224, 224) and difference.max() < 0.05
 
-
 def test_decoding_prints_what_it_measures(capsys):
     decoding.main(["--clips", "1", "--workers", "1"])
     assert capsys.readouterr().out.count("clips/s") == 4
-
 
 def test_a_missing_library_is_named_with_its_cure():
     with pytest.raises(ValueError, match="No module named 'transformerz'.*requirements-dev.txt"):

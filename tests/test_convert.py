@@ -31,17 +31,14 @@ TIED = {"qformer.cls.predictions.decoder.weight", "qformer.cls.predictions.decod
 
 # ------------------------------------------------------------------------------------------------- names, at real size
 
-
 def state_dict(name):
     """A state dict of the real size on the meta device, from the recorded names and shapes."""
     return {key: torch.empty(shape, device="meta", dtype=getattr(torch, dtype))
             for key, (shape, dtype) in KEYS[name]["keys"].items()}
 
-
 def own(stage, preset="vicuna-7b"):
     with torch.device("meta"):
         return VideoChat2(PRESETS[preset](), stage).state_dict()
-
 
 def fitting(tensors, table, names, stage_own):
     """Translates and looks at every shape -> what was taken and what was dropped."""
@@ -49,13 +46,11 @@ def fitting(tensors, table, names, stage_own):
     files.check_state_dict({n: stage_own[n] for n in ours}, ours, "official")
     return ours, without
 
-
 def test_the_vit_s_file_is_the_vit():
     model = own(1)
     ours, without = fitting(state_dict("umt_l_vit_num_frames4"), official_names.UMT, official_names.DROPPED_UMT, model)
     assert not without and set(ours) == {n for n in model if n.startswith("vision_encoder.")}
     assert sum(t.numel() for t in ours.values()) == KEYS["umt_l_vit_num_frames4"]["params"]["total"]
-
 
 def test_stage_1_s_file_is_stage_1():
     model = own(1)
@@ -63,7 +58,6 @@ def test_stage_1_s_file_is_stage_1():
     assert set(ours) == set(model)
     assert set(without) == TIED | {"qformer.bert.embeddings.position_ids"}
     assert sum(t.numel() for t in ours.values()) == KEYS["stage1_qformer"]["params"]["total"]
-
 
 @pytest.mark.parametrize("stage, name", [(2, "stage2_pt_vicuna"), (3, "stage3_it_vicuna_lora")])
 def test_the_whole_model_of_stages_2_and_3(stage, name):
@@ -76,7 +70,6 @@ def test_the_whole_model_of_stages_2_and_3(stage, name):
     assert not lacking
     assert sum(t.numel() for t in ours.values()) == KEYS[name]["params"]["total"]
 
-
 @pytest.mark.parametrize("stage, name", [(1, "stage1_qformer"), (2, "stage2_pt_vicuna"), (3, "stage3_it_vicuna_lora")])
 def test_export_has_every_key_and_shape_of_the_official_file(stage, name):
     wanted = state_dict(name)
@@ -86,7 +79,6 @@ def test_export_has_every_key_and_shape_of_the_official_file(stage, name):
     found = official_names.to_official(ours, stage, Config())
     assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in wanted.items()}
     assert stage < 3 or set(found) == set(KEYS["released_stage3"]["keys_in_release"])
-
 
 def test_mistral_s_names():
     model = own(3, "mistral-7b")
@@ -101,7 +93,6 @@ def test_mistral_s_names():
     again, without = official_names.from_official(found, "official", official_names.OFFICIAL[3], model, "mistral",
                                                   official_names.DROPPED)
     assert set(again) == set(ours) and set(without) == {"qformer.bert.embeddings.position_ids"}
-
 
 def test_mistral_in_and_out_at_tiny_size(tmp_path):
     """LoRA on every linear layer and lm_head, eight-fold shared keys, no inv_freq: files, model and answer."""
@@ -126,7 +117,6 @@ def test_mistral_in_and_out_at_tiny_size(tmp_path):
     (answer,) = ours.answer([q], tokens)
     assert answer.said.startswith("(") and len(answer.letters) == 2
 
-
 def test_every_row_of_every_table_is_read_both_ways():
     for table in (*official_names.OFFICIAL.values(), official_names.UMT):
         for prompt_style in ("vicuna", "mistral"):
@@ -136,7 +126,6 @@ def test_every_row_of_every_table_is_read_both_ways():
                 ours = official_names.rename_key(name, table, prompt_style)
                 back = official_names.rename_key(ours, table, prompt_style, reverse=True)
                 assert back == name or table is official_names.UMT, (name, ours, back)
-
 
 # ----------------------------------------------------------------------------------------------- numbers, at tiny size
 
@@ -155,7 +144,6 @@ TINY = {
         n_query=8, n_extra=6, max_text=128, train_frames=4, lora_r=4, lora_alpha=8, lora_dropout=0.0),
 }
 LLM_NAMES = {2: "llama_model.", 3: "llama_model.base_model.model."}
-
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):
@@ -183,10 +171,8 @@ def given(tmp_path_factory):
     torch.save(text, folder / "text_half.pth")
     return folder
 
-
 def recorded(name):
     return {n[2:]: t for n, t in golden_tensors(name).items() if n.startswith("w.")}
-
 
 def official_files(given, stage):
     more = {1: {}, 2: {"stage1": str(given / "text_half.pth")}, 3: {}}[stage]
@@ -194,14 +180,12 @@ def official_files(given, stage):
                             "bert": "" if stage > 1 else str(given / "tiny_bert"),
                             f"stage{stage}": str(given / f"stage{stage}.pth")}, **more)
 
-
 @pytest.fixture(scope="module")
 def imported(given, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs")
     for stage in (1, 2, 3):
         convert.import_files(official_files(given, stage), TINY[stage], out / f"stage{stage}")
     return out
-
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_import_then_export_gives_back_every_key_shape_and_value(given, imported, tmp_path, stage):
@@ -212,10 +196,8 @@ def test_import_then_export_gives_back_every_key_shape_and_value(given, imported
     for name, t in wanted.items():
         assert torch.equal(found[name], t) and found[name].dtype == t.dtype, name
 
-
 def close(found, wanted, name=""):
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4, msg=lambda text: f"{name}: {text}")
-
 
 def gradients_are_the_recorded_ones(model, stage, g, prefix="grad."):
     named, seen = dict(model.named_parameters()), 0
@@ -224,7 +206,6 @@ def gradients_are_the_recorded_ones(model, stage, g, prefix="grad."):
         close(named[name].grad, g[key], key)
         seen += 1
     return seen
-
 
 def run_llm(model, batch, g, key=""):
     """Loss and gradients of a batch, and what the LLM makes of it on the way, against the recorded ones."""
@@ -248,7 +229,6 @@ def run_llm(model, batch, g, key=""):
     model.zero_grad()
     loss.backward()
 
-
 def test_stage_3_gives_the_official_numbers(imported):
     """Two conversations through the collate, the model and LoRA's gradients: ones for <s>, trained separators, the
     question in the Q-Former."""
@@ -271,7 +251,6 @@ def test_stage_3_gives_the_official_numbers(imported):
     run_llm(model, batch, g)
     assert gradients_are_the_recorded_ones(model, 3, g) == len([key for key in g if key.startswith("grad.")]) == 17
 
-
 @pytest.mark.parametrize("medium, key", [("video", ""), ("image", "image_")])
 def test_stage_2_gives_the_official_numbers(imported, medium, key):
     g, spec = golden_tensors("stage2"), json.loads((GOLDEN / "stage2.json").read_text())["config"]
@@ -288,7 +267,6 @@ def test_stage_2_gives_the_official_numbers(imported, medium, key):
     seen = gradients_are_the_recorded_ones(model, 2, g, f"grad.{key}")
     assert seen == len([n for n in g if n.startswith("grad.image_")]) == 7
 
-
 def test_stage_1_gives_the_official_losses(imported):
     g = golden_tensors("stage1_cat")
     model, qformer_tok, _ = checkpoint.load_checkpoint(imported / "stage1")
@@ -303,7 +281,6 @@ def test_stage_1_gives_the_official_losses(imported):
     sum(losses.values()).backward()
     assert gradients_are_the_recorded_ones(model, 1, g) == 14
 
-
 def test_what_the_official_code_crashes_on_trains_on_the_right_targets(golden):
     """Questions that end in newlines or spaces, and two closing tags; with separators as in released training."""
     tok = SentencePiece(golden / "tokenizer.model")
@@ -314,7 +291,6 @@ def test_what_the_official_code_crashes_on_trains_on_the_right_targets(golden):
         for qa in case["qa"]:
             assert f"###Assistant: {qa['a'].strip()}" in learnt
             assert not qa["q"].strip() or qa["q"].strip() not in learnt
-
 
 @pytest.mark.parametrize("ablation", [{}, {"system": ""}, {"answer_prompt": ""}, {"question_in_qformer": True}])
 def test_mvbench_s_first_logits_are_those_of_transformers_and_peft(given, imported, ablation):
@@ -347,9 +323,7 @@ def test_mvbench_s_first_logits_are_those_of_transformers_and_peft(given, import
     logits = theirs(inputs_embeds=torch.cat((before, tokens, after), 1)).logits[:, -1]
     close(seen[0], logits)
 
-
 # --------------------------------------------------------------------------------------------- the beginning of stage 1
-
 
 @pytest.fixture
 def beginning(tmp_path):
@@ -377,7 +351,6 @@ def beginning(tmp_path):
     (tmp_path / "bert" / "vocab.txt").write_bytes((GOLDEN / "tiny_vocab.txt").read_bytes())
     return cfg, vit, bert, tmp_path
 
-
 def test_stage_1_begins_with_umt_and_bert(beginning, capsys):
     cfg, vit, bert, folder = beginning
     bundle = convert.OfficialFiles(umt=str(folder / "umt.pth"), bert=str(folder / "bert"))
@@ -397,9 +370,7 @@ def test_stage_1_begins_with_umt_and_bert(beginning, capsys):
     assert not [n for n in tensors if "crossattention" in n or n.startswith("aligner.")]
     assert checkpoint.read_config(folder / "init")[1]["stage"] == 0
 
-
 # --------------------------------------------------------------------------------------- training on what was imported
-
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory):
@@ -431,12 +402,10 @@ def corpora(tmp_path_factory):
         ["text.json", "", "text"]]))
     return root
 
-
 def train_stage(corpora, out, stage, *more):
     train.main(["--preset", "vicuna-7b", "--stage", str(stage), "--data", str(corpora), "--out", str(out), "--steps",
                 "4", "--batch", "2", "--workers", "0", "--dtype", "fp32", "--log-every", "1", "--lr", "1e-3", *more])
     return files.read_tensors(out / f"stage{stage}" / "model.safetensors")
-
 
 def test_every_stage_trains_on_what_was_imported_and_goes_back(beginning, given, imported, corpora, tmp_path):
     """init -> stage 1; the official stage 1 -> stage 2 -> stage 3 -> a file for the official code."""
@@ -460,7 +429,6 @@ def test_every_stage_trains_on_what_was_imported_and_goes_back(beginning, given,
     assert "llama_model.base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight" in torch.load(
         run / "official.pth", weights_only=True)
 
-
 def test_a_released_stage_3_can_be_tuned_further_but_not_with_another_llm(given, imported, corpora, tmp_path):
     start = ["--init", str(imported / "stage3"), "--max-text", "120"]
     after = train_stage(corpora, tmp_path, 3, *start)
@@ -469,7 +437,6 @@ def test_a_released_stage_3_can_be_tuned_further_but_not_with_another_llm(given,
     with pytest.raises(ValueError, match="stage3 was made with the LLM llm3 .*llm2 is another one"):
         train_stage(corpora, tmp_path / "other", 3, *start, "--llm", str(given / "llm2"))
 
-
 def test_an_option_is_of_one_stage_and_does_not_leak_into_the_next(given, imported, corpora, tmp_path):
     """The paper's stage 2 has 4 frames and 32 tokens; its stage 3 has not."""
     start = ["--init", str(imported / "stage1"), "--llm", str(given / "llm2")]
@@ -477,7 +444,6 @@ def test_an_option_is_of_one_stage_and_does_not_leak_into_the_next(given, import
     train_stage(corpora, tmp_path, 3)
     seen = [checkpoint.read_config(tmp_path / f"stage{n}")[0] for n in (2, 3)]
     assert [(cfg.train_frames, cfg.max_text) for cfg in seen] == [(2, 32), (8, 512)]
-
 
 def test_a_stopped_stage_2_goes_on_with_its_own_llm(given, imported, corpora, tmp_path):
     options = ["--init", str(imported / "stage1"), "--llm", str(given / "llm2")]
@@ -489,7 +455,6 @@ def test_a_stopped_stage_2_goes_on_with_its_own_llm(given, imported, corpora, tm
     (last / "trainer.json").write_text(json.dumps({**state, "done": False, "files": {}}))
     with pytest.raises(ValueError, match="stage2 was made with the LLM llm2 .*llm3 is another one"):
         train_stage(corpora, tmp_path, 2, *options[:2], "--llm", str(given / "llm3"))
-
 
 def test_stage_1_needs_no_llm(beginning, given, corpora, tmp_path):
     """Where it was imported it is known; where stage 1 trains it need not be."""
@@ -504,13 +469,11 @@ def test_stage_1_needs_no_llm(beginning, given, corpora, tmp_path):
         train_stage(corpora, tmp_path / "run", 2)
     train_stage(corpora, tmp_path / "run", 2, "--llm", str(tmp_path / "elsewhere"))
 
-
 @pytest.fixture(scope="module")
 def plain(imported, corpora, tmp_path_factory):
     """What four steps of stage 3 make of the official weights without any flag."""
     start = ["--init", str(imported / "stage3"), "--max-text", "120"]
     return train_stage(corpora, tmp_path_factory.mktemp("plain"), 3, *start)
-
 
 @pytest.mark.parametrize("flags", [
     ["--no-bos-ones"], ["--no-train-separators"], ["--no-question-in-qformer"], ["--train-norm", "clip"], ["--flip"],
@@ -526,7 +489,6 @@ def test_each_oddity_is_one_flag_away(imported, corpora, plain, tmp_path, flags)
         value = flags[1] if len(flags) > 1 else not flags[0].startswith("--no-")
         assert str(getattr(cfg, option)) == str(value)
 
-
 @pytest.mark.parametrize("flag", ["--caption-sep", "--no-repeat-image"])
 def test_stage_1_s_oddities_too(beginning, corpora, tmp_path, flag):
     cfg, _, _, folder = beginning
@@ -536,9 +498,7 @@ def test_stage_1_s_oddities_too(beginning, corpora, tmp_path, flag):
     plain, changed = train_stage(corpora, tmp_path, 1), train_stage(corpora, tmp_path / "other", 1, flag)
     assert not torch.equal(plain["query_tokens"], changed["query_tokens"])
 
-
 # ------------------------------------------------------------------------------------------------------ what goes wrong
-
 
 def test_another_llm_is_refused_with_both_named(given, imported):
     """The most common question about the official code: its released weights behind LLaMA-2, or a raw delta."""
@@ -550,7 +510,6 @@ def test_another_llm_is_refused_with_both_named(given, imported):
         convert.collect(wrong, cfg)
     convert.collect(wrong, cfg, any_llm=True)
 
-
 def test_a_file_that_holds_another_llm_s_weights_is_refused(given, tmp_path):
     """Some people's stage 3 files have the LLM in them: it must be the folder's."""
     whole = recorded("stage3")
@@ -561,13 +520,11 @@ def test_a_file_that_holds_another_llm_s_weights_is_refused(given, tmp_path):
     with pytest.raises(ValueError, match="llm3 is another LLM .*layers.1.self_attn.q_proj.weight differs"):
         convert.collect(replace(official_files(given, 3), stage3=str(tmp_path / "whole.pth")), TINY[3])
 
-
 def changed(given, tmp_path, stage, change):
     tensors = files.read_torch_file(given / f"stage{stage}.pth")
     change(tensors)
     torch.save(tensors, tmp_path / "changed.pth")
     return replace(official_files(given, stage), **{f"stage{stage}": str(tmp_path / "changed.pth")})
-
 
 @pytest.mark.parametrize("stage, change, message", [
     (3, lambda t: t.pop("llama_proj.weight"), "1 tensors are in none of the files: llama_proj.weight"),
@@ -579,7 +536,6 @@ def test_what_does_not_fit_is_named(given, tmp_path, stage, change, message):
     with pytest.raises(ValueError, match=message):
         convert.collect(changed(given, tmp_path, stage, change), TINY[stage])
 
-
 def test_the_wrong_file_for_an_option_is_named(given):
     with pytest.raises(ValueError, match="stage3.pth.*is this the file that the option asks for"):
         convert.collect(replace(official_files(given, 3), stage1=str(given / "stage3.pth")), TINY[3])
@@ -590,7 +546,6 @@ def test_the_wrong_file_for_an_option_is_named(given):
     with pytest.raises(ValueError, match="name --umt and --bert"):
         convert.collect(convert.OfficialFiles(llm="x"), TINY[1])
 
-
 def test_torn_and_foreign_files_leave_nothing_behind(given, tmp_path):
     whole = (given / "stage3.pth").read_bytes()
     (tmp_path / "torn.pth").write_bytes(whole[:len(whole) // 2])
@@ -600,7 +555,6 @@ def test_torn_and_foreign_files_leave_nothing_behind(given, tmp_path):
             wrong = replace(official_files(given, 3), stage3=str(tmp_path / name))
             convert.import_files(wrong, TINY[3], tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["page.pth", "torn.pth"]
-
 
 def test_an_import_replaces_an_import_and_nothing_else(given, imported, tmp_path):
     shutil.copytree(imported / "stage3", tmp_path / "stage3")
@@ -613,7 +567,6 @@ def test_an_import_replaces_an_import_and_nothing_else(given, imported, tmp_path
             convert.import_files(official_files(given, 3), TINY[3], tmp_path / "stage3")
         (tmp_path / "stage3" / name).rmdir()
 
-
 def test_weights_for_which_the_model_has_no_place_are_refused(given, tmp_path):
     """LoRA on more layers than the preset's is another model, and so is a misspelt name."""
     for name in ("llama_model.base_model.model.model.layers.0.self_attn.k_proj.lora_A.default.weight",
@@ -621,7 +574,6 @@ def test_weights_for_which_the_model_has_no_place_are_refused(given, tmp_path):
         wrong = changed(given, tmp_path, 3, lambda t, name=name: t.update({name: torch.ones(4, 32)}))
         with pytest.raises(ValueError, match="1 tensors have names that VideoChat2 does not know"):
             convert.collect(wrong, TINY[3])
-
 
 def test_check_says_what_is_in_it(imported, given, capsys, tmp_path):
     convert.main(["check", "--ckpt", str(imported / "stage3")])
@@ -640,7 +592,6 @@ def test_check_says_what_is_in_it(imported, given, capsys, tmp_path):
     files.save_tensors(tensors | {"query_tokens": torch.full((1, 8, 20), float("nan"))}, broken / "model.safetensors")
     with pytest.raises(ValueError, match="query_tokens holds NaN or infinite values"):
         convert.check(broken)
-
 
 def test_a_folder_that_is_no_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match="config.json does not exist"):

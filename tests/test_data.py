@@ -18,7 +18,6 @@ from training import check_data
 from training.annotations import load_corpus
 from video import MediaError, SampleError, Transform
 
-
 def paint(path, value, frames=16, size=48):
     """A GIF of the grey level `value` with a bar that moves two columns a frame."""
     images = [Image.new("L", (size, size), value) for _ in range(frames)]
@@ -27,11 +26,9 @@ def paint(path, value, frames=16, size=48):
     path.parent.mkdir(parents=True, exist_ok=True)
     images[0].save(path, save_all=True, append_images=images[1:], duration=500, loop=0)
 
-
 def write(path, value):
     path.write_text(value if isinstance(value, str) else json.dumps(value))
     return path
-
 
 @pytest.fixture
 def world(tmp_path):
@@ -45,11 +42,9 @@ def world(tmp_path):
     write(tmp_path / "corpus.json", [["videos.json", "media", "video"], ["images.json", "media"]])
     return tmp_path
 
-
 def clips(world, **options):
     transform = Transform(32, train=True)
     return VideoTextDataset(load_corpus(world / "corpus.json"), 4, transform, **options)
-
 
 # ---- samples ---------------------------------------------------------------------------------------------------------
 
@@ -61,7 +56,6 @@ def test_a_sample(world):
     image = clips(world)[6]
     assert image["video"].shape == (1, 3, 32, 32) and image["medium"] == "image" and image["text"] == "image 0"
 
-
 def test_the_same_seed_gives_the_same_sample(world):
     one, two = clips(world)[2], clips(world)[2]
     assert torch.equal(one["video"], two["video"]) and one["seconds"] == two["seconds"]
@@ -70,7 +64,6 @@ def test_the_same_seed_gives_the_same_sample(world):
     later.set_epoch(1)
     assert not torch.equal(one["video"], later[2]["video"])
     assert not torch.equal(one["video"], clips(world, seed=1)[2]["video"])
-
 
 def test_a_bad_medium_replaces_the_whole_sample(world):
     (world / "media" / "2.gif").write_bytes(b"broken" * 20)
@@ -82,13 +75,11 @@ def test_a_bad_medium_replaces_the_whole_sample(world):
     assert [line.split(": ")[0] for line in sample["bad"]] == [str(world / "media" / "2.gif")]
     assert dataset[5]["idx"] == 0  # the next of the same source: still a video
 
-
 def test_too_many_bad_media_stop_the_run(world):
     for path in (world / "media").glob("*.gif"):
         path.unlink()
     with pytest.raises(MediaError, match="no such file; 4 unreadable media in a row"):
         clips(world, max_bad=3)[0]
-
 
 def test_captions_and_instructions_do_not_mix(world):
     write(world / "qa.json", [{"video": "a.gif", "QA": [{"q": "", "a": "yes"}]}])
@@ -96,20 +87,17 @@ def test_captions_and_instructions_do_not_mix(world):
     with pytest.raises(ValueError, match="captions and instructions in one corpus"):
         VideoTextDataset(sources, 4, Transform(32))
 
-
 def test_the_official_sampling_and_an_unknown_one(world):
     sample = clips(world, sampling="official")[3]
     assert sample["video"].shape == (4, 3, 32, 32) and max(sample["seconds"]) < 7.5    # never the last frame
     with pytest.raises(ValueError, match="frame_sampling 'random': expected one of rand, middle, official, mvbench"):
         clips(world, sampling="random")
 
-
 def test_other_keys_and_suffixes(world):
     write(world / "own.json", [{"key": "4", "caption": "four"}])
     source = {"anno": "own.json", "root": "media", "media": "video", "media_key": "key", "suffix": ".gif"}
     dataset = VideoTextDataset(load_corpus(write(world / "c.json", [source])), 4, Transform(32))
     assert dataset[0]["text"] == "four"
-
 
 # ---- order -----------------------------------------------------------------------------------------------------------
 
@@ -125,7 +113,6 @@ def test_an_epoch_holds_every_sample_once_and_one_medium_a_batch(world):
     sampler.skip_to(0)
     assert list(sampler) == batches
 
-
 def test_going_on_in_mid_epoch_equals_not_stopping(world):
     def run(sampler, steps):
         taken = []
@@ -139,7 +126,6 @@ def test_going_on_in_mid_epoch_equals_not_stopping(world):
     later = Sampler(clips(world), 2, seed=7)
     later.skip_to(8)
     assert run(later, 5) == whole[8:]
-
 
 def test_a_batch_holds_texts_of_nearly_the_same_length():
     class Texts:
@@ -155,7 +141,6 @@ def test_a_batch_holds_texts_of_nearly_the_same_length():
     assert sum(len(kind) == 2 for kind in kinds) <= 2                       # one in each window of 16 batches
     assert len({tuple(kind) for kind in kinds[:16]}) > 1                   # and the batches come in any order
 
-
 def test_weights(world):
     sources = load_corpus(world / "corpus.json")
     sources[0].weight, sources[1].weight = 2.5, 0.4
@@ -164,18 +149,15 @@ def test_weights(world):
     assert sum(i < 6 for i in drawn) == 15 and len({i for i in drawn if i >= 6}) == 2
     assert all(drawn.count(i) in (2, 3) for i in range(6))
 
-
 def test_processes_share_a_batch(world):
     whole = list(Sampler(clips(world), 4))
     shares = [list(Sampler(clips(world), 4, rank=rank, world_size=2)) for rank in range(2)]
     assert [sorted(a + b) for a, b in zip(*shares, strict=True)] == [sorted(batch) for batch in whole]
 
-
 def test_too_few_samples_for_a_batch(world):
     with pytest.raises(ValueError, match="11 samples do not fill a batch of 7"):
         Sampler(clips(world), 7)
     assert len(Sampler(range(10), 3)) == 3  # any dataset will do
-
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
 
@@ -183,15 +165,12 @@ def test_too_few_samples_for_a_batch(world):
 def tok(golden):
     return SentencePiece(golden / "tokenizer.model")
 
-
 @pytest.fixture(scope="module")
 def wordpiece(golden):
     return WordPiece.load(BERT_VOCAB)
 
-
 def batches_of(dataset, collate, workers=0):
     return list(data.make_loader(dataset, Sampler(dataset, 2), collate, workers))
-
 
 def test_align_batch(world, wordpiece):
     (world / "media" / "2.gif").unlink()
@@ -201,7 +180,6 @@ def test_align_batch(world, wordpiece):
     assert batch["ids"][:, 0].tolist() == [wordpiece.cls_id] * 2 and batch["mask"].sum(1).tolist() == [3, 3]
     assert sum(len(batch["bad"]) for batch in batches) == 1
 
-
 def test_caption_batch(world, tok):
     for batch in batches_of(clips(world), data.Stage2Collate(tok, n_video=5)):
         assert ((batch["ids"] == VIDEO).sum(1) == 5).all()
@@ -209,7 +187,6 @@ def test_caption_batch(world, tok):
             caption = tok.decode(row[row != IGNORE].tolist())
             assert caption.endswith("###") and path.split("/")[-1][0] in caption
             assert batch["medium"] == "image" or "image" not in caption
-
 
 def test_instruct_batch(world, tok, wordpiece):
     qas = [{"i": "Watch.", "q": f"{n}?", "a": f"It is {n}."} for n in ("one", "two", "three")]
@@ -230,12 +207,10 @@ def test_instruct_batch(world, tok, wordpiece):
     collate = data.Stage3Collate(tok, wordpiece, 5, question_in_qformer=True)
     assert collate.instruction(qas[0]) == "Watch. one?" and collate.instruction({"q": "one?", "a": ""}) == ""
 
-
 def test_seconds(golden):
     for case in json.loads((golden / "sampling.json").read_text())["seconds"]:
         message = data.seconds_message([i / case["fps"] for i in case["indices"]])
         assert message == f"The video contains 8 frames sampled at {', '.join(case['train'])} seconds."
-
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_instruction_that_leaves_no_room_names_its_entry(world, tok, wordpiece, workers):
@@ -247,19 +222,16 @@ def test_an_instruction_that_leaves_no_room_names_its_entry(world, tok, wordpiec
     assert str(caught.value).endswith("ids of text before the video: shorten the instruction or raise max_text")
     assert "\n" not in str(caught.value)
 
-
 def test_texts_have_no_video(world, tok, wordpiece):
     write(world / "text.json", [{"QA": [{"q": "one?", "a": "Yes."}]}] * 2)
     dataset = VideoTextDataset(load_corpus([[str(world / "text.json"), "", "text"]]), 4, Transform(32))
     (batch,) = batches_of(dataset, data.Stage3Collate(tok, wordpiece, 5))
     assert batch["video"] is None and not (batch["ids"] == VIDEO).any() and batch["medium"] == "text"
 
-
 def test_workers_change_nothing(world, wordpiece):
     runs = [batches_of(clips(world), data.Stage1Collate(wordpiece), workers) for workers in (0, 2)]
     for one, two in zip(*runs, strict=True):
         assert torch.equal(one["video"], two["video"]) and torch.equal(one["ids"], two["ids"])
-
 
 # ---- python -m training.check_data -----------------------------------------------------------------------------------
 
@@ -277,13 +249,11 @@ def test_check_lists_every_fault(world, capsys):
     assert check_data.main([str(world / "corpus.json"), "--decode"]) == 1
     assert "3.gif: cannot be decoded as a GIF" in capsys.readouterr().out
 
-
 def test_the_old_command_names_the_new_one(world):
     command = [sys.executable, data.__file__, "check", "corpus.json", "--decode"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "data.py: run python -m training.check_data corpus.json --decode\n"
-
 
 def test_a_loader_that_is_left_open_does_not_keep_the_process(tmp_path):
     """Its workers heed a SIGTERM from it, by which multiprocessing ends them, and from nobody else."""

@@ -25,17 +25,14 @@ KINDS = {
     "variable.mkv": dict(codec="libx264", times=TIMES, bf=2),
 }
 
-
 @pytest.fixture(scope="module", params=KINDS)
 def video(request, tmp_path_factory):
     """A video of 60 frames of each kind."""
     return write_video(tmp_path_factory.mktemp("videos") / request.param, **KINDS[request.param])
 
-
 def numbers(path, indices):
     frames, _ = read_media(path, lambda first, last, fps: indices)
     return [number(frame.permute(1, 2, 0).numpy()) for frame in frames]
-
 
 def test_every_frame_is_the_one_that_was_asked_for(video):
     assert numbers(video, range(60)) == list(range(60))
@@ -44,18 +41,15 @@ def test_every_frame_is_the_one_that_was_asked_for(video):
         assert numbers(video, wanted) == wanted
     assert numbers(video, [59]) == [59] and numbers(video, [0]) == [0]
 
-
 def test_the_benchmark_s_frames_are_the_rule_s(video):
     frames = video_file.read_eval_frames(video, 16)
     assert [number(frame.permute(1, 2, 0).numpy()) for frame in frames] == video_file.eval_frame_indices(16, 59, 25.0)
-
 
 def test_seconds_are_where_frames_are_taken(tmp_path):
     path = write_video(tmp_path / "a.mp4", rate=25)
     frames, seconds = read_media(path, video_file.train_frame_selector(4, "middle", None, 0.4, 1.2))
     taken = [number(frame.permute(1, 2, 0).numpy()) for frame in frames]
     assert taken == [12, 17, 22, 27] and seconds == pytest.approx([i / 25 for i in taken])
-
 
 def test_narrow_videos(tmp_path):
     """Rows of 48 pixels come padded from decord, which once made four channels of them."""
@@ -64,7 +58,6 @@ def test_narrow_videos(tmp_path):
     assert frames.shape == (2, 3, 64, 48)
     red = frames[:, 0, 48].float() - frames[:, 1, 48]                      # the moving bar, 20 pixels wide from 5 i on
     assert (red[0, 17:33] > 80).all() and (red[1, 2:18] > 80).all()
-
 
 # ---- damage ----------------------------------------------------------------------------------------------------------
 
@@ -80,7 +73,6 @@ def damaged(data, how, rng):
             data[rng.randrange(100, len(data))] = rng.randrange(256)
     return data
 
-
 @pytest.mark.parametrize("how", ["cut off", "a hole", "wrong bytes"])
 def test_damaged_files_give_frames_or_an_error_and_soon(video, tmp_path, how):
     whole = video.read_bytes()
@@ -93,7 +85,6 @@ def test_damaged_files_give_frames_or_an_error_and_soon(video, tmp_path, how):
         except MediaError as error:
             assert str(error).startswith(f"{path}: ")
         assert time.time() - begun < 20
-
 
 def test_a_decoder_that_hangs_is_left_behind(tmp_path, monkeypatch):
     """Its clip is replaced like every unreadable one: the worker goes on."""

@@ -46,7 +46,6 @@ target.touch()
 note(f"end {{command}}")
 """
 
-
 @pytest.fixture
 def folder(tmp_path):
     """A checkout whose .venv is set up."""
@@ -60,17 +59,14 @@ def folder(tmp_path):
     python.chmod(0o755)
     return tmp_path
 
-
 def start(folder):
     env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS" and "MAKE" not in name}
     return subprocess.Popen(["make", "demo"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             start_new_session=True, env=env)
 
-
 def log_of(folder, kind="start"):
     lines = (folder / "log").read_text().splitlines()
     return [line.removeprefix(f"{kind} ") for line in lines if line.startswith(kind)]
-
 
 def test_lanes_run_side_by_side_with_one_thread_each_and_steps_in_turn(folder):
     """Each pretraining waits for the other to start, so that neither ends unless both run."""
@@ -90,7 +86,6 @@ def test_lanes_run_side_by_side_with_one_thread_each_and_steps_in_turn(folder):
     (folder / REPORT).unlink()
     assert start(folder).wait(60) == 0 and log_of(folder, "end") == [list(WRITES)[-1]]
 
-
 def test_the_demo_stops_at_the_first_failure_and_resumes_there(folder):
     (folder / "broken").write_text("train.py --stage 1")
     process = start(folder)
@@ -99,7 +94,6 @@ def test_the_demo_stops_at_the_first_failure_and_resumes_there(folder):
     assert set(log_of(folder, "end")) == set(list(WRITES)[:3])                   # the other lane ends its step
     (folder / "broken").unlink()
     assert start(folder).wait(60) == 0 and set(log_of(folder, "end")) == set(WRITES)
-
 
 def test_ctrl_c_lets_both_lanes_save(folder):
     (folder / "slow").touch()

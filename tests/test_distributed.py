@@ -24,14 +24,12 @@ from training import optim, resume
 
 ROOT = Path(__file__).resolve().parent.parent
 
-
 def torchrun(script, *arguments, processes=2):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), str(script)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
-
 
 # ---- one step, by the parts that train.fit is made of
 
@@ -47,7 +45,6 @@ def batch_of(stage, size=8):
     ids[:, 1:9] = VIDEO
     return batch | {"ids": ids, "mask": mask, "labels": ids.masked_fill((mask == 0) | (torch.arange(16) < 9), -100)}
 
-
 def model_of(stage):
     config = without_dropout()
     config.llama.vocab_size = config.qformer.vocab_size = 64
@@ -59,7 +56,6 @@ def model_of(stage):
                 p.normal_(std=0.1)
     set_trainable(model, stage)
     return model.train()
-
 
 def one_step(stage, dist, shard=False, accumulate=1, negatives=False):
     """-> ({loss: of the joint batch}, {parameter: whole gradient}), as train.fit comes by them."""
@@ -87,7 +83,6 @@ def one_step(stage, dist, shard=False, accumulate=1, negatives=False):
     grads = {name: distributed.full_tensor(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     return losses | {"norm": norm.item()}, grads
 
-
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_step_never_waits_for_what_a_device_has_computed(stage, monkeypatch):
     """On PyTorch's meta device, whose tensors have no values: whoever asked for one would get an error."""
@@ -104,7 +99,6 @@ def test_a_step_never_waits_for_what_a_device_has_computed(stage, monkeypatch):
         with pytest.raises(RuntimeError):                                     # without what its collate knew, it asks
             model.lm_loss({name: t for name, t in batch.items() if name not in ("lengths", "targets")})
 
-
 class Attentions(TorchDispatchMode):
     """Notes the attention kernels that are called, and whether with a mask."""
     def __init__(self):
@@ -118,7 +112,6 @@ class Attentions(TorchDispatchMode):
         assert "bmm" not in str(func)                                         # attention without a kernel
         return func(*args, **(kwargs or {}))
 
-
 @pytest.mark.parametrize("stage", [2, 3])
 def test_attention_takes_the_flash_kernel(stage):
     """Without a mask, which a GPU's flash kernel does not take, and although the texts differ in length."""
@@ -129,7 +122,6 @@ def test_attention_takes_the_flash_kernel(stage):
     assert len(seen.kernels) == vit + qformer.depth + qformer.depth // qformer.cross_every + llama * len(batch["ids"])
     assert all("flash" in name for name in seen.kernels) and seen.masked == 0
 
-
 if __name__ == "__main__":                                                # under torchrun: all cases, in one go
     dist = distributed.init_distributed("cpu")
     found = {f"{stage} {shard} {accumulate}": one_step(stage, dist, shard, accumulate, negatives=True)
@@ -138,14 +130,12 @@ if __name__ == "__main__":                                                # unde
         torch.save(found, sys.argv[1])
     dist.close()
 
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """What two processes find, of every case."""
     path = tmp_path_factory.mktemp("two") / "found.pt"
     torchrun(__file__, path)
     return torch.load(path)
-
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("shard", [False, True])
@@ -161,13 +151,11 @@ def test_two_processes_equal_one_with_the_joint_batch(two, stage, shard, accumul
     for name, grad in expected.items():
         assert (grads[name] - grad).norm() <= 1e-5 * grad.norm() + 1e-7, name
 
-
 def test_the_losses_know_of_the_other_processes(two):
     """Contrast over half of the batch each, as without gathering, is another loss."""
     half = {k: v[::2] if torch.is_tensor(v) else v for k, v in batch_of(1).items()}
     alone = model_of(1).stage1_losses(half, 63, distributed.Distributed(), torch.Generator().manual_seed(3))
     assert abs(alone["vtc"].item() - two["1 False 1"][0]["vtc"]) > 0.05
-
 
 def test_recomputing_blocks_changes_nothing():
     plain = one_step(3, distributed.Distributed())
@@ -182,7 +170,6 @@ def test_recomputing_blocks_changes_nothing():
         again = one_step(3, distributed.Distributed())
     assert plain[0] == pytest.approx(again[0]) and all(torch.equal(plain[1][n], again[1][n]) for n in plain[1])
 
-
 def test_each_clip_is_in_one_part_of_one_process():
     dataset = range(64)
     joint = list(data.Sampler(dataset, 16))
@@ -194,7 +181,6 @@ def test_each_clip_is_in_one_part_of_one_process():
     with pytest.raises(ValueError, match="a batch of 6 cannot be shared evenly by 2 processes in 2 parts"):
         data.Sampler(dataset, 6, world_size=2, grad_accum=2)
 
-
 def test_a_text_without_video_loses_no_process():
     """Parts that a batch does not use keep grad None, or the optimizer would decay them."""
     model = model_of(3)
@@ -202,7 +188,6 @@ def test_a_text_without_video_loses_no_process():
     model.lm_loss({"ids": ids, "mask": torch.ones_like(ids), "labels": ids}).backward()
     lora_grads = [p.grad for name, p in model.named_parameters() if "lora_" in name]
     assert model.query_tokens.grad is None and lora_grads[0] is not None
-
 
 # ---- train.py under torchrun
 
@@ -217,7 +202,6 @@ def begun(world, tmp_path_factory):
         for stage in ("1", "2"):
             train.main(["--stage", stage, *options])
     return out
-
 
 def test_what_one_layout_writes_the_others_go_on_from(world, begun, tmp_path):
     """Two processes with FSDP2, stopped; two with DDP, stopped; one alone: the checkpoint is the same for all."""
@@ -235,7 +219,6 @@ def test_what_one_layout_writes_the_others_go_on_from(world, begun, tmp_path):
     assert parts.keys() == whole.keys()
     for name, t in whole.items():                                         # as near as sums in another order allow
         assert (parts[name] - t).norm() <= 5e-3 * t.norm() + 1e-4, name
-
 
 def test_refusals_are_told_once(world, begun, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "train.py"),

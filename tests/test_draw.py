@@ -11,7 +11,6 @@ from evaluation.tasks import TASKS
 from toy import draw, world
 from toy.things import PLACES, Object
 
-
 @pytest.mark.parametrize("task", [task.file for task in TASKS])
 def test_decord_reads_back_what_was_drawn(task, tmp_path):
     """Every frame, those that look like the one before as well, in its very colours."""
@@ -22,14 +21,12 @@ def test_decord_reads_back_what_was_drawn(task, tmp_path):
     assert len(reader) == 16 and reader.get_avg_fps() == pytest.approx(2)
     np.testing.assert_array_equal(reader.get_batch(range(16)).asnumpy(), drawn)
 
-
 def test_a_folder_of_jpegs_comes_at_three_frames_a_second(tmp_path):
     clip = {"objects": [], "background": ["white"] * 8 + ["black"] * 8}
     draw.write_frames(draw.render(clip), tmp_path / "clip")
     paths = sorted((tmp_path / "clip").iterdir())
     assert [path.name for path in paths] == [f"{i:05d}.jpg" for i in range(1, 25)]
     assert [np.asarray(Image.open(paths[i])).mean() > 128 for i in (0, 11, 12, 23)] == [True, True, False, False]
-
 
 def test_every_shape_and_place_is_drawn():
     """What the teacher has a class for changes the picture, and no two shapes look alike."""
@@ -38,7 +35,6 @@ def test_every_shape_and_place_is_drawn():
     clips += [{"objects": [], "background": [place]} for place in ("light", *draw.SCENERY)]
     assert len({draw.render(clip)[0].tobytes() for clip in clips}) == len(clips)
     assert set(draw.SCENERY) == {*PLACES, "dark"}
-
 
 def test_targets_name_the_thing_that_covers_a_patch():
     one = Object("square", "red", 12, 12, size=14)
@@ -53,7 +49,6 @@ def test_targets_name_the_thing_that_covers_a_patch():
     assert draw.token_targets(clip, patch=16, frames=[0, 9]).shape == (2, 9, 3)
     assert draw.token_targets(clip).shape == (16, 16, 3)  # patches of 12 units
 
-
 def test_a_spin_turns_the_mark_clockwise_on_the_screen():
     one = Object("circle", "red", 24, 24, size=24)
     one.perform("spins clockwise")
@@ -62,14 +57,12 @@ def test_a_spin_turns_the_mark_clockwise_on_the_screen():
     assert xs.mean() > 56 and abs(ys.mean() - 48) < 2           # from twelve o'clock to three
     assert one["angle"][:5] == [90, 90, 180, 180, 270]
 
-
 def test_a_thing_counts_from_a_tenth_of_a_patch():
     def classes(size):
         clip = {"objects": [Object("square", "red", 24, 24, size)], "background": ["light"] * 16}
         return draw.token_targets(clip, patch=48, frames=[0])[0, 0, 0]
 
     assert (classes(12), classes(24)) == (0, draw.COLOUR_CLASSES.index("red"))  # about 5 % and 20 % of 48 x 48
-
 
 def test_the_contact_sheet_is_a_picture(tmp_path):
     rows = list(world.sheet_rows())

@@ -17,7 +17,6 @@ from training.annotations import load_corpus
 from video import MediaError, Transform
 from vit_video import VisionTransformer
 
-
 @pytest.fixture
 def world(tmp_path):
     """Three clips of a grey bar on the move, and one file that is no video."""
@@ -31,18 +30,15 @@ def world(tmp_path):
     (tmp_path / "captions.json").write_text(json.dumps(entries))
     return tmp_path
 
-
 def clips(world, sampling="mvbench", crop=False, anno="captions.json"):
     cfg = PRESETS["micro"]()
     sources = load_corpus([[str(world / anno), str(world), "video"]])
     transform = Transform(cfg.vit.img_size, train=True, crop=crop)
     return data.VideoTextDataset(sources, cfg.align_frames, transform, sampling)
 
-
 def vit():
     torch.manual_seed(0)
     return VisionTransformer(PRESETS["micro"]().vit).eval()
-
 
 def test_features_are_the_vits_and_captions_stay_theirs(world, tmp_path):
     plain, kept, model = clips(world), clips(world), vit()
@@ -54,7 +50,6 @@ def test_features_are_the_vits_and_captions_stay_theirs(world, tmp_path):
         assert sample["text"] == f"clip {index}" and "video" not in sample
         torch.testing.assert_close(sample["features"], wanted, rtol=1e-3, atol=2e-3)   # kept in half precision
 
-
 def test_an_unreadable_clip_is_replaced_with_its_caption(world, tmp_path):
     kept = clips(world)
     kept.features = feature_cache.cache_features(vit(), kept, tmp_path / "kept", "cpu")
@@ -63,7 +58,6 @@ def test_an_unreadable_clip_is_replaced_with_its_caption(world, tmp_path):
     sample = kept[3]
     assert sample["text"] == "clip 0" and "3.gif" in sample["bad"][0]
     torch.testing.assert_close(sample["features"], kept[0]["features"])
-
 
 def test_what_lies_there_is_used_again_unless_something_changed(world, tmp_path):
     folder, model = tmp_path / "kept", vit()
@@ -82,7 +76,6 @@ def test_what_lies_there_is_used_again_unless_something_changed(world, tmp_path)
     seen.append(feature_cache.cache_features(model, clips(world), folder, "cpu")[path])
     assert not any(torch.allclose(a["features"], b["features"]) for a, b in pairwise(seen))
 
-
 def test_a_part_of_a_clip_is_refused_although_the_whole_is_kept(world, tmp_path):
     feature_cache.cache_features(vit(), clips(world), tmp_path / "kept", "cpu")
     entries = json.loads((world / "captions.json").read_text())
@@ -91,7 +84,6 @@ def test_a_part_of_a_clip_is_refused_although_the_whole_is_kept(world, tmp_path)
     cut = clips(world)
     with pytest.raises(ValueError, match="whole videos"):
         feature_cache.cache_features(vit(), cut, tmp_path / "kept", "cpu")
-
 
 @pytest.mark.parametrize("options", [{"sampling": "rand"}, {"sampling": "official"}, {"crop": True}])
 def test_clips_that_change_are_refused(world, tmp_path, options):

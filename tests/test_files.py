@@ -6,7 +6,6 @@ from torch import nn
 
 from infra import files
 
-
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     target = tmp_path / "run"
     with files.atomic_folder(target) as folder:
@@ -18,7 +17,6 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert (target / "a").read_text() == "first"
     assert [p.name for p in tmp_path.iterdir()] == ["run"]                 # nothing temporary is left
 
-
 def test_loading_names_everything_that_does_not_fit():
     module = nn.Linear(2, 3)
     message = r"1 missing \(bias\).*1 left over \(scale\).*weight \(5, 2\) instead of \(3, 2\)"
@@ -29,14 +27,12 @@ def test_loading_names_everything_that_does_not_fit():
     files.load_strict(module, tensors, "here", fresh=("bias",), dropped=("old",))
     assert torch.equal(module.weight, torch.ones(3, 2)) and torch.equal(module.bias, before)
 
-
 def test_a_truncated_file_is_an_error_that_names_it(tmp_path):
     path = tmp_path / "model.safetensors"
     files.save_tensors({"a": torch.ones(100)}, path)
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(ValueError, match="model.safetensors is damaged"):
         files.read_tensors(path)
-
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     files.write_json({"step": 1}, tmp_path / "state.json")
@@ -48,7 +44,6 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert files.read_json(tmp_path / "state.json") == {"step": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["state.json"]
 
-
 def test_both_kinds_of_files_give_back_what_was_saved(tmp_path):
     tensors = {"view": torch.arange(6.).view(2, 3).T, "half": torch.ones(2, dtype=torch.bfloat16)}
     for name in ("a.safetensors", "b.pth"):
@@ -57,7 +52,6 @@ def test_both_kinds_of_files_give_back_what_was_saved(tmp_path):
         assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[n], t) for n, t in tensors.items())
     torch.save({"model": {"module": tensors}, "epoch": 3}, tmp_path / "c.pth")     # as official files nest them
     assert files.read_tensors(tmp_path / "c.pth").keys() == tensors.keys()
-
 
 def test_a_fingerprint_is_of_names_shapes_and_values_and_stays_what_it_was():
     tensors = {"b": torch.arange(100.).view(10, 10), "a": torch.ones(3, dtype=torch.bfloat16)}

@@ -14,7 +14,6 @@ from weights import hf_llama
 
 TINY = LlamaConfig(vocab_size=40, width=16, depth=2, heads=2, kv_heads=1, ffn=32)
 
-
 def make(tmp_path, golden, seed=0, cfg=TINY):
     """A random LLM and its folder."""
     torch.manual_seed(seed)
@@ -23,16 +22,13 @@ def make(tmp_path, golden, seed=0, cfg=TINY):
         hf_llama.write_llm(llama, golden / "tokenizer.model", folder)
     return llama, tmp_path / f"llm{seed}"
 
-
 def logits(llama):
     ids = torch.arange(12).view(2, 6)
     return llama.lm_head(llama(llama.embed(ids)))
 
-
 def edit_config(folder, **changes):
     found = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**found, **changes}))
-
 
 # ---- formats ---------------------------------------------------------------------------------------------------------
 
@@ -43,7 +39,6 @@ def test_a_folder_survives_the_round_trip_and_transformers_reads_it(tmp_path, go
     torch.testing.assert_close(logits(again), logits(llama))
     theirs = transformers.LlamaForCausalLM.from_pretrained(folder).eval()
     torch.testing.assert_close(theirs(torch.arange(12).view(2, 6)).logits, logits(llama), atol=1e-5, rtol=1e-4)
-
 
 def reshape(folder, kind, parts):
     """Writes the folder's weights anew: as one file or several, safetensors or PyTorch's."""
@@ -59,7 +54,6 @@ def reshape(folder, kind, parts):
         save({name: tensors[name] for name in names if where[name] == file}, folder / file)
     (folder / f"{stem}.{kind}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
-
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 @pytest.mark.parametrize("parts", [1, 3])
 def test_single_files_and_shards_of_both_kinds(tmp_path, golden, kind, parts):
@@ -69,7 +63,6 @@ def test_single_files_and_shards_of_both_kinds(tmp_path, golden, kind, parts):
     again, _ = hf_llama.load_llm(folder)
     torch.testing.assert_close(logits(again), logits(llama))
     assert hf_llama.inspect_llm(folder) == (TINY, mark)                       # the same LLM, however it is cut
-
 
 def test_a_missing_shard_and_a_torn_one_are_named(tmp_path, golden):
     _, folder = make(tmp_path, golden)
@@ -83,7 +76,6 @@ def test_a_missing_shard_and_a_torn_one_are_named(tmp_path, golden):
     with pytest.raises(FileNotFoundError, match="lacks 1 of its 3 shards: model-00002-of-00003.safetensors"):
         hf_llama.load_llm(folder)
 
-
 def test_a_pickle_that_would_run_code_does_not(tmp_path, golden):
     _, folder = make(tmp_path, golden)
     tensors = files.read_tensors(folder / "model.safetensors")
@@ -93,14 +85,12 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path, golden):
         hf_llama.load_llm(folder)
     assert not (tmp_path / "sprung").exists()
 
-
 class Trap:
     def __init__(self, path):
         self.path = path
 
     def __reduce__(self):
         return open, (str(self.path), "w")
-
 
 # ---- architectures ---------------------------------------------------------------------------------------------------
 
@@ -125,7 +115,6 @@ def test_whatever_is_of_llama_s_architecture_gives_transformers_numbers(tmp_path
         wanted = theirs(torch.arange(12).view(2, 6)).logits
         torch.testing.assert_close(logits(again), wanted, atol=1e-5, rtol=1e-4)
 
-
 @pytest.mark.parametrize("changes, message", [
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling 'linear', which is not implemented"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling 'llama3', which is not implemented"),
@@ -139,12 +128,10 @@ def test_what_would_give_other_numbers_is_refused_by_name(tmp_path, golden, chan
     with pytest.raises(ValueError, match=message):
         hf_llama.llm_config(folder)
 
-
 def test_mistral_s_window_is_the_longest_input(tmp_path, golden):
     _, folder = make(tmp_path, golden)
     edit_config(folder, model_type="mistral", sliding_window=128)
     assert hf_llama.llm_config(folder).max_positions == 128
-
 
 def test_other_sizes_than_config_says_are_listed(tmp_path, golden):
     _, folder = make(tmp_path, golden)
@@ -155,7 +142,6 @@ def test_other_sizes_than_config_says_are_listed(tmp_path, golden):
     with pytest.raises(ValueError, match="6 of another shape"):
         hf_llama.inspect_llm(folder)
 
-
 def test_a_raw_delta_is_recognised(tmp_path, golden):
     llama, folder = make(tmp_path, golden)
     with torch.no_grad():
@@ -165,14 +151,12 @@ def test_a_raw_delta_is_recognised(tmp_path, golden):
         with pytest.raises(ValueError, match="looks like a raw delta.*apply_delta"):
             read(folder)
 
-
 def test_a_folder_without_sentencepiece_says_so(tmp_path, golden):
     _, folder = make(tmp_path, golden)
     (folder / "tokenizer.model").unlink()
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="tokenizer.json alone is not read"):
         hf_llama.load_llm(folder)
-
 
 # ---- into the model --------------------------------------------------------------------------------------------------
 
@@ -190,7 +174,6 @@ def test_lora_and_what_lies_on_the_meta_device(tmp_path, golden):
     hf_llama.load_llm_weights(empty, folder)
     torch.testing.assert_close(logits(empty), logits(llama))               # B is zero: LoRA changes nothing yet
 
-
 MEASURE = """
 import sys
 import torch
@@ -206,7 +189,6 @@ hf_llama.load_llm_weights(llama, sys.argv[1], dtype=torch.float16)
 model = sum(p.numel() * p.element_size() for p in llama.parameters()) / 2**20
 print(memory_of() - before, model)
 """
-
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_reading_takes_the_model_and_one_shard(tmp_path, golden, kind):

@@ -7,7 +7,6 @@ from llama import Llama, LlamaConfig
 from lora import LoRALinear, add_lora
 from weights.int8 import Int8Linear, quantize_int8
 
-
 def test_rows_are_scaled_apart_and_rounded_to_half_a_step():
     torch.manual_seed(0)
     linear = nn.Linear(64, 8, bias=True)
@@ -20,12 +19,10 @@ def test_rows_are_scaled_apart_and_rounded_to_half_a_step():
     x = torch.randn(3, 64)
     torch.testing.assert_close(narrow(x), x @ (narrow.weight * narrow.scale[:, None]).T + linear.bias)
 
-
 def test_a_row_of_zeros_stays_zero():
     linear = nn.Linear(4, 2, bias=False)
     nn.init.zeros_(linear.weight)
     assert torch.equal(Int8Linear(linear)(torch.randn(3, 4)), torch.zeros(3, 2))
-
 
 def test_large_outputs_do_not_overflow_in_float16():
     """LLaMA has channels in the hundreds; the sum before scaling is 127 / max|W| times larger."""
@@ -33,7 +30,6 @@ def test_large_outputs_do_not_overflow_in_float16():
     nn.init.constant_(linear.weight, 0.05)
     y = Int8Linear(linear)(torch.full((1, 64), 100.0).half())
     assert y.item() == pytest.approx(320, rel=0.01)
-
 
 def test_the_gradient_is_that_of_the_rounded_weight():
     torch.manual_seed(0)
@@ -43,14 +39,12 @@ def test_the_gradient_is_that_of_the_rounded_weight():
     torch.testing.assert_close(x.grad, grad @ (narrow.weight * narrow.scale[:, None]))
     assert narrow.weight.grad is None
 
-
 def test_autograd_keeps_the_narrow_weight_only():
     """Keeping each layer's widened weight until the backward pass would cost more than 8 bits save."""
     narrow, kept = Int8Linear(nn.Linear(256, 256, bias=False)), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         narrow(torch.randn(1, 256, requires_grad=True))
     assert sum(t.numel() * t.element_size() for t in kept) == 256 * 256 + 256 * 4
-
 
 def test_a_llama_in_8_bits_says_nearly_the_same():
     torch.manual_seed(0)
@@ -67,7 +61,6 @@ def test_a_llama_in_8_bits_says_nearly_the_same():
     assert 0 < (after - before).std() / before.std() < 0.03
     with torch.autocast("cpu", torch.bfloat16):
         assert llama.model["layers"][0].mlp.up_proj(torch.randn(1, 64)).dtype == torch.bfloat16
-
 
 def test_lora_is_not_merged_into_8_bits():
     layer = LoRALinear(Int8Linear(nn.Linear(8, 8, bias=False)), 2, 4)

@@ -36,25 +36,20 @@ FORBIDDEN = {  # names that a reader cannot look up: use the field's terms
     "told", "said", "seen", "look", "asked", "found", "own", "some", "keep", "kept", "hold", "spread", "whole",
     "thrice", "begun", "goes_on", "wanted", "given", "mine", "who", "here", "mark"}
 
-
 def sources():
     """Every .py file that is not a test, as a path from the project's root."""
     files = [*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))]
     return sorted(path.relative_to(ROOT).as_posix() for path in files)
 
-
 def lines_of(name):
     return (ROOT / name).read_text(encoding="utf-8").splitlines()
-
 
 def tree_of(name):
     return ast.parse((ROOT / name).read_text(encoding="utf-8"), name)
 
-
 def room_of(name):
     """llama.py -> llama; weights/int8.py -> weights."""
     return name.split("/")[0].removesuffix(".py")
-
 
 def imports_of(name):
     """(line, module) of every import in a file, also of those inside functions."""
@@ -64,10 +59,8 @@ def imports_of(name):
         elif isinstance(node, ast.ImportFrom):
             yield node.lineno, "." * node.level + (node.module or "")
 
-
 def functions_of(name):
     return [node for node in ast.walk(tree_of(name)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-
 
 def names_bound_in(name):
     """(line, identifier) of every variable, parameter and function that a file names."""
@@ -79,12 +72,10 @@ def names_bound_in(name):
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node.lineno, node.name
 
-
 def fail_if(faults, hint=""):
     """Fails with one fault a line, and no traceback."""
     if faults:
         pytest.fail("\n  ".join([f"{len(faults)} to mend", *faults]) + f"\n{hint}", pytrace=False)
-
 
 # ---- who imports whom ------------------------------------------------------------------------------------------------
 
@@ -96,7 +87,6 @@ def test_imports_follow_the_rule(name):
     faults = [f"{name}:{line} imports {module}" for line, module in imports_of(name) if module.split(".")[0] in refused]
     fail_if(faults, f"{room} may import: {', '.join(sorted(may - {room})) or 'nothing of ours'}")
 
-
 def test_the_rule_has_no_circle():
     """In some order of the rooms each imports only what comes before it; toy and bench are imported by none."""
     left = dict(MAY_IMPORT)
@@ -105,29 +95,24 @@ def test_the_rule_has_no_circle():
     assert not left, f"{', '.join(left)} wait for each other"
     assert all(not may & {"toy", "bench"} for may in MAY_IMPORT.values())
 
-
 # ---- what lies where -------------------------------------------------------------------------------------------------
 
 def test_twelve_files_at_top_level():
     present = {path.stem for path in ROOT.glob("*.py")}
     assert present == TOP, f"to move: {sorted(present - TOP)}; missing: {sorted(TOP - present)}"
 
-
 def test_code_lies_in_the_seven_rooms():
     folders = {path.parent.name for path in ROOT.glob("*/*.py")} - {"tests"}
     assert folders == ROOMS, f"not a room: {sorted(folders - ROOMS)}; missing: {sorted(ROOMS - folders)}"
-
 
 @pytest.mark.parametrize("room", sorted(ROOMS))
 def test_a_room_says_what_it_is_for_and_who_may_enter(room):
     tree = tree_of(f"{room}/__init__.py")
     assert ast.get_docstring(tree) and len(tree.body) == 1, f"{room}/__init__.py must hold a docstring and nothing else"
 
-
 @pytest.mark.parametrize("name", sources())
 def test_a_file_opens_with_a_docstring(name):
     assert ast.get_docstring(tree_of(name)), f"{name} does not say what it is"
-
 
 # ---- how large -------------------------------------------------------------------------------------------------------
 
@@ -136,7 +121,6 @@ def test_files_keep_to_their_size():
               if len(lines_of(name)) > LINES.get(name, LONGEST_FILE)]
     fail_if(faults)
 
-
 @pytest.mark.parametrize("what, limit", [("top level", TOP_LEVEL), ("everything", EVERYTHING)])
 def test_the_house_keeps_to_its_size(what, limit):
     size = {name: len(lines_of(name)) for name in sources() if what == "everything" or "/" not in name}
@@ -144,7 +128,6 @@ def test_the_house_keeps_to_its_size(what, limit):
     assert sum(size.values()) <= limit, (
         f"{sum(size.values()):,} lines, {sum(size.values()) - limit:,} over the limit of {limit:,}; the largest: "
         + ", ".join(f"{name} {lines}" for name, lines in largest))
-
 
 @pytest.mark.parametrize("name", sources())
 def test_functions_are_short_or_have_paragraphs(name):
@@ -157,7 +140,6 @@ def test_functions_are_short_or_have_paragraphs(name):
         if size > PARAGRAPH and not any(not line or line.startswith("#") for line in body):
             faults.append(f"{place}: {size} lines without a paragraph: a blank line, and a comment that says why")
     fail_if(faults)
-
 
 # ---- names -----------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,6 @@ from llama import KVCache, Llama, LlamaConfig, apply_rope, attention_mask
 
 SIZES = dict(vocab_size=97, width=32, depth=3, heads=4, ffn=56, max_positions=64)
 
-
 def make(kv_heads=4, rope_theta=1e4, **options):
     """Ours and transformers' LLaMA with the same random weights, large enough that every part matters."""
     torch.manual_seed(0)
@@ -26,7 +25,6 @@ def make(kv_heads=4, rope_theta=1e4, **options):
     reference.load_state_dict(ours.state_dict())        # strict: the names are the same
     return ours, reference
 
-
 def prompts(lengths=(7, 7), side="left"):
     """ids and mask (B, S) of random prompts, padded on one side."""
     S = max(lengths)
@@ -36,10 +34,8 @@ def prompts(lengths=(7, 7), side="left"):
     mask = column >= pad if side == "left" else column < S - pad                # (B, S)
     return ids * mask, mask.long()
 
-
 def logits(model, ids, mask=None, cache=None):
     return model.lm_head(model(model.embed(ids), mask, cache))
-
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("rope_theta", [1e4, 1e6])
@@ -48,7 +44,6 @@ def test_logits_equal_transformers(kv_heads, rope_theta):
     ids, _ = prompts((17, 17))
     with torch.no_grad():
         assert_close(logits(ours, ids), reference(ids).logits, atol=1e-4, rtol=1e-4)
-
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_batches_equal_transformers(side):
@@ -59,7 +54,6 @@ def test_padded_batches_equal_transformers(side):
         expected = reference(ids, attention_mask=mask, position_ids=positions).logits
         assert_close(logits(ours, ids, mask)[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=1e-4)
 
-
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_greedy_tokens_equal_transformers(kv_heads):
     ours, reference = make(kv_heads)
@@ -67,13 +61,11 @@ def test_greedy_tokens_equal_transformers(kv_heads):
     expected = reference.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)[:, ids.shape[1]:]
     assert ours.generate(ours.embed(ids), mask, max_new_tokens=12) == expected.tolist()
 
-
 def test_padding_in_the_middle_leaves_no_gap():
     ours, _ = make()
     ids, _ = prompts((6,))
     gap, mask = torch.cat((ids[:, :4], ids[:, :1], ids[:, 4:]), 1), torch.tensor([[1, 1, 1, 1, 0, 1, 1]])
     assert_close(logits(ours, gap, mask)[mask.bool()], logits(ours, ids)[0], atol=1e-4, rtol=1e-4)
-
 
 def test_greedy_tokens_without_a_cache_are_the_same():
     ours, _ = make(kv_heads=2)
@@ -84,7 +76,6 @@ def test_greedy_tokens_without_a_cache_are_the_same():
         assert new.tolist() == [row[step] for row in cached]
         ids, mask = torch.cat((ids, new[:, None]), 1), torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
 
-
 @pytest.mark.parametrize("cuts", [(0, 5, 9), (0, 1, 2, 3, 9), (0, 9)])
 def test_a_cache_in_pieces_equals_one_pass(cuts):
     ours, _ = make(kv_heads=2)
@@ -92,7 +83,6 @@ def test_a_cache_in_pieces_equals_one_pass(cuts):
     cache = KVCache(depth=3)
     pieces = [logits(ours, ids[:, a:b], mask[:, a:b], cache) for a, b in pairwise(cuts)]
     assert_close(torch.cat(pieces, 1)[mask.bool()], logits(ours, ids, mask)[mask.bool()], atol=1e-4, rtol=1e-4)
-
 
 def test_a_cache_whose_rows_are_taken_and_whose_tokens_are_hidden_equals_one_pass():
     """Two prompts begin alike: the beginning is read once, and a word that was tried in vain leaves no trace."""
@@ -110,7 +100,6 @@ def test_a_cache_whose_rows_are_taken_and_whose_tokens_are_hidden_equals_one_pas
         assert_close(ours.lm_head(last[:, 0]), logits(ours, ids)[:, -1], atol=1e-4, rtol=1e-4)
         assert cache.select_rows([1]).mask.tolist() == [[1] * 7 + [0, 1, 1]] and head.mask.shape == (1, 4)
 
-
 @pytest.mark.parametrize("last", [0, 1, 2, 9])
 def test_the_last_tokens_alone_are_what_they_are_among_all(last):
     ours, _ = make(kv_heads=2)
@@ -118,14 +107,12 @@ def test_the_last_tokens_alone_are_what_they_are_among_all(last):
     found = ours(ours.embed(ids), mask, logits_to_keep=last)
     assert_close(found, ours(ours.embed(ids), mask)[:, 9 - last:], atol=1e-5, rtol=1e-5)
 
-
 def test_a_row_of_a_batch_is_what_it_is_alone():
     ours, _ = make()
     ids, mask = prompts((9, 4, 1))
     together = ours.generate(ours.embed(ids), mask, max_new_tokens=8)
     for row, n in enumerate((9, 4, 1)):
         assert ours.generate(ours.embed(ids[row:row + 1, -n:]), max_new_tokens=8) == [together[row]]
-
 
 def test_gradients_equal_transformers_with_and_without_checkpointing():
     ids, mask = prompts((9, 4))
@@ -138,7 +125,6 @@ def test_gradients_equal_transformers_with_and_without_checkpointing():
         for name, p in ours.named_parameters():
             assert_close(p.grad, expected[name].grad, atol=1e-4, rtol=1e-4)
 
-
 def test_left_padding_gives_no_nan_gradients():
     """A row of padding that may see nothing is a softmax over nothing: NaN, which spoils every gradient."""
     ours, _ = make()
@@ -147,7 +133,6 @@ def test_left_padding_gives_no_nan_gradients():
     hidden.sum().backward()
     assert hidden.isfinite().all()
     assert all(p.grad is None or p.grad.isfinite().all() for p in ours.parameters())
-
 
 def test_no_dense_mask_where_causality_is_enough():
     right, left = torch.tensor([[1, 1, 1], [1, 0, 0]]), torch.tensor([[1, 1, 1], [0, 0, 1]])
@@ -164,12 +149,10 @@ def test_no_dense_mask_where_causality_is_enough():
     assert visible(left, s=1)[:, 0, 0].tolist() == [[1, 1, 1], [0, 0, 1]]
     assert visible(torch.ones(1, 3), s=2)[0, 0].tolist() == [[1, 1, 0], [1, 1, 1]]
 
-
 def test_a_quarter_turn_by_hand():
     # channels (0, 2) and (1, 3) are the pairs; turning (1, 0) by 90 degrees gives (0, 1)
     x = torch.tensor([[[[1.0, 0.0, 0.0, 0.0]]]])
     assert apply_rope(x, torch.zeros(4), torch.ones(4)).flatten().tolist() == [0.0, 0.0, 1.0, 0.0]
-
 
 def test_every_row_stops_by_itself():
     ours, _ = make()
@@ -181,7 +164,6 @@ def test_every_row_stops_by_itself():
     two = ours.generate(ours.embed(ids), mask, max_new_tokens=8, stop=lambda new: len(new) == 2)
     assert two == [row[:2] for row in free]
 
-
 def test_sampling_repeats_with_the_same_seed():
     ours, _ = make()
     embeds = ours.embed(prompts()[0])
@@ -189,19 +171,16 @@ def test_sampling_repeats_with_the_same_seed():
             for seed in (3, 3, 4)]
     assert draw[0] == draw[1] != draw[2]
 
-
 def test_bfloat16_stays_bfloat16():
     ours, _ = make(kv_heads=2)
     ours.bfloat16()
     assert ours(ours.embed(prompts()[0])).dtype == torch.bfloat16
-
 
 def test_real_size_has_the_official_number_of_parameters():
     with torch.device("meta"):
         llm = Llama(LlamaConfig())
     assert sum(p.numel() for p in llm.parameters()) == 6_738_415_616
     assert len(llm.state_dict()) == 291
-
 
 def test_errors_name_the_numbers():
     ours, _ = make()

@@ -9,7 +9,6 @@ from torch.testing import assert_close
 
 from lora import LoRALinear, add_lora, merge_lora
 
-
 class Toy(nn.Module):
     """Two blocks of three Linears, one with a bias."""
     def __init__(self):
@@ -24,11 +23,9 @@ class Toy(nn.Module):
             x = x + block["mlp"](torch.tanh(block["q_proj"](x)) * block["v_proj"](x))
         return self.lm_head(x)
 
-
 def lora_state(module):
     """{name: parameter} of the updates alone."""
     return {name: p for name, p in module.named_parameters() if "lora_" in name}
-
 
 def make(names=("q_proj", "v_proj", "lm_head"), r=3, alpha=12, dropout=0.0):
     """A toy with LoRA whose B is no longer zero, the toy before, and an input."""
@@ -41,7 +38,6 @@ def make(names=("q_proj", "v_proj", "lm_head"), r=3, alpha=12, dropout=0.0):
             nn.init.normal_(p)
     return ours, plain, torch.randn(5, 6)
 
-
 def make_peft(plain, ours, names=("q_proj", "v_proj", "lm_head"), r=3, alpha=12):
     """peft's wrapping of the same toy, with our updates under its names."""
     reference = get_peft_model(copy.deepcopy(plain), LoraConfig(r=r, lora_alpha=alpha, target_modules=list(names)))
@@ -50,7 +46,6 @@ def make_peft(plain, ours, names=("q_proj", "v_proj", "lm_head"), r=3, alpha=12)
         if "lora_" in name:
             theirs[f"base_model.model.{name.replace('.weight', '.default.weight')}"].data.copy_(p.data)
     return reference
-
 
 def test_outputs_and_gradients_equal_peft():
     ours, plain, x = make()
@@ -65,7 +60,6 @@ def test_outputs_and_gradients_equal_peft():
     for name in trained:
         assert_close(trained[name], expected[name])
 
-
 def test_merged_weights_equal_peft_and_give_the_same_outputs():
     ours, plain, x = make()
     expected_weights = make_peft(plain, ours).merge_and_unload().state_dict()
@@ -78,7 +72,6 @@ def test_merged_weights_equal_peft_and_give_the_same_outputs():
         assert_close(weight, expected_weights[name])
     assert not any(isinstance(part, LoRALinear) for part in ours.modules())
 
-
 def test_the_update_by_hand():
     layer = LoRALinear(nn.Linear(2, 1, bias=False), r=1, alpha=2)
     with torch.no_grad():
@@ -88,7 +81,6 @@ def test_the_update_by_hand():
     # W x = 3, A x = 7, B A x = 35, times alpha / r = 2
     assert layer(torch.ones(2)).item() == 3 + 2 * 35
     assert layer.merged().weight.tolist() == [[1 + 2 * 15, 2 + 2 * 20]]
-
 
 def test_at_the_start_nothing_changes_and_only_the_update_trains():
     torch.manual_seed(0)
@@ -100,19 +92,16 @@ def test_at_the_start_nothing_changes_and_only_the_update_trains():
     assert all(block["q_proj"].base.weight.grad is None for block in ours.blocks)
     assert [p.grad is not None for p in lora_state(ours).values()] == [True] * 4
 
-
 def test_names_and_state():
     ours, _, _ = make(["v_proj"])
     assert list(lora_state(ours)) == [f"blocks.{i}.v_proj.lora_{m}.weight" for i in (0, 1) for m in "AB"]
     assert "blocks.0.v_proj.base.weight" in ours.state_dict()
     assert sum(p.numel() for p in lora_state(ours).values()) == 2 * (3 * 6 + 6 * 3)
 
-
 def test_dropout_only_in_training():
     ours, _, x = make(dropout=0.5)
     assert not torch.equal(ours.train()(x), ours(x))
     assert torch.equal(ours.eval()(x), ours(x))
-
 
 def test_a_bfloat16_base_keeps_a_float32_update():
     torch.manual_seed(0)
@@ -122,7 +111,6 @@ def test_a_bfloat16_base_keeps_a_float32_update():
     assert toy(torch.randn(5, 6).bfloat16()).dtype == torch.bfloat16
     merge_lora(toy)
     assert toy.blocks[0]["q_proj"].weight.dtype == torch.bfloat16
-
 
 def test_a_misspelt_name_is_refused_before_anything_is_wrapped():
     toy = Toy()

@@ -30,7 +30,6 @@ OFFICIAL_TOTAL = {
     3: 7_222_628_096,
 }
 
-
 def micro(stage, **changes):
     """A micro model in which every weight counts: zeros (extra queries, vision_temp_embed, LoRA's B) are filled."""
     torch.manual_seed(0)
@@ -45,10 +44,8 @@ def micro(stage, **changes):
                 p.normal_(std=0.1)
     return model.eval()
 
-
 def pixels(model, B=B, T=4):
     return torch.randn(B, T, 3, model.cfg.vit.img_size, model.cfg.vit.img_size)
-
 
 def batch_of(model, start=2):
     """Right-padded prompts of 14, 15 and 16 ids; the slot begins at `start`, the last four ids of each are labels."""
@@ -62,7 +59,6 @@ def batch_of(model, start=2):
     return {"video": pixels(model), "ids": ids, "labels": labels, "mask": mask,
             "instruction_ids": torch.randint(5, 80, (B, 6)), "instruction_mask": torch.ones(B, 6, dtype=torch.long)}
 
-
 # ------------------------------------------------------------------------------------------ sizes, and what trains when
 
 def test_a_config_of_an_older_checkpoint_is_read_under_its_old_names():
@@ -75,18 +71,15 @@ def test_a_config_of_an_older_checkpoint_is_read_under_its_old_names():
     assert (stored["style"], stored["tell_seconds"], stored["train_choice"]) == ("mistral", False, "mvbench")
     assert Config.from_dict(stored) == cfg
 
-
 def test_a_config_with_an_unknown_field_is_refused():
     with pytest.raises(ValueError, match="LlamaConfig has no option n_layers"):
         Config.from_dict({"llama": {"n_layers": 2}})
-
 
 def test_presets_are_independent_of_each_other():
     """Sizes that the toy's tokenizers decide are filled in; the next Config must not have them."""
     for name, make in PRESETS.items():
         make().llama.vocab_size = 1
         assert make().llama.vocab_size != 1 and make().preset == name
-
 
 @pytest.mark.parametrize("stage", (1, 2, 3))
 def test_parts_have_the_official_parameter_counts(stage):
@@ -98,7 +91,6 @@ def test_parts_have_the_official_parameter_counts(stage):
     totals = {part: total for part, total, _ in rows}
     assert sum(totals.values()) == OFFICIAL_TOTAL[stage] and totals["vision_encoder"] == 290_477_056
     assert totals.get("llama_model", 0) == (6_738_415_616 if stage > 1 else 0)
-
 
 @pytest.mark.parametrize("stage", (1, 2, 3))
 def test_what_is_set_to_train_gets_a_gradient_and_nothing_else_does(stage):
@@ -120,7 +112,6 @@ def test_what_is_set_to_train_gets_a_gradient_and_nothing_else_does(stage):
         assert total == sum(p.numel() for p in params.values())
         assert trained == sum(p.numel() for p in params.values() if p.requires_grad)
 
-
 # --------------------------------------------------------------------------------------------------- what the LLM reads
 
 def test_splice_puts_video_tokens_into_their_places_in_order():
@@ -137,7 +128,6 @@ def test_splice_puts_video_tokens_into_their_places_in_order():
     words = ids != VIDEO
     assert torch.equal(embeds[words], model.llama_model.embed(ids[words]))
 
-
 def test_queries_read_video_and_instruction_and_are_as_many_as_the_slot():
     model = micro(3)
     batch = batch_of(model)
@@ -148,7 +138,6 @@ def test_queries_read_video_and_instruction_and_are_as_many_as_the_slot():
     other = model.video_tokens(vision.roll(1, 0), batch["instruction_ids"], batch["instruction_mask"])
     assert not torch.allclose(tokens, other, atol=1e-4)
 
-
 @pytest.mark.parametrize("stage", (2, 3))
 def test_an_image_is_a_video_of_one_frame(stage):
     model = micro(stage)
@@ -157,7 +146,6 @@ def test_an_image_is_a_video_of_one_frame(stage):
     assert model.encode_video(image).shape == (B, L, model.cfg.vit.width)
     assert model.encode_video(pixels(model)).shape == (B, 4 * L, model.cfg.vit.width)
     assert model.lm_loss(batch_of(model) | {"video": image}).isfinite()
-
 
 def test_align_takes_images_and_repeats_them_for_each_temporal_embedding():
     model = micro(1)
@@ -170,7 +158,6 @@ def test_align_takes_images_and_repeats_them_for_each_temporal_embedding():
     one = model.vision_encoder(image)                                      # (B, 1, L, C)
     frames = [one[:, 0] + model.vision_temp_embed[:, t] for t in range(4)]  # 4 x (B, L, C)
     torch.testing.assert_close(seen[0], torch.cat(frames, 1))
-
 
 # ------------------------------------------------------------------------------------------------------------- the loss
 
@@ -190,7 +177,6 @@ def test_loss_is_the_cross_entropy_of_the_label_positions():
     for one, other in zip(*(torch.autograd.grad(loss, trained) for loss in (own, by_hand)), strict=True):
         torch.testing.assert_close(one, other)
 
-
 def test_left_padding_does_not_change_the_answer():
     """Prompts of different lengths are answered together: the short one as if it were alone."""
     model = micro(3)
@@ -204,7 +190,6 @@ def test_left_padding_does_not_change_the_answer():
     assert rows == rows_padded and len(rows[0]) == 4
     torch.testing.assert_close(llm(padded, mask, logits_to_keep=1), llm(embeds, logits_to_keep=1))
 
-
 def test_a_batch_of_text_alone_needs_no_video():
     model = micro(3)
     batch = batch_of(model)
@@ -213,7 +198,6 @@ def test_a_batch_of_text_alone_needs_no_video():
     model.lm_loss(text).backward()
     assert any(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if "lora_" in n)
     assert model.llama_proj.weight.grad is None or not model.llama_proj.weight.grad.any()
-
 
 def test_a_batch_without_labels_has_loss_zero_and_gradient_zero():
     """Truncation can cut every answer of a batch; the official loss is then NaN and would spoil every weight."""
@@ -224,7 +208,6 @@ def test_a_batch_without_labels_has_loss_zero_and_gradient_zero():
     assert loss.item() == 0
     loss.backward()
     assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
-
 
 def test_the_toy_s_queries_differ_before_training():
     """At the full strength of every branch, 4 layers made 16 queries one: their mean cosine was 0.9."""

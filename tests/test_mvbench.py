@@ -35,29 +35,24 @@ from weights.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 
-
 def test_the_table_is_the_paper_s():
     assert len(TASKS) == 20
     assert " ".join(task.short for task in TASKS) == "AS AP AA FA UA OE OI OS MD AL ST AC MC MA SC FP CO EN ER CI"
     assert [task.short for task in TASKS if task.bound] == ["AS", "AP", "OI", "AL", "ER"]
     assert len(TVBENCH.tasks) == 10 and [task.short for task in TVBENCH.tasks if task.bound] == ["AS", "AL"]
 
-
 def question(**changes):
     return {"task": "Action Count", "index": 0, "video": "a.gif", "media": "a.gif", "bound": None,
             "question": "How often?", "candidates": ["2", "3", "4"], "answer": "3", **changes}
-
 
 def test_of_equal_candidates_the_last_one_counts():
     assert letter_of(question()) == "B"
     assert letter_of(question(candidates=["3", "3", "4"])) == "B"
 
-
 def test_options_move_on_and_the_key_with_them():
     turned = rotate_options(question(), 1)
     assert turned["candidates"] == ["3", "4", "2"] and letter_of(turned) == "A" and turned["shift"] == 1
     assert key_of(turned) == ("Action Count", 0, 1) != key_of(question())
-
 
 @pytest.mark.parametrize("broken, message", [
     ({"candidates": ["3"]}, "entry 0: missing or malformed candidates"),
@@ -71,13 +66,11 @@ def test_malformed_entries_are_named(tmp_path, broken, message):
     with pytest.raises(ValueError, match=message):
         load_questions(tmp_path, ["Action Count"])
 
-
 def test_unknown_tasks_and_missing_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="no task Juggling"):
         load_questions(tmp_path, ["Juggling"])
     with pytest.raises(FileNotFoundError, match="action_count.json does not exist"):
         load_questions(tmp_path, ["Action Count"])
-
 
 def test_which_version_of_mvbench_it_is(tmp_path):
     (tmp_path / "json").mkdir()
@@ -95,7 +88,6 @@ def test_which_version_of_mvbench_it_is(tmp_path):
     (tmp_path / "json" / "action_sequence.json").write_text("[]")
     assert describe(tmp_path)[1].startswith("3,800 questions: none of MVBench's published versions")
 
-
 def test_wrong_options_are_named(capsys):
     for argv, message in ((["--controls", "blank,dark"], "knows no dark: choose among blank, noise"),
                           (["--decode", "letter", "--no-answer-prompt"], "needs the answer prompt"),
@@ -104,17 +96,14 @@ def test_wrong_options_are_named(capsys):
             mvbench.parse(["--ckpt", "x", *argv])
         assert message in capsys.readouterr().err
 
-
 # ---- the same answers, however they are come by ----------------------------------------------------------------------
 
 def run(ckpt, tree, out, *more):
     mvbench.main(["--ckpt", str(ckpt), "--data", str(tree), "--out", str(out), "--workers", "0", *more])
     return files(out)
 
-
 def files(out):
     return {path.name: path.read_bytes() for path in sorted(out.rglob("predictions*.jsonl"))}
-
 
 def same(one, other):
     """The same predictions; probabilities up to the last of the four digits that are kept."""
@@ -125,11 +114,9 @@ def same(one, other):
             assert a.pop("letter_probabilities") == pytest.approx(b.pop("letter_probabilities"), abs=2e-4)
             assert a == b
 
-
 ALL = ("--controls", "all", "--permute")
 NAMES = {"predictions.jsonl"} | {f"predictions.{name}.jsonl"
                                  for name in ("blank", "noise", "single", "shuffle", "reverse", "permute")}
-
 
 @pytest.fixture(scope="module")
 def whole_run(ckpt, tree, tmp_path_factory):
@@ -138,12 +125,10 @@ def whole_run(ckpt, tree, tmp_path_factory):
     run(ckpt, tree, out, *ALL)
     return out
 
-
 @pytest.fixture(scope="module")
 def whole(whole_run):
     """Its predictions."""
     return files(whole_run)
-
 
 def test_every_way_of_asking_has_its_file_in_the_benchmark_s_order(whole, tree):
     assert whole.keys() == NAMES
@@ -152,19 +137,16 @@ def test_every_way_of_asking_has_its_file_in_the_benchmark_s_order(whole, tree):
         keys = [key_of(json.loads(line)) for line in data.splitlines()]
         assert keys == ([(*key[:2], shift) for key in order for shift in (1, 2)] if "permute" in name else order)
 
-
 @pytest.mark.parametrize("batch", ["1", "7"])
 def test_any_batch(whole, ckpt, tree, tmp_path, batch):
     found = run(ckpt, tree, tmp_path, "--controls", "noise,shuffle", "--permute", "--batch", batch)
     assert len(found) == 4
     same({name: whole[name] for name in found}, found)
 
-
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
-
 
 def start(ckpt, tree, out, *more, rank=None, port=0):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -175,11 +157,9 @@ def start(ckpt, tree, out, *more, rank=None, port=0):
     return subprocess.Popen([*map(str, command), *more], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             preexec_fn=hear_ctrl_c, start_new_session=True)
 
-
 def hear_ctrl_c():
     """Even where these tests run in the background of a shell, which has them ignore it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
 
 def test_two_processes(whole, ckpt, tree, tmp_path):
     port = free_port()
@@ -190,9 +170,7 @@ def test_two_processes(whole, ckpt, tree, tmp_path):
     same(whole, files(tmp_path))
     assert not list(tmp_path.glob("*rank*"))
 
-
 SMALL = ("--controls", "reverse", "--batch", "2", "--limit", "1")
-
 
 @pytest.fixture(scope="module")
 def undisturbed(ckpt, tree, tmp_path_factory):
@@ -200,7 +178,6 @@ def undisturbed(ckpt, tree, tmp_path_factory):
     process = start(ckpt, tree, out, *SMALL)
     assert process.communicate(timeout=120) and process.returncode == 0
     return files(out)
-
 
 @pytest.mark.parametrize("how, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_killed_at_any_question_and_started_again(undisturbed, ckpt, tree, tmp_path, how, code):
@@ -219,7 +196,6 @@ def test_killed_at_any_question_and_started_again(undisturbed, ckpt, tree, tmp_p
     assert process.returncode == 0, err.decode()
     assert files(tmp_path / "killed") == undisturbed
 
-
 def test_cut_off_anywhere_even_within_a_line(whole_run, whole, ckpt, tree, tmp_path):
     """Of each file a random part is left, as by a process that was killed while writing."""
     generator = torch.Generator().manual_seed(0)
@@ -230,7 +206,6 @@ def test_cut_off_anywhere_even_within_a_line(whole_run, whole, ckpt, tree, tmp_p
         (out / name.replace(".jsonl", ".rank1.jsonl")).write_bytes(left)
     assert run(ckpt, tree, out, *ALL) == whole
 
-
 def test_started_again_when_all_is_answered_asks_nothing(ckpt, tree, tmp_path, capsys, monkeypatch):
     first = run(ckpt, tree, tmp_path, "--only", "State Change")
     monkeypatch.setattr(mvbench, "load_from_args", None)                       # no model is needed
@@ -238,12 +213,10 @@ def test_started_again_when_all_is_answered_asks_nothing(ckpt, tree, tmp_path, c
     assert run(ckpt, tree, tmp_path, "--only", "State Change") == first
     assert "Everything was answered before" in capsys.readouterr().out and (tmp_path / "part" / "report.html").exists()
 
-
 def test_a_larger_part_goes_on_from_a_smaller_one(ckpt, tree, tmp_path, capsys):
     run(ckpt, tree, tmp_path, "--limit", "1")
     run(ckpt, tree, tmp_path, "--limit", "2")
     assert "20 answers to come" in capsys.readouterr().out.split("written to")[-2]
-
 
 def test_other_settings_are_refused(ckpt, tree, tmp_path):
     small = ("--only", "State Change")
@@ -259,7 +232,6 @@ def test_other_settings_are_refused(ckpt, tree, tmp_path):
         run(ckpt, tree, tmp_path, *small)
     assert len(run(ckpt, tree, tmp_path, *small, "--restart")["predictions.jsonl"].splitlines()) == 2
 
-
 def copied(tree, out, *tasks):
     """A benchmark of a few tasks of the tree."""
     for task in TASKS:
@@ -269,7 +241,6 @@ def copied(tree, out, *tasks):
             shutil.copytree(tree / "video" / task.folder, out / "video" / task.folder, dirs_exist_ok=True)
     return out
 
-
 def test_other_media_under_the_same_names_are_refused(ckpt, tree, tmp_path):
     data = copied(tree, tmp_path / "data", "State Change")
     run(ckpt, data, tmp_path / "out")
@@ -277,7 +248,6 @@ def test_other_media_under_the_same_names_are_refused(ckpt, tree, tmp_path):
         f.write(b"more")
     with pytest.raises(ValueError, match="is about other media: 1 have another size now, the first being SC_1.mp4 of"):
         run(ckpt, data, tmp_path / "out")
-
 
 def test_what_could_not_be_read_is_tried_again(ckpt, tree, tmp_path):
     data = copied(tree, tmp_path / "data", "State Change")
@@ -293,7 +263,6 @@ def test_what_could_not_be_read_is_tried_again(ckpt, tree, tmp_path):
     assert not any(b"unread" in data for data in found.values())
     assert all(len(data.splitlines()) == 2 for data in found.values())
 
-
 def test_pictures_are_still_videos_and_whatever_a_decoder_dies_of_has_a_name(ckpt, tree, tmp_path, monkeypatch):
     data = copied(tree, tmp_path / "data", "State Change")
     entries = json.loads((data / "json" / "state_change.json").read_text())
@@ -306,14 +275,12 @@ def test_pictures_are_still_videos_and_whatever_a_decoder_dies_of_has_a_name(ckp
     assert one["prediction"].startswith("(") and other["unread"].endswith("SC_1.mp4: ZeroDivisionError: division "
                                                                            "by zero")
 
-
 def test_a_second_without_an_end_is_named(tmp_path):
     (tmp_path / "json").mkdir()
     (tmp_path / "json" / "action_sequence.json").write_text(
         '[{"video": "a.mp4", "question": "?", "candidates": [1, 2], "answer": 1, "start": 0, "end": NaN}]')
     with pytest.raises(ValueError, match="action_sequence.json, entry 0: missing or malformed end"):
         load_questions(tmp_path)
-
 
 def test_missing_media_are_told_in_the_report_and_controls_that_are_there_stay_in_it(ckpt, tree, tmp_path):
     data = copied(tree, tmp_path / "data", "State Change", "Fine-grained Pose")
@@ -328,7 +295,6 @@ def test_missing_media_are_told_in_the_report_and_controls_that_are_there_stay_i
     told = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert told["seconds"]["in all"] > 0 and told["average"]["asked"] == 2 and len(told["commands"]) == 1
 
-
 def test_ctrl_c_with_workers_is_one_line(ckpt, tree, tmp_path):
     process = start(ckpt, tree, tmp_path, *ALL, "--batch", "1", "--workers", "2")
     part, begun = tmp_path / "predictions.rank0.jsonl", time.time()
@@ -340,14 +306,12 @@ def test_ctrl_c_with_workers_is_one_line(ckpt, tree, tmp_path):
     assert process.returncode == 130
     assert err.decode().strip() == "stopped; the answers so far are saved, and the same command resumes"
 
-
 def test_two_runs_in_one_folder_are_refused(ckpt, tree, tmp_path):
     with lock_folder(tmp_path):
         process = start(ckpt, tree, tmp_path)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 2 and f"another process is writing into {tmp_path}" in err.decode()
     assert not list(tmp_path.glob("*.json*"))
-
 
 def test_a_medium_that_cannot_be_read_is_nobody_s_answer(ckpt, tree, tmp_path):
     """In every way of asking: unanswered, counted, wrong; though the official scorer lets the empty answer through."""
@@ -367,13 +331,11 @@ def test_a_medium_that_cannot_be_read_is_nobody_s_answer(ckpt, tree, tmp_path):
             assert ("unread" in row) == torn and (not torn or not row["correct"] and row["prediction"] == "")
         assert sum("unread" in row for row in rows) == len(rows) / 2
 
-
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world") / "toy"
     world.build(world.WorldConfig(str(folder), clips=40, questions=24, texts=200, patch=12, workers=1))
     return folder / "mvbench"
-
 
 def test_answer_one_is_the_definition_of_all_answers(ckpt, tree, toy, tmp_path):
     """One question at a time, its prompt as a whole, its answer token by token: what the engine answers, it answers."""
@@ -386,7 +348,6 @@ def test_answer_one_is_the_definition_of_all_answers(ckpt, tree, toy, tmp_path):
         assert len({row["task"] for row in rows}) == 20
         for row in rows:
             assert mvbench.answer_one(model, qformer_tok, llm_tok, row, protocol) == row["prediction"]
-
 
 def test_a_benchmark_is_a_value(ckpt, tree, tmp_path, monkeypatch):
     """One in other files, with its own reader and scorer, on the media of the tree."""
@@ -412,7 +373,6 @@ def test_a_benchmark_is_a_value(ckpt, tree, tmp_path, monkeypatch):
     (row,) = map(json.loads, (tmp_path / "out" / "csv" / "predictions.jsonl").read_text().splitlines())
     assert row["answer"] == "It spins." and row["correct"] == is_right("strict", row)
 
-
 def test_controls_of_the_toy_are_at_chance(ckpt, toy, tmp_path):
     """Whoever does not watch guesses: letters and texts are balanced, and one frame of a clip tells nothing."""
     run(ckpt, toy, tmp_path / "out", "--controls", "all", "--decode", "letter")
@@ -422,7 +382,6 @@ def test_controls_of_the_toy_are_at_chance(ckpt, toy, tmp_path):
         right = round(4.8 * found["average"]["controls"][control])
         low, high = wilson(right, 480)
         assert 100 * low < found["average"]["chance"] < 100 * high, control
-
 
 def test_tvbench(ckpt, tree, tmp_path):
     (tmp_path / "json").mkdir()
@@ -438,7 +397,6 @@ def test_tvbench(ckpt, tree, tmp_path):
     assert [row["task"] for row in rows] == [task.name for task in TVBENCH.tasks] and rows[2]["bound"] == [1.0, 2.0]
     assert "<h1>TVBench" in (tmp_path / "out" / "tvbench" / "report.html").read_text()
     assert not list((tmp_path / "out").rglob("leaderboard*"))               # MVBench's takes MVBench alone
-
 
 def test_memory_does_not_grow_with_the_questions(ckpt, tree, monkeypatch):
     """Of the clips no more is alive than a few groups, however many there are."""

@@ -5,18 +5,15 @@ import pytest
 
 from evaluation.predictions import Condition, adopt_old_files, key_of
 
-
 def rows(*indices, task="AC", **more):
     return [{"task": task, "index": i, "prediction": f"({i}) é", "candidates": ["a", "b"], "answer": "a", **more}
             for i in indices]
-
 
 def opened(out, rank=0, settings=None, restart=False, name=""):
     condition = Condition(out, name, settings or {"frames": 16}, rank)
     if rank == 0:
         condition.prepare(restart, {"commands": ["python mvbench.py"]})
     return condition
-
 
 def test_what_is_written_is_on_disk_at_once_and_read_again(tmp_path):
     one = opened(tmp_path / "new" / "folder")
@@ -25,7 +22,6 @@ def test_what_is_written_is_on_disk_at_once_and_read_again(tmp_path):
     again = opened(tmp_path / "new" / "folder")                            # the first was never closed, as after a kill
     assert [again.read()[key]["prediction"] for key in (("AC", 0, 0), ("AC", 1, 0), ("AC", 2, 0))] == [
         "(0) é", "(1) é", "(2) é"]
-
 
 def test_one_file_in_order_once_all_is_there(tmp_path):
     ranks = [opened(tmp_path, rank) for rank in (0, 1)]
@@ -39,7 +35,6 @@ def test_one_file_in_order_once_all_is_there(tmp_path):
     assert len(opened(tmp_path).merge([("AC", 0, 0)])) == 1                # nothing new: the file is left as it is
     assert (tmp_path / "predictions.jsonl").stat().st_mtime_ns == before
 
-
 @pytest.mark.parametrize("torn", ['{"task": "AC", "ind', "\x00\x00", '{"task": "AC", "index": 9}'])
 def test_a_half_written_line_is_dropped_and_the_next_begins_anew(tmp_path, torn):
     opened(tmp_path).write(rows(0, 1))
@@ -50,14 +45,12 @@ def test_a_half_written_line_is_dropped_and_the_next_begins_anew(tmp_path, torn)
     again.write(rows(2))
     assert sorted(key[1] for key in opened(tmp_path).read()) == [0, 1, 2]
 
-
 def test_other_settings_are_named_and_nothing_is_touched(tmp_path):
     opened(tmp_path).write(rows(0))
     with pytest.raises(ValueError, match=r'frames: 16 there, 8 now; decode: null there, "letter" now\): choose'):
         opened(tmp_path, settings={"frames": 8, "decode": "letter"})
     assert len(opened(tmp_path).read()) == 1
     assert not opened(tmp_path, settings={"frames": 8}, restart=True).read()
-
 
 def test_controls_lie_side_by_side(tmp_path):
     opened(tmp_path).write(rows(0))
@@ -66,7 +59,6 @@ def test_controls_lie_side_by_side(tmp_path):
     blank.write(rows(0, 1))
     blank.merge([])
     assert len(opened(tmp_path).read()) == 1 and len(opened(tmp_path, name="blank").read()) == 2
-
 
 def test_a_line_that_is_no_prediction_is_named_and_an_answer_is_worth_more_than_none(tmp_path):
     opened(tmp_path).write([*rows(0), *rows(1, unread="a.mp4: no such file")])
@@ -77,10 +69,8 @@ def test_a_line_that_is_no_prediction_is_named_and_an_answer_is_worth_more_than_
     with pytest.raises(ValueError, match="predictions.rank0.jsonl, line 3 is no prediction: delete the line"):
         opened(tmp_path).read()
 
-
 def test_orders_of_the_options_are_different_answers():
     assert key_of(rows(0)[0]) == ("AC", 0, 0) and key_of(rows(0, shift=2)[0]) == ("AC", 0, 2)
-
 
 def test_files_of_older_versions_move_into_their_setting_s_folder(tmp_path):
     """They named the setting in each file, and two settings in other words."""

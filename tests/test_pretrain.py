@@ -15,7 +15,6 @@ from tokenizer import SentencePiece
 from toy import pretrain, world
 from toy.scenarios import SCENARIOS
 
-
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     """text.jsonl of 200 documents, and the tokenizer made from it."""
@@ -24,10 +23,8 @@ def text(tmp_path_factory):
     model, _ = pretrain.train_tokenizers(path, path.parent / "tokenizers", size=800)
     return path, SentencePiece(str(model))
 
-
 def trained(tok, prompt):
     return tok.decode([label for label in prompt.labels if label != IGNORE])
-
 
 def test_a_fifth_of_the_conversations_are_open_questions(text):
     path, tok = text
@@ -40,7 +37,6 @@ def test_a_fifth_of_the_conversations_are_open_questions(text):
             caption = re.search("<Video>(.*?)</Video>", shown)[1].strip()
             assert "Options" not in shown and shown.startswith(tuple(generate.OPEN))
             assert (caption, " ".join(trained(tok, curriculum[index]).split())) in told
-
 
 @pytest.mark.parametrize("epoch", [0, 3, 7])
 def test_a_drill_s_answer_is_the_one_option_that_its_text_tells(text, epoch):
@@ -64,7 +60,6 @@ def test_a_drill_s_answer_is_the_one_option_that_its_text_tells(text, epoch):
         assert trained(tok, curriculum[index]) == answer
     assert 30 < marked < 80
 
-
 def test_conversations_train_answers_and_marks_and_never_the_question(text):
     path, tok = text
     curriculum = pretrain.TextCurriculum(path, tok, "vicuna", 32, epoch_size=80)
@@ -86,7 +81,6 @@ def test_conversations_train_answers_and_marks_and_never_the_question(text):
         assert not marks or marks.count("yes") == said.count("Best option")
     assert {"caption", "epoch 8 marked ", "epoch 8 plain ", "epoch 13 plain ", "epoch 15 plain system"} <= kinds
 
-
 def test_an_epoch_is_a_phase_and_the_same_one_every_time(text):
     path, tok = text
     curriculum, again = (pretrain.TextCurriculum(path, tok, "vicuna", 32, epoch_size=40) for _ in range(2))
@@ -100,14 +94,12 @@ def test_an_epoch_is_a_phase_and_the_same_one_every_time(text):
         longest[epoch] = max(len(curriculum[i].ids) for i in range(40))
     assert longest[0] < longest[9] / 2
 
-
 def test_the_answer_of_a_document_stands_in_its_caption():
     rng = random.Random(0)
     clip = world.simulate("character_order", rng)
     caption, (choice,), (plain,) = generate.text_document(SCENARIOS["character_order"], clip, rng)
     assert choice["a"].partition(") ")[2] == plain["a"] and plain["q"] in choice["q"]
     assert plain["a"].removeprefix("They") in caption
-
 
 def test_the_classifier_s_loss_falls_when_its_heads_are_right():
     """By hand: logits on the true classes cost less than uniform ones, which cost log(n), and activity twice that."""
@@ -125,7 +117,6 @@ def test_the_classifier_s_loss_falls_when_its_heads_are_right():
     right = model.losses(batch)
     assert all(right[k] < 0.01 for k in ("colour", "shape", "activity"))
     assert right["place"] > 5 and right["time"] > 5  # of the first place and time alone is it right
-
 
 def test_the_patch_labels_begin_with_straight_lines(tmp_path):
     scenarios = ["playground", "playground", "moving_count", "playground"]
@@ -148,7 +139,6 @@ def test_the_patch_labels_begin_with_straight_lines(tmp_path):
         assert all(sample["targets"].equal(torch.from_numpy(targets[sample["idx"]][[0, 2]])) for sample in drawn)
     assert sum(sample["idx"] == 2 for sample in drawn) == 20  # as many of the tasks as of the playground
 
-
 def test_late_captions_lie_spread_and_blurred_in_the_video_s_place(text):
     path, tok = text
     curriculum = pretrain.TextCurriculum(path, tok, "vicuna", 32, epoch_size=80)
@@ -166,7 +156,6 @@ def test_late_captions_lie_spread_and_blurred_in_the_video_s_place(text):
     embeds = pretrain.noisy_embeds(llama, batch["ids"], batch["noisy"])
     same = (embeds == llama.embed(batch["ids"].clamp(min=0))).all(-1)
     assert torch.equal(same, batch["noisy"] == 0)
-
 
 def test_a_vocabulary_that_another_process_has_finished_stays(text, monkeypatch):
     """Both parts may start at the same time."""

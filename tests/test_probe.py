@@ -4,13 +4,11 @@ import torch
 
 from toy import probe
 
-
 @pytest.mark.parametrize(("task", "frames"), [
     ("moving_count", [0, 2, 4, 6, 8, 9, 11, 13]),
     ("episodic_reasoning", [0, 2, 4, 6, 8, 10, 12, 14])])                 # pictures 2 5 8 11 14 16 19 22 of 24, 3 for 2
 def test_the_frames_are_the_benchmark_s(task, frames):
     assert probe.sampled_frames(task, 8) == frames
-
 
 def test_alike_is_the_mean_cosine_of_two_queries():
     assert probe.alike(torch.ones(2, 5, 3)) == pytest.approx(1)

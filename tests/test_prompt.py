@@ -22,23 +22,19 @@ from tokenizer import SentencePiece
 
 QAS = [{"i": "Watch the kite.", "q": "What moves?", "a": "A red kite."}, {"q": "Where?", "a": "In the sky."}]
 
-
 @pytest.fixture(scope="module")
 def tok(golden):
     return SentencePiece(golden / "tokenizer.model")
 
-
 def learnt(tok, prompt):
     """The text under the labels that count."""
     return tok.decode([i for i in prompt.labels if i != IGNORE])
-
 
 def read(tok, prompt):
     """The whole text, with <VIDEO> for the slot's tokens."""
     at, n = prompt.slot, prompt.ids.count(VIDEO)
     assert prompt.ids[at:at + n] == [VIDEO] * n
     return tok.decode(prompt.ids[:at]) + f"<{n}>" + tok.decode(prompt.ids[at + n:])
-
 
 # ---- parity with the official code -----------------------------------------------------------------------------------
 
@@ -53,7 +49,6 @@ def test_stage3_labels_are_the_official_ones(golden, tok):
         assert len(prompt.ids) == case["seq_len"]
     assert len(accepted) == 28
 
-
 def test_what_the_official_code_refuses_works(golden, tok):
     cases = json.loads((golden / "stage3_targets.json").read_text())["cases"]
     refused = [case for case in cases if "error" in case and "qa" in case]
@@ -63,7 +58,6 @@ def test_what_the_official_code_refuses_works(golden, tok):
         assert [part.strip() for part in learnt(tok, prompt).split("###")] == [*answers, ""]
     assert len(refused) == 3
 
-
 def test_caption_prompt_is_the_official_one(tok):
     """Recorded from the official stage 2: ids before the video, behind it, and of one caption."""
     prompt = caption_prompt(tok, "cat", 14, "Describe the following video concisely.")
@@ -71,7 +65,6 @@ def test_caption_prompt_is_the_official_one(tok):
     behind = [1867, 11761, 28767, 27984, 272, 2296, 3798, 3078, 11973, 28723, 774, 7226, 11143, 28747, 28705]
     assert prompt.ids == before + [VIDEO] * 14 + behind + [5255, 27332]
     assert prompt.labels == [IGNORE] * (len(before) + 14 + len(behind)) + [5255, 27332]
-
 
 def test_mvbench_prompt_is_the_official_one(tok):
     """First and last ids of both segments, recorded from the benchmark's notebook."""
@@ -83,11 +76,9 @@ def test_mvbench_prompt_is_the_official_one(tok):
     assert behind[-6:] == [11143, 28747, 5470, 3551, 28747, 28732]
     assert set(prompt.labels) == {IGNORE}
 
-
 def test_mvbench_question_is_the_official_one(golden):
     for case in json.loads((golden / "sampling.json").read_text())["qa_template"]:
         assert mvbench_question(case["question"], case["candidates"]) == case["out_question"] + "\n"
-
 
 # ---- by hand ---------------------------------------------------------------------------------------------------------
 
@@ -101,13 +92,11 @@ def test_only_answers_and_their_ends_are_learnt(tok):
     assert learnt(tok, separators) == (
         "###Human: ###Assistant: A red kite. ###Human: ###Assistant: In the sky. ###")
 
-
 def test_labels_stand_under_their_own_ids(tok):
     for prompt_style in ("vicuna", "mistral"):
         prompt = conversation_prompt(tok, QAS, 3, prompt_style=prompt_style)
         assert len(prompt.ids) == len(prompt.labels)
         assert all(label in (IGNORE, i) for i, label in zip(prompt.ids, prompt.labels, strict=True))
-
 
 def test_mistral(tok):
     prompt = conversation_prompt(tok, QAS, 3, "Two frames.", prompt_style="mistral")
@@ -119,7 +108,6 @@ def test_mistral(tok):
     with pytest.raises(ValueError, match="style 'llama3': expected vicuna or mistral"):
         conversation_prompt(tok, QAS, 3, prompt_style="llama3")
 
-
 def test_captions_images_and_texts(tok):
     caption = [{"i": "", "q": "", "a": "A red kite."}]
     assert read(tok, conversation_prompt(tok, caption, 2, medium="image")) == (
@@ -129,7 +117,6 @@ def test_captions_images_and_texts(tok):
     assert tok.decode(text.ids) == "Watch the kite. ###Human: What moves? ###Assistant: A red kite. ###"
     assert learnt(tok, text) == "A red kite. ###"
 
-
 def test_max_text_cuts_the_end_but_never_the_video(tok):
     whole = conversation_prompt(tok, QAS, 3)
     short = conversation_prompt(tok, QAS, 3, max_text=30)
@@ -138,7 +125,6 @@ def test_max_text_cuts_the_end_but_never_the_video(tok):
         conversation_prompt(tok, QAS, 3, max_text=5)
     assert len([i for i in caption_prompt(tok, "kite " * 50, 3, "Say.", max_text=7).labels if i != IGNORE]) == 7
 
-
 def test_mvbench_prompt_in_words(tok):
     prompt = mvbench_prompt(tok, "What moves?", ["kite", "cat"], 4)
     assert read(tok, prompt) == (
@@ -146,14 +132,12 @@ def test_mvbench_prompt_in_words(tok):
         f"{QUESTION_PROMPT}\n###Assistant: Best option:(")
     assert tok.decode([*prompt.ids[prompt.slot + 4:], *tok.encode("(B")[-1:]]).endswith("Best option:(B")
 
-
 def test_chat_remembers(tok):
     prompt = chat_prompt(tok, [("What moves?", "A kite.")], "Where?", 2, "Be brief. ")
     assert read(tok, prompt) == (
         "Be brief. ###Human: <Video><2></Video>\n###Human: What moves?\n###Assistant: A kite.\n###Human: Where?\n"
         "###Assistant:")
     assert set(prompt.labels) == {IGNORE}
-
 
 def test_pad_batch():
     prompts = [Prompt([1, VIDEO, 5], [IGNORE, IGNORE, 5]), Prompt([1, VIDEO, 6, 7, 8, 9, 3, 4, 2], [IGNORE] * 9)]
@@ -164,7 +148,6 @@ def test_pad_batch():
     assert mask.sum(1).tolist() == [3, 9]  # an id that equals pad_id is a token where the mask says so
     ids, labels, mask = pad_batch(prompts, pad_id=2, side="left")
     assert ids[0, -3:].tolist() == [1, VIDEO, 5] and mask[0].tolist() == [0] * 13 + [1] * 3 and labels[0, -1] == 5
-
 
 def test_caption_instructions_name_their_medium():
     video, image = CAPTION_INSTRUCTIONS["video"], CAPTION_INSTRUCTIONS["image"]

@@ -18,12 +18,10 @@ ROUND = 1  # "equally often" means within one
 QUESTIONS = 60
 FILES = [task.file for task in TASKS]
 
-
 @cache
 def bench(task, count=QUESTIONS):
     rng = random.Random(f"bench {task}")
     return generate.benchmark(SCENARIOS[task], count, partial(world.simulate, task, rng, "test"), rng)
-
 
 @cache
 def training(task, count=300):
@@ -36,14 +34,12 @@ def training(task, count=300):
         pairs.append((clip, generate.multiple_choice(SCENARIOS[task], rng.choice(facts), rng)))
     return pairs
 
-
 def test_the_table_has_the_official_twenty_tasks():
     assert len(FILES) == 20 and list(SCENARIOS) == [*FILES, "playground"]
     assert len({SCENARIOS[task].parent for task in FILES}) == 9
     assert all(len(asks) >= 3 for task in FILES for asks in SCENARIOS[task].phrasings.values())
     assert [task.file for task in TASKS if task.bound] == [
         "action_sequence", "action_prediction", "object_interaction", "action_localization", "episodic_reasoning"]
-
 
 @pytest.mark.parametrize("task", FILES)
 def test_letters_and_answers_are_balanced(task):
@@ -63,10 +59,8 @@ def test_letters_and_answers_are_balanced(task):
             "Yes": QUESTIONS // 3, "No": QUESTIONS // 3}
     assert max(right.values()) - min(right.values()) <= (2 * ROUND if len(right) > 12 else ROUND)
 
-
 def chance(tasks):
     return np.mean([1 / SCENARIOS[task].n_options for task in tasks])
-
 
 def scored(predict):
     """Share of right answers over all tasks of a predictor (task, clip, choice) -> {candidate: score}."""
@@ -77,7 +71,6 @@ def scored(predict):
             best = [c for c in choice["candidates"] if scores[c] == max(scores[d] for d in choice["candidates"])]
             hits.append((choice["answer"] in best) / len(best))
     return np.mean(hits)
-
 
 def test_the_text_alone_stays_at_chance():
     """How often each candidate was right when offered, overall, after this question and at this place in it."""
@@ -102,7 +95,6 @@ def test_the_text_alone_stays_at_chance():
 
     assert abs(scored(predict) - chance(FILES)) < 0.04
 
-
 def test_the_middle_frame_alone_stays_at_chance():
     """What was the answer for the training clips whose middle frame looks most like this one?"""
     def middle(clip):
@@ -124,7 +116,6 @@ def test_the_middle_frame_alone_stays_at_chance():
 
     assert abs(scored(predict) - chance(FILES)) < 0.04
 
-
 @pytest.mark.parametrize("task", FILES)
 def test_the_answer_stands_in_the_caption(task):
     """Stages 1 and 2 see captions only: what stage 3 asks for must have been told there, in about 40 words."""
@@ -142,7 +133,6 @@ def test_the_answer_stands_in_the_caption(task):
             assert parts in text, (text, answer)
         assert len(text.split()) <= 45
 
-
 def test_the_playground_tells_what_each_does_from_top_left_to_bottom_right():
     red, blue, green = ({"shape": "star", "colour": colour, "x": [x] * 16, "y": [y] * 16}
                         for colour, x, y in (("red", 36, 36), ("blue", 36, 12), ("green", 12, 12)))
@@ -155,7 +145,6 @@ def test_the_playground_tells_what_each_does_from_top_left_to_bottom_right():
     assert [fact.wrong[:2] for fact in facts] == [
         ["The red star grows.", "The red star rests."], ["The blue star moves up-left.", "The blue star rests."],
         ["The green star moves up-left.", "The green star grows."]]
-
 
 def test_conversations_ask_with_options_and_without():
     """One in five as the benchmark does, its long prompt in all turns' instruction: the order of turns is random."""
@@ -174,7 +163,6 @@ def test_conversations_ask_with_options_and_without():
         described += len(rest)
     assert 40 < prompted < 80 and 110 < described < 190                    # of 300
 
-
 def test_the_language_is_small():
     rng, words = random.Random(0), set()
     for task in SCENARIOS:
@@ -183,7 +171,6 @@ def test_the_language_is_small():
             for part in (text, *(turn["q"] + " " + turn["a"] for turn in turns)):
                 words.update("".join(c if c.isalnum() else " " for c in part.lower()).split())
     assert len(words) < 400
-
 
 def test_answers_follow_from_the_annotations():
     """Derived again by other ways than the readers', for a few tasks."""
@@ -214,7 +201,6 @@ def test_answers_follow_from_the_annotations():
                   and (one["x"][0] - 24) * way[0] + (one["y"][0] - 24) * way[1] > 50]
         assert choice["answer"] == (f"{generate.capitalize(name_of(beyond[0]))}." if beyond else "Nothing.")
 
-
 def test_a_clip_of_another_data_set_needs_only_events():
     """qagen knows nothing of drawing: names and times are enough."""
     clip = {"scenario": "action_sequence", "duration": 12.5, "objects": [{"colour": "tall", "shape": "man"}],
@@ -225,13 +211,11 @@ def test_a_clip_of_another_data_set_needs_only_events():
     assert "opens a door" in text and [fact.answer for fact in facts] == [
         "After that it sits down.", "Before that it opens a door."]
 
-
 def test_filters():
     clip, _ = training("action_count")[0]
     task, clip = SCENARIOS["action_count"], {**clip, "duration": 60.0}
     assert generate.caption_and_facts(task, clip, random.Random(0))[1] == []
     assert generate.conversations(task, clip, random.Random(0)) == []
-
 
 def test_turns_read_as_the_benchmark_asks():
     choice = {"question": "What?", "candidates": ["It spins.", "It grows."], "answer": "It grows."}

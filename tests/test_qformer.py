@@ -31,7 +31,6 @@ TINY = QFormerConfig(vocab_size=50, width=16, depth=3, heads=2, ffn=32, vision_w
 # in the official state dict, not in ours: the head's matrix and bias twice over, and the numbers 0, 1, 2, ...
 TWICE = ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias", "bert.embeddings.position_ids")
 
-
 def config_of(official, **sizes):
     bert = official["bert"]
     return QFormerConfig(
@@ -39,13 +38,11 @@ def config_of(official, **sizes):
         heads=bert["num_attention_heads"], ffn=bert["intermediate_size"], eps=bert["layer_norm_eps"],
         max_positions=bert["max_position_embeddings"], dropout=0.0, drop_path=0.0, **sizes)
 
-
 def load_part(module, tensors, prefix):
     """Official weights into module, strictly."""
     state = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
     module.load_state_dict({key: t for key, t in state.items() if key not in TWICE})
     return module.eval()
-
 
 def load_golden(golden, name):
     """The Q-Former of a golden file with the official weights, the file's tensors, and a list its layers write to."""
@@ -57,11 +54,9 @@ def load_golden(golden, name):
         layer.register_forward_hook(lambda module, args, out: hidden.append(out[0]))
     return qformer, tensors, hidden
 
-
 def assert_layers_equal(hidden, tensors):
     for i, ours in enumerate(hidden, start=1):
         assert_close(ours, tensors[f"out.hidden{i}"], atol=1e-5, rtol=1e-4)
-
 
 # ---- the network, against the official one
 
@@ -74,13 +69,11 @@ def test_queries_alone_and_their_cache(golden):
         assert_close(k, tensors[f"out.past_key.{i}"], atol=1e-5, rtol=1e-4)
         assert_close(v, tensors[f"out.past_value.{i}"], atol=1e-5, rtol=1e-4)
 
-
 def test_text_alone(golden):
     qformer, tensors, hidden = load_golden(golden, "qformer_text")
     out = qformer(ids=tensors["in.input_ids"], mask=tensors["in.attention_mask"])
     assert_layers_equal(hidden, tensors)
     assert_close(out, tensors["out.last_hidden_state"], atol=1e-5, rtol=1e-4)
-
 
 def test_queries_and_text_together(golden):
     qformer, tensors, hidden = load_golden(golden, "qformer_joint")
@@ -89,7 +82,6 @@ def test_queries_and_text_together(golden):
     out = qformer(query, tensors["in.input_ids"], mask, tensors["in.encoder_hidden_states"])
     assert_layers_equal(hidden, tensors)
     assert_close(out, tensors["out.last_hidden_state"], atol=1e-5, rtol=1e-4)
-
 
 def test_caption_after_cached_queries(golden):
     qformer, tensors, hidden = load_golden(golden, "qformer_cap")
@@ -100,7 +92,6 @@ def test_caption_after_cached_queries(golden):
     assert_layers_equal(hidden, tensors)
     assert_close(logits, tensors["out.logits"], atol=1e-4, rtol=1e-4)
     assert_close(vtg_loss(logits, ids, mask, 0.1), tensors["out.loss"], atol=1e-5, rtol=1e-5)
-
 
 # ---- stage 1, from pixels to losses and gradients, against the official one
 
@@ -145,11 +136,9 @@ class Stage1(nn.Module):
         parameters = dict(self.named_parameters())
         return parameters[name] if name in parameters else parameters[f"aligner.{name}"]
 
-
 @pytest.fixture
 def stage1(golden):
     return Stage1(golden)
-
 
 def test_stage1_losses(stage1):
     losses, tensors = stage1.losses(), stage1.tensors
@@ -157,14 +146,12 @@ def test_stage1_losses(stage1):
         assert_close(losses[ours], tensors[f"out.loss_{official}"], atol=1e-5, rtol=1e-5)
     assert_close(sum(losses.values()), tensors["out.loss_total"], atol=1e-5, rtol=1e-5)
 
-
 def test_stage1_gradients(stage1):
     sum(stage1.losses().values()).backward()
     names = [key.removeprefix("grad.") for key in stage1.tensors if key.startswith("grad.")]
     assert len(names) == 14
     for name in names:
         assert_close(stage1.official(name).grad, stage1.tensors[f"grad.{name}"], atol=1e-4, rtol=1e-4, msg=name)
-
 
 @pytest.mark.parametrize("ours, official", [("vtc", "vtc"), ("vtm", "vtm"), ("vtg", "cap")])
 def test_stage1_gradient_of_each_loss(stage1, ours, official):
@@ -175,7 +162,6 @@ def test_stage1_gradient_of_each_loss(stage1, ours, official):
         assert_close(stage1.aligner.temp.grad, stage1.tensors["grad_loss_vtc.temp"], atol=1e-4, rtol=1e-4)
     else:
         assert stage1.aligner.temp.grad is None
-
 
 def test_stage1_intermediate_values(stage1):
     t, aligner = stage1.tensors, stage1.aligner
@@ -195,7 +181,6 @@ def test_stage1_intermediate_values(stage1):
     logits = aligner.itm_logits(stage1.qformer, stage1.query_tokens, ids, mask, vision)
     assert_close(logits, t["out.vtm_logits"][:len(ids)], atol=1e-4, rtol=1e-4)
 
-
 # ---- by hand
 
 def test_vtc_by_hand():
@@ -205,14 +190,12 @@ def test_vtc_by_hand():
     assert_close(vtc_loss(torch.full((2, 2), 9.0), torch.tensor([5, 5])), torch.tensor(2.0).log())
     assert vtc_loss(torch.eye(2) * 50, torch.tensor([1, 2])) < 1e-6
 
-
 def test_vtg_by_hand():
     # [DEC] a cat: the first row is given, padding is no target, and uniform logits cost log V with any smoothing
     ids, mask = torch.tensor([[9, 1, 2, 0]]), torch.tensor([[1, 1, 1, 0]])
     assert_close(vtg_loss(torch.zeros(1, 4, 10), ids, mask, 0.1), torch.tensor(10.0).log())
     sure = F.one_hot(torch.tensor([[1, 2, 7, 7]]), 10) * 50.0                   # row i predicts word i + 1
     assert vtg_loss(sure, ids, mask, 0.0) < 1e-6
-
 
 def test_hard_negatives_are_hard_never_the_same_clip_and_repeatable():
     idx = torch.tensor([1, 2, 1, 3])                                            # rows 0 and 2 are one clip
@@ -225,11 +208,9 @@ def test_hard_negatives_are_hard_never_the_same_clip_and_repeatable():
     again = hard_negatives(sim, idx, torch.Generator().manual_seed(7))
     assert all(torch.equal(a, b) for a, b in zip(draws[7], again, strict=True))
 
-
 def test_similarity_is_the_mean_over_queries():
     video, text = F.normalize(torch.randn(3, 5, 8), dim=-1), F.normalize(torch.randn(2, 8), dim=-1)
     assert_close(similarity(video, text), torch.einsum("vqe,te->vqt", video, text).mean(1))
-
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     torch.manual_seed(0)
@@ -241,20 +222,17 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     layers = QFormer(replace(TINY, drop_path=0.2)).bert["encoder"]["layer"]
     assert [layer.output.path_rate for layer in layers] == pytest.approx([0.0, 0.1, 0.2])
 
-
 # ---- what each part may see, and what trains
 
 def tiny():
     torch.manual_seed(0)
     return QFormer(TINY), torch.randn(2, 4, 16), torch.randn(2, 6, 12), torch.randint(1, 50, (2, 5))
 
-
 def test_padding_changes_nothing():
     qformer, query, vision, ids = tiny()
     mask = torch.ones_like(ids)
     padded, padded_mask = F.pad(ids, (0, 3), value=7), F.pad(mask, (0, 3))
     assert_close(qformer(query, padded, padded_mask, vision)[:, :9], qformer(query, ids, mask, vision))
-
 
 @torch.no_grad()
 def test_what_is_the_same_for_all_videos_may_have_one_row_and_the_text_may_be_left_out():
@@ -267,7 +245,6 @@ def test_what_is_the_same_for_all_videos_may_have_one_row_and_the_text_may_be_le
     assert_close(qformer(query, ids, mask, vision, n_text_out=0), each[:, :5])
     assert_close(qformer(query, ids, mask, vision, n_text_out=1), each[:, :6])
 
-
 def test_captions_are_causal():
     qformer, query, vision, ids = tiny()
     _, self_kv, _ = qformer(query, vision=vision, return_kv=True)
@@ -277,7 +254,6 @@ def test_captions_are_causal():
     assert_close(a[:, :3], b[:, :3])
     assert not torch.allclose(a[:, 3:], b[:, 3:])
 
-
 def test_weights_without_use_get_no_gradient():
     """Zeros instead of None would let the optimizer decay the text rows' weights in stage 2, where no text enters."""
     qformer, query, vision, _ = tiny()
@@ -286,7 +262,6 @@ def test_weights_without_use_get_no_gradient():
     assert "bert.encoder.layer.0.output.dense.weight" in idle
     assert "bert.encoder.layer.0.output_query.dense.weight" not in idle
     assert all(re.search(r"layer\.\d+\.(intermediate|output)\.|_embeddings\.|^cls\.", name) for name in idle)
-
 
 def test_the_head_and_the_word_embeddings_are_one_matrix():
     qformer, query, vision, ids = tiny()
@@ -298,7 +273,6 @@ def test_the_head_and_the_word_embeddings_are_one_matrix():
     assert qformer.bert["embeddings"].word_embeddings.weight.grad[42].abs().sum() > 0
     assert not [name for name in qformer.state_dict() if "decoder" in name]
 
-
 @pytest.mark.parametrize("start, used", [(0.07, 0.07), (2.0, 0.5), (-1.0, 0.001)])
 def test_the_temperature_is_bounded_but_no_forward_pass_changes_it(start, used):
     aligner = Stage1Heads(TINY)
@@ -307,12 +281,10 @@ def test_the_temperature_is_bounded_but_no_forward_pass_changes_it(start, used):
     assert aligner.temperature().item() == pytest.approx(used)
     assert aligner.temp.item() == pytest.approx(start) and aligner.temp.grad == 1
 
-
 def test_matching_by_queries_alone():
     qformer, query, vision, ids = tiny()
     aligner = Stage1Heads(replace(TINY, vtm_cat_text_cls=False))
     assert aligner.itm_logits(qformer, query[:1], ids, torch.ones_like(ids), vision).shape == (2, 2)
-
 
 def test_real_size_has_the_official_number_of_parameters():
     with torch.device("meta"):
@@ -320,7 +292,6 @@ def test_real_size_has_the_official_number_of_parameters():
     assert sum(p.numel() for p in qformer.bert.parameters()) == 182_121_216
     assert sum(p.numel() for p in qformer.cls.parameters()) == 622_651
     assert sum(p.numel() for p in aligner.parameters()) == 590_592 + 590_592 + 3_074 + 1
-
 
 def test_errors_name_what_is_wrong():
     qformer, query, vision, ids = tiny()

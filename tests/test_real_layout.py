@@ -17,19 +17,16 @@ from prompt import SYSTEM
 from video import read_eval_frames
 from weights import checkpoint
 
-
 def run(ckpt, data, out, *more, name="predictions.jsonl"):
     """The rows of a file of predictions after a run."""
     mvbench.main(["--ckpt", str(ckpt), "--data", str(data), "--out", str(out), "--workers", "0", "--batch", "8", *more])
     return [json.loads(line) for line in (out / name).read_text().splitlines()]
-
 
 def test_every_medium_of_the_20_tasks_is_found_and_asked(tree, ckpt, tmp_path, capsys):
     rows = run(ckpt, tree, tmp_path)
     assert len(rows) == 40 and not any("unread" in row for row in rows)
     printed = capsys.readouterr().out
     assert "missing" not in printed and printed.count("2/2") == 20 and "40/40" in printed
-
 
 def test_frames_bounds_and_folders_follow_the_protocol(tree):
     """The frames that reach the model, by the number painted into each."""
@@ -46,7 +43,6 @@ def test_frames_bounds_and_folders_follow_the_protocol(tree):
     assert seen("Fine-grained Pose") == [4, 14, 24, 33]                    # AVI
     assert seen("Episodic Reasoning", 3) == [4, 6, 8]                      # 3 per second, the first is 00001.jpg
 
-
 def moved(tree, tmp_path, moves):
     """A copy of the tree in which folders lie elsewhere: pairs (from, to), relative to it."""
     root = tmp_path / "moved"
@@ -55,7 +51,6 @@ def moved(tree, tmp_path, moves):
         (root / target).parent.mkdir(parents=True, exist_ok=True)
         (root / source).rename(root / target)
     return root
-
 
 @pytest.mark.parametrize("moves", [
     [("video/clevrer", "video/data0613/clevrer"), ("video/star", "video/data0613/star")],      # not yet merged
@@ -69,7 +64,6 @@ def test_trees_as_people_have_them(tree, tmp_path, moves):
     questions = load_questions(moved(tree, tmp_path, moves))
     assert len(questions) == 40 and all(q["media"] for q in questions)
 
-
 def test_everything_in_one_flat_folder(tree, tmp_path):
     for path in (tree / "json").iterdir():
         shutil.copy(path, tmp_path)
@@ -78,12 +72,10 @@ def test_everything_in_one_flat_folder(tree, tmp_path):
             (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
     assert all(q["media"] == str(tmp_path / q["media"].rpartition("/")[2]) for q in load_questions(tmp_path))
 
-
 def test_something_videos_made_into_mp4(tree, tmp_path):
     root = moved(tree, tmp_path, [("video/ssv2_video/AA_0.webm", "gone")])
     write_video(root / "video" / "ssv2_video" / "AA_0.mp4", frames=5)
     assert load_questions(root, ["Action Antonym"])[0]["media"].endswith("AA_0.mp4")
-
 
 def test_what_is_missing_is_told_per_task_and_not_counted(tree, ckpt, tmp_path, capsys):
     root = moved(tree, tmp_path, [("video/nturgbd", "gone"), ("video/clevrer/video_validation/MC_1.mp4", "gone.mp4"),
@@ -103,12 +95,10 @@ def test_what_is_missing_is_told_per_task_and_not_counted(tree, ckpt, tmp_path, 
     with pytest.raises(ValueError, match="SC_0.mp4: cannot be decoded as a video .--strict-data"):
         run(ckpt, root, tmp_path / "strict", "--strict-data", "--only", "State Change")
 
-
 def test_only_and_limit(tree, ckpt, tmp_path):
     rows = run(ckpt, tree, tmp_path, "--only", "Action Sequence,Fine-grained Pose", "--limit", "1",
                name="part/predictions.jsonl")
     assert [row["task"] for row in rows] == ["Action Sequence", "Fine-grained Pose"]
-
 
 def test_wrong_folders_are_named(tree, ckpt, tmp_path):
     with pytest.raises(FileNotFoundError, match="--data is the folder that holds json/ and video/"):
@@ -117,17 +107,14 @@ def test_wrong_folders_are_named(tree, ckpt, tmp_path):
     with pytest.raises(FileNotFoundError, match="holds none of the media"):
         run(ckpt, tmp_path, tmp_path / "out")
 
-
 # ---- what the paper's ablations change -------------------------------------------------------------------------------
 
 def make_engine(ckpt, **protocol):
     return Engine(*checkpoint.load_checkpoint(ckpt), Protocol(max_new_tokens=2, **protocol))
 
-
 def noting(calls, function):
     """function, which notes its arguments in calls."""
     return lambda *args: calls.append(args) or function(*args)
-
 
 def test_system_answer_prompt_and_question_in_the_qformer(tree, ckpt):
     """The notebook's settings: what the LLM and the Q-Former read under each."""
@@ -151,18 +138,15 @@ def test_system_answer_prompt_and_question_in_the_qformer(tree, ckpt):
     assert with_question[1:4] == read[1:4] and with_question[-3:] == ["nothing", ".", "[SEP]"]
     assert "only" not in with_question[-20:]                               # the notebook asks that of the LLM alone
 
-
 def test_without_an_answer_prompt_the_prediction_is_as_it_was_said(ckpt):
     assert make_engine(ckpt).text([]) == "("
     assert make_engine(ckpt, answer_prompt="").text([]) == ""
-
 
 def test_frames_stretch_the_position_table(tree, ckpt, tmp_path):
     """8 or 16 frames with a table that was made for 4, by one option."""
     probabilities = [run(ckpt, tree, tmp_path / str(n), "--only", "State Change", "--frames", str(n),
                          name=f"frames{n}.part/predictions.jsonl")[0]["letter_probabilities"] for n in (4, 8, 16)]
     assert len({tuple(p) for p in probabilities}) == 3
-
 
 @pytest.mark.parametrize("flags, name", [
     (["--no-system"], "no-system"), (["--no-answer-prompt"], "no-answer-prompt"),
@@ -177,14 +161,12 @@ def test_flags_reach_the_model_and_the_folders_names(tree, ckpt, base, flags, na
     assert flags[0] in " ".join(flags) and told["settings"] != json.loads(
         (base / "part" / "settings.json").read_text())["settings"]
 
-
 @pytest.fixture(scope="module")
 def base(tree, ckpt, tmp_path_factory):
     """A folder with a run on one task."""
     out = tmp_path_factory.mktemp("base")
     run(ckpt, tree, out, "--only", "State Change", name="part/predictions.jsonl")
     return out
-
 
 def test_a_part_and_the_whole_beside_each_other(tree, ckpt, tmp_path):
     run(ckpt, tree, tmp_path)

@@ -13,13 +13,11 @@ from evaluation import report, report_page
 from evaluation.predictions import Condition
 from evaluation.tasks import MVBENCH, load_questions
 
-
 def row(task, index, correct, media=None, **more):
     said = "(A) yes" if correct else "(B) no"
     return {"task": task, "index": index, "video": "v", "media": media or f"{task}{index}.mp4", "bound": None,
             "question": "Is it?", "candidates": ["yes", "no", "<i>&"], "answer": "yes", "letter": "A",
             "prediction": said, "letter_probabilities": [0.6, 0.2, 0.1], "correct": correct, **more}
-
 
 def summary_of(tmp_path, rows, questions=None, seconds=None):
     condition = Condition(tmp_path, "", {"checkpoint": "ab12", "LLM": None, "questions": "cd34", "control": "",
@@ -27,7 +25,6 @@ def summary_of(tmp_path, rows, questions=None, seconds=None):
     condition.prepare(False, {"commands": ["python mvbench.py --x '<b>'"], "version": "20 questions",
                               "checkpoint": "run", "data": "data"})
     return report.summarise(rows, questions or rows[""], condition, MVBENCH, seconds or {})
-
 
 @pytest.fixture
 def plain():
@@ -37,13 +34,11 @@ def plain():
                                                                           for i in range(10)]
     return {"": run(8, 5), "blank": run(2, 3), "single": run(3, 5), "shuffle": run(6, 4)}
 
-
 def test_average_is_right_over_asked_and_chance_follows_the_options():
     rows = [row("Action Count", 0, True)] + [row("State Change", i, False) for i in range(3)]
     assert report.score(rows) == {"Action Count": 100, "State Change": 0, "Avg": 25}
     questions = [row("Action Count", 0, True), {**row("Action Count", 1, True), "candidates": list("1234")}]
     assert report.chance(questions)["Avg"] == pytest.approx(100 * (1 / 3 + 1 / 4) / 2)
-
 
 def test_the_summary_s_numbers(tmp_path, plain):
     wanted = [*plain[""], row("Action Count", 10, True)]
@@ -61,13 +56,11 @@ def test_the_summary_s_numbers(tmp_path, plain):
     assert found["letters"]["A"] == (20, 20, 13) and found["calibration"]["error"] == pytest.approx(1 - 0.6 / 0.9)
     json.dumps(found)
 
-
 def test_without_controls_nothing_is_said_of_time(tmp_path, plain, capsys):
     found = summary_of(tmp_path, {"": plain[""]})
     assert found["average"]["needs time"] is None
     report.show(found)
     assert "temporal gain" not in capsys.readouterr().out
-
 
 def test_the_console(tmp_path, plain, capsys):
     rows = [*plain[""], row("Action Count", 10, False, unread="a.mp4: no such file", prediction="")]
@@ -79,9 +72,7 @@ def test_the_console(tmp_path, plain, capsys):
     assert "all orders of the options, 1 questions: right 66.7 in the mean, 0.0 in every order" in out
     assert re.search(r"strict +61\.90 +13/21 +0 +0", out)
 
-
 # ---- the page --------------------------------------------------------------------------------------------------------
-
 
 class Tags(HTMLParser):
     """Checks that every tag is closed, in order, and keeps what refers to something outside."""
@@ -101,13 +92,11 @@ class Tags(HTMLParser):
         if tag not in ("circle", "path"):
             assert self.open.pop() == tag
 
-
 def parsed(html):
     tags = Tags()
     tags.feed(html)
     assert not tags.open and not tags.outside and "<script" not in html and "http" not in html
     return tags
-
 
 def test_the_page_is_whole_and_needs_nothing_from_outside(ckpt, tree, tmp_path):
     mvbench.main(["--ckpt", str(ckpt), "--data", str(tree), "--out", str(tmp_path), "--workers", "0", "--controls",
@@ -123,22 +112,18 @@ def test_the_page_is_whole_and_needs_nothing_from_outside(ckpt, tree, tmp_path):
         assert part in html
     assert ">nan" not in html
 
-
 def test_what_stands_in_questions_and_commands_stays_text(tmp_path, plain):
     html = report_page.page(summary_of(tmp_path, plain), plain[""])
     parsed(html)
     assert "&lt;i&gt;&amp;" in html and "&lt;b&gt;" in html and "<i>&" not in html
     assert "(no frames)" in html                                           # their media are nowhere
 
-
 def test_unanswered_questions_are_on_the_page(tmp_path, plain):
     rows = [*plain[""], row("Action Count", 10, False, unread="<a>.mp4: no such file", prediction="")]
     html = report_page.page(summary_of(tmp_path, {"": rows}), rows)
     assert "1 questions are about a medium that cannot be read" in html and "&lt;a&gt;.mp4: no such file" in html
 
-
 # ---- files and comparisons -------------------------------------------------------------------------------------------
-
 
 def test_the_leaderboard_s_file_is_the_notebook_s(ckpt, tree, tmp_path):
     mvbench.main(["--ckpt", str(ckpt), "--data", str(tree), "--out", str(tmp_path), "--workers", "0"])
@@ -147,12 +132,10 @@ def test_the_leaderboard_s_file_is_the_notebook_s(ckpt, tree, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert found["Avg"] == 100 * sum(r["correct"] for r in rows) / 40
 
-
 def put(folder, rows):
     folder.mkdir()
     (folder / "predictions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return str(folder)
-
 
 def test_two_runs(tmp_path, capsys):
     """B has 15 right that A has wrong, A has 5 that B has wrong: p = 0.0414."""
@@ -165,7 +148,6 @@ def test_two_runs(tmp_path, capsys):
     assert re.search(r"State Change +62\.5 +87\.5 +-25\.0 +5 +15 +0\.0414", out) and "B is better (p = 0.0414)" in out
     mvbench.main(["compare", a, a, "--scorer", "strict"])
     assert "The difference could be luck (p = 1.00)" in capsys.readouterr().out
-
 
 def test_what_cannot_be_compared_is_named(tmp_path):
     a = put(tmp_path / "a", [row("State Change", 0, True)])

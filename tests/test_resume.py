@@ -27,7 +27,6 @@ STEPS = 8
 PARTS = {"vit": ("init", "vit"), "llm": ("llm", "llm"),  # folder of the result, what names it on the command line
          1: ("stage1", "--stage", "1"), 2: ("stage2", "--stage", "2"), 3: ("stage3", "--stage", "3")}
 
-
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """Sums differ in their last bits with the number of threads; the processes that are started have one."""
@@ -36,11 +35,9 @@ def one_thread():
     yield
     torch.set_num_threads(before)
 
-
 def options(world, out, part, *more):
     return [*PARTS[part][1:], "--preset", "micro", "--data", str(world), "--out", str(out), "--steps", str(STEPS),
             "--save-every", "2", "--workers", "1", *more]
-
 
 @pytest.fixture(scope="module")
 def runs(world, tmp_path_factory):
@@ -50,15 +47,12 @@ def runs(world, tmp_path_factory):
         (pretrain if part in ("vit", "llm") else train).main(options(world, out, part))
     return out
 
-
 def weights(folder):
     return files.read_tensors(Path(folder) / "model.safetensors")
-
 
 def assert_same(one, other):
     once, twice = weights(one), weights(other)
     assert once.keys() == twice.keys() and [n for n in once if not torch.equal(once[n], twice[n])] == []
-
 
 def begun(runs, out, part):
     """A run whose earlier stages are done."""
@@ -67,12 +61,10 @@ def begun(runs, out, part):
         shutil.copytree(runs / PARTS[name][0], out / PARTS[name][0])
     return out
 
-
 def command(processes, arguments):
     several = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
     script = ["-m", "toy.pretrain"] if arguments[0] in ("vit", "llm") else [str(ROOT / "train.py")]
     return [sys.executable, *several, *script]
-
 
 def start(*arguments, processes=1):
     """train.py, in a group of processes of its own, to be killed as a whole."""
@@ -80,12 +72,10 @@ def start(*arguments, processes=1):
                             stderr=subprocess.STDOUT, text=True, start_new_session=True,
                             env=os.environ | {"OMP_NUM_THREADS": "1"})
 
-
 def run(*arguments, processes=1):
     process = start(*arguments, processes=processes)
     said, _ = process.communicate()
     return process.returncode, said
-
 
 def kill_after(process, line):
     """kill -9 to all its processes as soon as it has said this."""
@@ -104,7 +94,6 @@ def kill_after(process, line):
     process.stdout.close()
     return said
 
-
 @pytest.mark.parametrize("part", PARTS)
 def test_kill_9_and_going_on_ends_with_the_same_weights(world, runs, tmp_path, part):
     """With loader workers, dropout, and a generator that draws negatives; killed twice, in mid-epoch."""
@@ -116,7 +105,6 @@ def test_kill_9_and_going_on_ends_with_the_same_weights(world, runs, tmp_path, p
     assert_same(runs / PARTS[part][0], out / PARTS[part][0])
     assert not list(out.rglob("*.unfinished"))
 
-
 @pytest.mark.parametrize("part", [1, 3])
 def test_two_processes_are_killed_and_go_on(world, runs, tmp_path, part):
     more = ("--grad-accum", "2", "--batch", "8")
@@ -126,7 +114,6 @@ def test_two_processes_are_killed_and_go_on(world, runs, tmp_path, part):
     code, said = run(*options(world, out, part, *more), processes=2)
     assert code == 0 and "resuming from step" in said, said
     assert_same(whole / PARTS[part][0], out / PARTS[part][0])
-
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_leaves_with_its_code(world, runs, tmp_path, number, code, monkeypatch):
@@ -146,7 +133,6 @@ def test_a_signal_saves_and_leaves_with_its_code(world, runs, tmp_path, number, 
     train.main(options(world, out, 1))
     assert_same(runs / "stage1", out / "stage1")
 
-
 def test_a_signal_to_all_processes_saves_too(world, runs, tmp_path):
     """Schedulers tell loader workers as well."""
     out = begun(runs, tmp_path, 1)
@@ -160,7 +146,6 @@ def test_a_signal_to_all_processes_saves_too(world, runs, tmp_path):
     train.main(options(world, out, 1))
     assert_same(runs / "stage1", out / "stage1")
 
-
 def test_a_run_begun_again_and_stopped_goes_on_beside_the_old_one(world, runs, tmp_path, capsys):
     out = begun(runs, tmp_path, 2)
     shutil.copytree(runs / "stage2", out / "stage2")
@@ -168,7 +153,6 @@ def test_a_run_begun_again_and_stopped_goes_on_beside_the_old_one(world, runs, t
     train.main(options(world, out, 2))
     assert "resuming from step" in capsys.readouterr().out
     assert_same(runs / "stage2", out / "stage2")
-
 
 @pytest.mark.parametrize("wrong", [("--steps", "-3"), ("--epochs", "0"), ("--batch", "-4"), ("--grad-clip", "0"),
                                    ("--device", "gpu"), ("--warmup", "2"), ("--keep-checkpoints", "0"),
@@ -179,11 +163,9 @@ def test_wrong_values_are_refused(wrong, capsys):
         train.parse(["--stage", "1", *wrong])
     assert left.value.code == 2 and wrong[0] in capsys.readouterr().err
 
-
 @pytest.fixture
 def stopped(killed, tmp_path):
     return shutil.copytree(killed, tmp_path / "stopped")
-
 
 @pytest.fixture(scope="module")
 def killed(world, runs, tmp_path_factory):
@@ -198,16 +180,13 @@ def killed(world, runs, tmp_path_factory):
     assert list(resume.saved_steps(out / "stage2.unfinished")) == [4, 6]    # the last two are kept
     return out
 
-
 def cut_off(path):
     path.write_bytes(path.read_bytes()[:-10])
-
 
 def altered(path):
     found = bytearray(path.read_bytes())
     found[-5] ^= 1
     path.write_bytes(found)
-
 
 @pytest.mark.parametrize("harm", [cut_off, altered, Path.unlink])
 @pytest.mark.parametrize("name", ["model.safetensors", "trainer.safetensors", "trainer.json"])
@@ -222,12 +201,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(world, runs, s
     assert f"damaged: {path}" in said and "resuming from step 4" in said
     assert_same(runs / "stage2", stopped / "stage2")
 
-
 def test_an_unfinished_checkpoint_can_be_looked_at(world, stopped):
     from weights import checkpoint
     model, _, tok = checkpoint.load_checkpoint(stopped / "stage2.unfinished" / "000006")
     assert tok and model.stage == 2
-
 
 def test_another_run_s_checkpoint_is_refused(world, runs, stopped):
     for more, what in ((("--batch", "2"), "batch 4 instead of 2"), (("--seed", "5"), "seed 0 instead of 5")):
@@ -243,13 +220,11 @@ def test_another_run_s_checkpoint_is_refused(world, runs, stopped):
     train.main(options(world, stopped, 2, "--restart"))
     assert_same(runs / "stage2", stopped / "stage2")
 
-
 def test_a_second_run_in_the_same_folder_is_refused(world, runs, tmp_path):
     out = begun(runs, tmp_path, 1)
     with files.lock_folder(out / "stage1.unfinished"):
         code, said = run(*options(world, out, 1))
     assert code == 2 and "another process is writing" in said and "Traceback" not in said
-
 
 def test_a_full_disk_is_named_and_training_goes_on(world, runs, tmp_path, monkeypatch, capsys):
     out, real, written = begun(runs, tmp_path, 1), resume.save_tensors, []
@@ -265,7 +240,6 @@ def test_a_full_disk_is_named_and_training_goes_on(world, runs, tmp_path, monkey
     said = capsys.readouterr().out
     assert "000004 cannot be written" in said and "MiB are free" in said and "training continues" in said
     assert_same(runs / "stage1", out / "stage1")
-
 
 def test_a_full_disk_at_the_very_end_loses_nothing(world, runs, tmp_path, monkeypatch):
     out, real = begun(runs, tmp_path, 1), resume.checkpoint.save_checkpoint
@@ -283,7 +257,6 @@ def test_a_full_disk_at_the_very_end_loses_nothing(world, runs, tmp_path, monkey
     train.main(options(world, out, 1))
     assert_same(runs / "stage1", out / "stage1")
 
-
 def poisoned(monkeypatch, steps):
     """Losses of these calls are NaN, and one layer's output is."""
     real, calls = train.VideoChat2.stage1_losses, []
@@ -296,7 +269,6 @@ def poisoned(monkeypatch, steps):
 
     monkeypatch.setattr(train.VideoChat2, "stage1_losses", stage1_losses)
 
-
 @pytest.mark.parametrize("muon", ["0", "1"])
 def test_a_step_that_is_not_finite_is_left_out_and_named(world, runs, tmp_path, monkeypatch, capsys, muon):
     out = begun(runs, tmp_path, 1)
@@ -307,7 +279,6 @@ def test_a_step_that_is_not_finite_is_left_out_and_named(world, runs, tmp_path, 
     assert ".gif" in said.split("files of the step:")[1]
     assert all(t.isfinite().all() for t in weights(out / "stage1").values())
 
-
 def test_too_many_such_steps_stop_the_run(world, runs, tmp_path, monkeypatch):
     out = begun(runs, tmp_path, 1)
     poisoned(monkeypatch, set(range(4, 100)))
@@ -315,7 +286,6 @@ def test_too_many_such_steps_stop_the_run(world, runs, tmp_path, monkeypatch):
         train.main(options(world, out, 1, "--max-bad-steps", "2"))
     last = resume.latest(out / "stage1.unfinished")
     assert last and all(t.isfinite().all() for t in weights(last).values())
-
 
 def test_fp16_looks_for_its_scale_but_not_forever(world, tmp_path):
     """Gradients overflow with finite losses: GradScaler's doing, for so many steps."""
@@ -333,7 +303,6 @@ def test_fp16_looks_for_its_scale_but_not_forever(world, tmp_path):
     with pytest.raises(ValueError, match="2 steps in a row without a finite gradient"):
         tell(float("inf"), 24 + 2 + 1)
 
-
 def test_a_left_out_step_changes_nothing():
     """By hand: AdamW's moments, its count of steps and the weights."""
     from training import optim
@@ -349,7 +318,6 @@ def test_a_left_out_step_changes_nothing():
         assert same == [poison, poison]
     assert {int(state["step"]) for state in optimizers[0].state.values()} == {1}
 
-
 def test_saving_costs_little(world, runs, tmp_path, monkeypatch):
     """The loop goes on while a slow disk still writes."""
     real = files.save_tensors
@@ -363,7 +331,6 @@ def test_saving_costs_little(world, runs, tmp_path, monkeypatch):
     assert time.perf_counter() - begun_at < 1
     saver.wait()
     assert list(resume.saved_steps(stage.unfinished)) == [1] and saver.error is None
-
 
 def test_random_numbers_survive(tmp_path):
     stage = train.Stage("x", tmp_path / "x", torch.nn.Linear(1, 1), None, None, None, None,

@@ -42,12 +42,10 @@ TRUTH = [  # what is said; the letters that official, lmms-eval, vlmevalkit and 
     ("（C）", "", "C", "", ""),                               # brackets of full width
 ]
 
-
 @pytest.mark.parametrize("said, by_official, by_lmms_eval, by_vlmevalkit, by_strict", TRUTH)
 def test_truth_table(said, by_official, by_lmms_eval, by_vlmevalkit, by_strict):
     found = tuple("".join(sorted(scorer(said, OPTIONS))) for scorer in SCORERS.values())
     assert found == (by_official, by_lmms_eval, by_vlmevalkit, by_strict)
-
 
 def test_official_scorer_pair_by_pair(golden):
     """Every recorded pair whose key is a letter that MVBench has."""
@@ -59,10 +57,8 @@ def test_official_scorer_pair_by_pair(golden):
             tried += 1
     assert tried > 20
 
-
 def row(said, answer="He ran.", candidates=OPTIONS, **more):
     return {"task": "Action Count", "index": 0, "prediction": said, "candidates": candidates, "answer": answer, **more}
-
 
 def test_what_could_not_be_watched_is_right_for_nobody():
     for name in SCORERS:
@@ -71,14 +67,12 @@ def test_what_could_not_be_watched_is_right_for_nobody():
         assert is_right(name, row("(C)"))
     assert is_right("official", row("(")) and not is_right("strict", row("("))
 
-
 def test_of_equal_options_each_has_its_own_key():
     """The official code takes the last one, lmms-eval the first, strict either."""
     same = ["He ran.", "He sat.", "He ran."]
     right = {name: [said for said in ("(A)", "(C)") if is_right(name, row(said, candidates=same))] for name in SCORERS}
     assert right == {"official": ["(C)"], "lmms-eval": ["(A)"], "vlmevalkit": ["(C)"], "strict": ["(A)", "(C)"]}
     assert strict("He ran.", same) == {"A", "C"}
-
 
 def test_empty_answers_leave_lmms_eval_s_denominator_but_unread_media_do_not():
     assert [is_counted("lmms-eval", r) for r in (row(""), row("("), row("", unread="gone"))] == [False, True, True]
@@ -87,19 +81,16 @@ def test_empty_answers_leave_lmms_eval_s_denominator_but_unread_media_do_not():
     assert (table["strict"]["right"], table["strict"]["counted"], table["strict"]["unparsed"]) == (1, 4, 1)
     assert table["official"] == {"right": 2, "counted": 4, "percent": 50.0, "unparsed": 0, "any": 1}
 
-
 def test_where_they_differ():
     _, differ = compare_scorers([row("(C)"), row("He ran."), row("(")])
     assert [d["prediction"] for d in differ] == ["He ran.", "("]
     assert differ[0]["verdicts"] == {"official": False, "lmms-eval": False, "vlmevalkit": True, "strict": True}
-
 
 def test_one_text_within_another():
     colours = ["red", "dark red", "blue"]
     assert strict("It is dark red.", colours) == {"B"} and strict("It is red", colours) == {"A"}
     assert strict("red or dark red", colours) == set() and strict("coloured", colours) == set()
     assert vlmevalkit("It is dark red.", colours) == set()                 # both texts occur in it
-
 
 def test_letters_that_are_no_option_are_none():
     assert lmms_eval("(D)", ["yes", "no"]) == set() and official("(d)", ["yes", "no"]) == set()

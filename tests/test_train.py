@@ -27,7 +27,6 @@ from weights import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 
-
 @pytest.fixture(scope="module")
 def runs(world, tmp_path_factory):
     """Every stage of the micro preset, trained for four steps each."""
@@ -37,14 +36,11 @@ def runs(world, tmp_path_factory):
         train.main(options(world, out, "--stage", stage))
     return out
 
-
 def options(world, out, *more):
     return list(map(str, ("--preset", "micro", "--data", world, "--out", out, *more)))
 
-
 def weights(folder):
     return files.read_tensors(Path(folder) / "model.safetensors")
-
 
 def test_every_stage_leaves_a_checkpoint_and_its_losses(runs):
     rows = [json.loads(line) for line in (runs / "metrics.jsonl").read_text().splitlines()]
@@ -53,7 +49,6 @@ def test_every_stage_leaves_a_checkpoint_and_its_losses(runs):
     assert {"vtc", "vtm", "vtg"} <= set(next(row for row in rows if row["stage"] == "stage 1"))
     for folder in ("init", "llm", "stage1", "stage2", "stage3"):
         assert is_finished(runs / folder) and not (runs / folder / "trainer.safetensors").exists()
-
 
 def test_the_probe_asks_every_part_of_a_run(runs, world, tmp_path, capsys):
     table = probe.probe(runs, world, count=2)
@@ -66,12 +61,10 @@ def test_the_probe_asks_every_part_of_a_run(runs, world, tmp_path, capsys):
     shown = capsys.readouterr().out.splitlines()
     assert len(shown) == 22 and len(shown[-1].split()) == 1 + 4  # mean, the ViT's three and llm_from_text
 
-
 def changed(before, after):
     """Parts that both checkpoints have and that differ."""
     old, new = weights(before), weights(after)
     return {n.split(".")[0] for n in new if n in old and not torch.equal(old[n], new[n])}
-
 
 def test_each_stage_trains_what_the_paper_says_and_nothing_else(runs, world, tmp_path):
     """With the ViT's features kept, it stays frozen; without, it learns in stages 2 and 3."""
@@ -90,10 +83,8 @@ def test_each_stage_trains_what_the_paper_says_and_nothing_else(runs, world, tmp
     lora = [t for n, t in weights(runs / "stage3").items() if "lora_B" in n]
     assert lora and all(t.abs().sum() > 0 for t in lora)                   # they start at zero
 
-
 def test_no_checkpoint_holds_the_frozen_llm(runs):
     assert not [n for n in weights(runs / "stage3") if n.startswith("llama_model.") and "lora_" not in n]
-
 
 def test_evaluation_and_its_control(world, runs, capsys):
     arguments = ["--ckpt", str(runs / "stage3"), "--data", str(world / "mvbench"), "--workers", "0"]
@@ -110,7 +101,6 @@ def test_evaluation_and_its_control(world, runs, capsys):
     assert [row["letter_probabilities"] for row in blank] != [row["letter_probabilities"] for row in rows]
     assert "chance" in capsys.readouterr().out
 
-
 def test_an_unreadable_clip_is_counted_and_shown(world, runs, tmp_path, capsys):
     data = tmp_path / "mvbench"
     shutil.copytree(world / "mvbench", data)
@@ -121,7 +111,6 @@ def test_an_unreadable_clip_is_counted_and_shown(world, runs, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "1 questions with an unreadable medium, counted as wrong" in printed and clip.name in printed
 
-
 def test_chat_answers_the_same_question_with_the_same_words(world, runs):
     clip = next((world / "videos").rglob("*.gif"))
     model = checkpoint.load_checkpoint(runs / "stage3")
@@ -131,7 +120,6 @@ def test_chat_answers_the_same_question_with_the_same_words(world, runs):
     assert loaded.ask("What happens?").startswith(said[0]) and len(loaded.history) == 1
     with pytest.raises(ValueError, match="stage1 is of stage 1 and has no LLM"):
         chat.Chat.load(runs / "stage1", clip)
-
 
 def test_a_conversation_ends_quietly(world, runs, monkeypatch, capsys):
     """By an empty line, by Ctrl-D or Ctrl-C, and after answers to every question so far."""
@@ -149,7 +137,6 @@ def test_a_conversation_ends_quietly(world, runs, monkeypatch, capsys):
         monkeypatch.setattr("builtins.input", read)
         assert chat.main(command) is None
         assert len(capsys.readouterr().out.splitlines()) >= 2
-
 
 def test_each_parameter_has_its_optimizer_and_its_rate():
     config = PRESETS["micro"]()
@@ -171,7 +158,6 @@ def test_each_parameter_has_its_optimizer_and_its_rate():
     (plain,) = optim.make_optimizers(model, train.TrainConfig(stage=3))    # without Muon
     assert sum(len(group["params"]) for group in plain.param_groups) == len(matrices + lora + others + layers)
 
-
 def test_muon_moves_matrices_as_torch_s_does():
     """Which computes in bfloat16, so it differs by a hundredth of what has moved at most."""
     shapes, generator = [(32, 48), (48, 32), (32, 32), (32, 32)], torch.Generator().manual_seed(0)
@@ -190,7 +176,6 @@ def test_muon_moves_matrices_as_torch_s_does():
         assert moved > 5e-3 and (p - q).abs().mean() < 0.01 * moved
         assert torch.equal(muon.state[p]["momentum_buffer"], reference.state[q]["momentum_buffer"])
 
-
 def test_orthogonalize_brings_singular_values_near_one():
     """Of tall and of wide matrices, of several in one batch as of each alone."""
     for shape in ((3, 8, 20), (3, 20, 8)):
@@ -200,11 +185,9 @@ def test_orthogonalize_brings_singular_values_near_one():
         alone = torch.cat([optim.orthogonalize(one[None]) for one in g])
         assert torch.allclose(optim.orthogonalize(g), alone, atol=1e-5)
 
-
 def run(script, *arguments):
     result = subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], capture_output=True, text=True)
     return result.returncode, result.stderr.strip().splitlines()
-
 
 def test_errors_are_one_line_with_code_2(world, runs, tmp_path):
     code, lines = run("train.py", *options(world, tmp_path / "new", "--stage", 2))
@@ -218,7 +201,6 @@ def test_errors_are_one_line_with_code_2(world, runs, tmp_path):
     assert code == 2 and len(lines) == 1 and "is of preset micro, not toy" in lines[0]
     assert not (tmp_path / "new" / "stage1").exists()                      # nothing half-written
 
-
 def test_damaged_checkpoints_and_missing_videos_are_one_line_too(world, runs, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(runs / "stage3", broken)
@@ -230,13 +212,11 @@ def test_damaged_checkpoints_and_missing_videos_are_one_line_too(world, runs, tm
     code, lines = run("chat.py", "--ckpt", runs / "stage3", "--video", tmp_path / "none.mp4", "--ask", "What?")
     assert code == 2 and len(lines) == 1 and "none.mp4: no such file" in lines[0]
 
-
 def test_the_learning_rate_rises_holds_and_falls():
     cfg = train.TrainConfig(lr=1.0, steps=100, warmup=0.1, constant_until=0.5, lr_end=0.01)
     rates = [optim.get_lr(step, cfg) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9:51] == pytest.approx([1.0] * 42)
     assert rates[75] == pytest.approx(0.505) and rates[99] < 0.012 and rates[50:] == sorted(rates[50:], reverse=True)
-
 
 def test_stage_1_begins_with_captions_alone(world, runs, tmp_path):
     out = tmp_path / "captions"
@@ -244,7 +224,6 @@ def test_stage_1_begins_with_captions_alone(world, runs, tmp_path):
     train.main(options(world, out, "--stage", 1, "--vtg-only", 0.5, "--log-every", 1))
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert ["vtc" in row for row in rows] == [False, False, True, True] and all("vtg" in row for row in rows)
-
 
 def test_one_part_of_the_pretraining_alone(world, tmp_path, capsys):
     pretrain.main(["llm", *options(world, tmp_path / "part")])
@@ -256,7 +235,6 @@ def test_one_part_of_the_pretraining_alone(world, tmp_path, capsys):
         with pytest.raises(ValueError, match=message):
             pretrain.main(wrong)
 
-
 def test_stage_0_names_its_command_and_an_older_run_what_to_copy(runs, world, tmp_path):
     expected = "train.py: --stage 0 is now a command of its own: python -m toy.pretrain"
     assert run("train.py", "--stage", 0) == (2, [expected])
@@ -265,7 +243,6 @@ def test_stage_0_names_its_command_and_an_older_run_what_to_copy(runs, world, tm
     assert code == 2 and len(lines) == 1 and "run: python -m toy.pretrain --preset micro" in lines[0]
     assert f"copy an older version's {tmp_path}/stage0/vit to init" in lines[0]
 
-
 def test_options_have_their_older_spellings_too():
     argv = ("--stage 1 --clip 2 --accumulate 3 --recompute vit --hold 0.5 --keep 4 --lora-lr 5 --muon 6 "
             "--captions-first 0.7 --no-tell-seconds --restart").split()
@@ -273,7 +250,6 @@ def test_options_have_their_older_spellings_too():
     expected = dict(grad_clip=2, grad_accum=3, grad_checkpoint="vit", constant_until=0.5, keep_checkpoints=4,
                     lora_lr_scale=5, muon_lr_scale=6, vtg_only=0.7, add_timestamps=False, resume=False)
     assert {name: getattr(cfg, name) for name in expected} == expected and explicit == {"stage", *expected}
-
 
 def test_a_run_of_an_older_version_resumes_or_is_refused(runs, tmp_path):
     """trainer.json had other names for two of the options that must not change."""
@@ -287,7 +263,6 @@ def test_a_run_of_an_older_version_resumes_or_is_refused(runs, tmp_path):
     with pytest.raises(ValueError, match="a run with grad_accum 1 instead of 2, muon_lr_scale 1.0 instead of 0.0"):
         resume.load_weights(stage, replace(cfg, grad_accum=2, muon_lr_scale=0.0), folder)
 
-
 def test_training_the_real_thing_imports_nothing_of_the_toy(tmp_path):
     """Nor does it import the tests, the benchmark or what writes questions."""
     program = ("import sys, train\n"
@@ -297,7 +272,6 @@ def test_training_the_real_thing_imports_nothing_of_the_toy(tmp_path):
                              str(tmp_path), "--data", str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
     lines = result.stdout.splitlines()
     assert "stage 3 starts from" in lines[0] and lines[1:] == ["[]"]
-
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_blocks_compute_the_same():

@@ -12,7 +12,6 @@ from PIL.PngImagePlugin import PngInfo
 import video
 from video import MediaError, SampleError, Transform, read_media
 
-
 def paint(folder, name, value=0, frames=16, size=48):
     """A GIF whose frame i shows a bar at column 2 i, on a background of the grey level `value`."""
     images = []
@@ -24,15 +23,12 @@ def paint(folder, name, value=0, frames=16, size=48):
     images[0].save(folder / name, save_all=True, append_images=images[1:], duration=500, loop=0)
     return folder / name
 
-
 def bars(frames):
     """Which frame each of (T, 3, H, W) is: half the first column where red lies on row 15."""
     return [int((frame[0, 15] - frame[1, 15].float() > 100).nonzero()[0]) // 2 for frame in frames.float()]
 
-
 def every(first, last, fps):
     return range(first, last + 1)
-
 
 # ---- which frames: parity --------------------------------------------------------------------------------------------
 
@@ -40,11 +36,9 @@ def every(first, last, fps):
 def recorded(golden):
     return json.loads((golden / "sampling.json").read_text())
 
-
 def test_middle_frames(recorded):
     for case in recorded["get_frame_indices_middle"]:
         assert video.train_frame_indices(case["num_frames"], case["vlen"], "middle") == case["out"], case
-
 
 def test_benchmark_frames(recorded):
     for case in recorded["mvbench_get_index"]:
@@ -54,7 +48,6 @@ def test_benchmark_frames(recorded):
     for case in recorded["notebook_get_index"]:  # the demo's rule is the benchmark's without bounds
         assert video.eval_frame_indices(case["num_segments"], case["num_frames"] - 1, 1.0) == case["out"], case
 
-
 def test_official_random_frames(recorded):
     for case in recorded["get_frame_indices_rand_seed42"]:
         n, total = case["num_frames"], case["vlen"]
@@ -63,14 +56,12 @@ def test_official_random_frames(recorded):
             assert found == case["out"], case
         assert sorted(found) == found and len(found) == n and found[-1] < total
 
-
 def test_our_random_frames_reach_every_frame():
     rng = random.Random(0)
     drawn = [video.train_frame_indices(4, 10, "rand", rng) for _ in range(500)]
     assert {i for indices in drawn for i in indices} == set(range(10))
     assert all(a < b for indices in drawn for a, b in pairwise(indices))
     assert video.train_frame_indices(4, 2, "rand", rng) == [0, 1, 1, 1]
-
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
@@ -84,7 +75,6 @@ def test_gif_frames_are_exact(tmp_path, size):
     frames, _ = read_media(path, lambda first, last, fps: [15, 3, 3, 8, 99])  # any order; beyond the end: the last
     assert bars(frames) == [15, 3, 3, 8, 15]
 
-
 def test_start_and_end_in_seconds(tmp_path):
     path = paint(tmp_path, "a.gif")
     select = video.train_frame_selector(4, "middle", None, 2.0, 4.0)       # frames 4 to 7 at 2 per second
@@ -93,13 +83,11 @@ def test_start_and_end_in_seconds(tmp_path):
     assert bars(video.read_eval_frames(path, 2, (2.0, 4.0))) == [5, 7]
     assert bars(video.read_eval_frames(path, 16)) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 8, 9, 10, 11, 12, 13, 14]
 
-
 def test_a_video_of_one_frame(tmp_path):
     path = paint(tmp_path, "a.gif", frames=1)
     assert bars(video.read_eval_frames(path, 4, (0.0, 2.0))) == [0, 0, 0, 0]
     frames, seconds = read_media(path, video.train_frame_selector(2, "rand", random.Random(0)))
     assert bars(frames) == [0, 0] and seconds == [0.0, 0.0]
-
 
 @pytest.mark.parametrize("mode, name", [("L", "a.png"), ("P", "a.png"), ("RGBA", "a.png"), ("CMYK", "a.jpg"),
                                         ("1", "a.png"), ("RGBA", "a.webp"), ("L", "a.jpg"), ("P", "a.gif")])
@@ -108,11 +96,9 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, mode, name):
     frames, seconds = read_media(tmp_path / name, every, as_image=True)
     assert frames.shape == (1, 3, 10, 20) and frames.min() > 250 and seconds == [0.0]
 
-
 def test_where_an_image_is_meant_a_gif_is_its_first_frame(tmp_path):
     frames, seconds = read_media(paint(tmp_path, "a.gif", 40), every, as_image=True)
     assert bars(frames) == [0] and seconds == [0.0] and frames.shape == (1, 3, 48, 48)
-
 
 def test_a_folder_of_frames(tmp_path):
     for i in range(1, 8):
@@ -123,7 +109,6 @@ def test_a_folder_of_frames(tmp_path):
     (tmp_path / "00003.jpg").rename(tmp_path / "3.jpg")
     with pytest.raises(MediaError, match="lacks 00003.jpg"):
         read_media(tmp_path, every)
-
 
 def test_unreadable_media_say_why(tmp_path):
     (tmp_path / "empty.mp4").touch()
@@ -137,14 +122,12 @@ def test_unreadable_media_say_why(tmp_path):
             read_media(tmp_path / name, every)
         assert str(caught.value).startswith(f"{tmp_path / name}: {reason}") and "\n" not in str(caught.value)
 
-
 def test_a_png_with_too_much_text_in_it(tmp_path):
     info = PngInfo()
     info.add_text("comment", "x" * 2_000_000, zip=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
     with pytest.raises(MediaError, match="a.png: cannot be decoded as an image"):
         read_media(tmp_path / "a.png", every)
-
 
 def test_an_error_in_a_worker_stays_one_line():
     """DataLoader raises the error anew, with the worker's traceback before its words."""
@@ -153,7 +136,6 @@ def test_an_error_in_a_worker_stays_one_line():
     assert str(wrapped) == "a.gif: no such file"
     assert str(SampleError("video.SampleError: a.gif: no room")) == "a.gif: no room"
     assert str(MediaError("a.gif: no such file")) == "a.gif: no such file"
-
 
 # ---- pixels ----------------------------------------------------------------------------------------------------------
 
@@ -167,7 +149,6 @@ def test_evaluation_pixels_are_pillows():
     expected = (np.asarray(small) / 255 - mean) / std
     assert np.abs(found.permute(1, 2, 0).numpy() - expected).max() < 1.1 / 255 / min(std)  # one level, from rounding
 
-
 def test_training_crops_are_the_same_in_all_frames():
     frames = torch.randint(0, 256, (1, 3, 40, 60), dtype=torch.uint8).expand(4, -1, -1, -1)
     transform = Transform(32, train=True)
@@ -179,7 +160,6 @@ def test_training_crops_are_the_same_in_all_frames():
             assert 0 <= top <= shape[0] - h and 0 <= left <= shape[1] - w and h > 0 and w > 0
             assert shape != (40, 60) or 0.45 < h * w / 2400 < 1.05
 
-
 def test_without_crop_nothing_is_lost():
     frames = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     found = Transform(32, train=True, crop=False)(frames, random.Random(0))
@@ -189,7 +169,6 @@ def test_without_crop_nothing_is_lost():
     with pytest.raises(ValueError, match="norm 'vit': expected one of imagenet, clip"):
         Transform(32, norm="vit")
 
-
 @pytest.mark.parametrize("size", [(40, 60), (300, 500)])                   # larger and smaller than the result
 def test_bicubic_is_pillows_on_noise_too(size):
     frames = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -198,7 +177,6 @@ def test_bicubic_is_pillows_on_noise_too(size):
         for one, frame in zip(found, frames, strict=True):
             image = Image.fromarray(frame.permute(1, 2, 0).numpy()).resize((96, 112), Image.Resampling.BICUBIC)
             assert np.abs(one.permute(1, 2, 0).numpy() - np.asarray(image).astype(float)).max() <= 2
-
 
 def test_random_resized_crops_are_pillows():
     frames = torch.randint(0, 256, (1, 3, 90, 120), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -210,7 +188,6 @@ def test_random_resized_crops_are_pillows():
         found = transform(frames, random.Random(seed))[0] * transform.std + transform.mean         # (3, 48, 48)
         assert np.abs(found.permute(1, 2, 0).numpy() - np.asarray(image)).max() <= 2.01
 
-
 def test_flip_mirrors_half_of_the_clips_and_is_off_by_default():
     frames = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     plain = Transform(32, train=True, crop=False)(frames, random.Random(0))
@@ -218,7 +195,6 @@ def test_flip_mirrors_half_of_the_clips_and_is_off_by_default():
     flipped = [torch.equal(mirror(frames, random.Random(seed)), plain.flip(-1)) for seed in range(100)]
     assert 35 < sum(flipped) < 65
     assert all(torch.equal(Transform(32, train=True, crop=False)(frames, random.Random(s)), plain) for s in range(20))
-
 
 @pytest.mark.parametrize("offset, data", [(6, b"\xff\xff\xff\x7f"), (0, b"GIF87b"), (10, b"\0")])
 def test_damaged_headers_of_gifs_are_named(tmp_path, offset, data):

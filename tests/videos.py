@@ -11,7 +11,6 @@ import numpy as np
 
 BITS = 10
 
-
 def painted(i, width=320, height=240):
     """Frame i: (height, width, 3) uint8."""
     image = np.full((height, width, 3), 128, np.uint8)
@@ -22,14 +21,12 @@ def painted(i, width=320, height=240):
     image[height // 2:, x:x + 20] = 255, 30, 30                            # something that moves, for the encoder to do
     return image
 
-
 def number(frame):
     """The number painted into a frame (height, width, 3)."""
     height, width, _ = frame.shape
     bar = width // BITS
     rows, middle = slice(height // 8, height * 3 // 8), (bar // 4, bar * 3 // 4)
     return sum(int(frame[rows, bit * bar + middle[0]:bit * bar + middle[1]].mean() > 128) << bit for bit in range(BITS))
-
 
 def write_video(path, codec="libx264", frames=60, width=320, height=240, rate=25, times=None, **options):
     """Encodes frames 0, 1, ...; times: of each, in milliseconds, for a variable frame rate."""

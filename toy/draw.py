@@ -36,16 +36,13 @@ ACTIVITY_CLASSES = ("none", "still", *DIRECTIONS, "grows", "shrinks", "spins clo
 # ---------------------------------------------------------------------------------------------------------------------
 # Outlines in units of an object's radius, y pointing down. An object's angle turns them; their role picks the ink.
 
-
 def ring(n, radius=1.0, inner=None, start=-90.0, x=0.0, y=0.0):
     """n corners on a circle; with `inner`, every other one on a smaller circle."""
     spots = [(math.radians(start + 360 * i / n), inner if inner and i % 2 else radius) for i in range(n)]
     return [(x + r * math.cos(a), y + r * math.sin(a)) for a, r in spots]
 
-
 def box(x0, y0, x1, y1):
     return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
-
 
 CROSS = [(-.35, -1), (.35, -1), (.35, -.35), (1, -.35), (1, .35), (.35, .35),
          (.35, 1), (-.35, 1), (-.35, .35), (-1, .35), (-1, -.35), (-.35, -.35)]
@@ -92,10 +89,8 @@ SCENERY = {  # place -> the ink of its ground and [(ink, corners)] on it, in uni
     "dark": ("black", []),
 }
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Frames and files
-
 
 def paint(canvas, obj, t, scale, ink=None):
     """Draw an object as it is in frame t, in its own inks, or all of it in the ink number `ink`."""
@@ -122,7 +117,6 @@ def paint(canvas, obj, t, scale, ink=None):
     for line in STROKES.get(obj["shape"], ()):
         canvas.line(to_pixels(line), fill=inks["fill"], width=round(radius * (.3 if obj["shape"] in GLYPHS else .17)))
 
-
 def render(clip, pixels=PIXELS):
     """An annotation -> 16 palette images. The hero is painted last, on top of everything."""
     scale, frames = pixels / UNITS, []
@@ -140,7 +134,6 @@ def render(clip, pixels=PIXELS):
         frames.append(image)
     return frames
 
-
 def write_gif(frames, path):
     """subtle: pillow merges equal neighbours, so in every other frame a corner takes the second copy of its ink."""
     corner = (PIXELS - 1, PIXELS - 1)
@@ -148,14 +141,12 @@ def write_gif(frames, path):
         frame.putpixel(corner, frame.getpixel(corner) + len(INKS))
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 // FPS, loop=0, optimize=False)
 
-
 def write_frames(frames, folder, fps=3):
     """A folder of JPEGs at 3 frames per second, from 00001.jpg: the format of TVQA."""
     folder.mkdir()
     for i in range(FRAMES * fps // FPS):
         frame = frames[i * FPS // fps].convert("RGB")
         frame.save(folder / f"{i + 1:05d}.jpg", quality=95, subsampling=0)
-
 
 def token_targets(clip, patch=12, frames=None):
     """The classes of every patch of the frames (default all) -> (T, L, 3) uint8.
@@ -186,7 +177,6 @@ def token_targets(clip, patch=12, frames=None):
                        for obj in objects]
             targets[i, covered] = np.array(classes)[area[covered].argmax(1)]
     return targets
-
 
 def contact_sheet(rows, path, columns=4, pixels=96):
     """Draw questions into a picture, each with eight frames of its clip, so that people can judge them.

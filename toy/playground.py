@@ -9,7 +9,6 @@ from qagen.generate import Fact, QATask, capitalize, excluding
 from toy import things
 from toy.things import Object, direction_vector, name_of, new_event, random_point
 
-
 class Playground(QATask):
     """No task of MVBench: one to three objects that do something all the time. A ViT learns to see movement from it."""
     key, parent, n_options, rule = "playground", "Action", 4, "what the others do, and what nobody does"

@@ -38,7 +38,6 @@ from weights.hf_llama import write_llm
 
 # ------------------------------------------------------------------------------------------------------------- the ViT
 
-
 class PatchClassifier(nn.Module):
     """The video ViT with linear heads on every patch token: what covers the patch, and which patch and frame it is.
 
@@ -85,7 +84,6 @@ class PatchClassifier(nn.Module):
             losses[name] = scale * (loss * weight).sum()
         return losses
 
-
 class PatchLabels(torch.utils.data.Dataset):
     """Clips with the class of every patch: targets.npy (clips, frames, patches, 3), in the order of the annotations.
 
@@ -123,14 +121,12 @@ class PatchLabels(torch.utils.data.Dataset):
         targets = self.targets[sample["idx"]][self.frames]                     # (T, L, 3)
         return sample | {"targets": torch.from_numpy(targets.astype(np.int64))}
 
-
 def collate_patches(samples):
     return {"video": torch.stack([s["video"] for s in samples]),
             "targets": torch.stack([s["targets"] for s in samples]),
             "bad": [path for s in samples for path in s["bad"]]}
 
 # ------------------------------------------------------------------------------------------------------------- the LLM
-
 
 @dataclass
 class CaptionedPrompt:
@@ -139,13 +135,11 @@ class CaptionedPrompt:
     labels: list
     noisy: range        # positions that noisy_embeds blurs
 
-
 def fill_slot(prompt, ids, places=None):
     """Puts the ids of a text in the slot of the video: at these of its places, or one after another from its first."""
     first = prompt.slot
     for place, i in zip(places or range(len(ids)), ids, strict=True):
         prompt.ids[first + place] = i
-
 
 class TextCurriculum(torch.utils.data.Dataset):
     """Texts from which the small LLaMA learns to read; an epoch is a phase, and each item is a CaptionedPrompt.
@@ -249,7 +243,6 @@ class TextCurriculum(torch.utils.data.Dataset):
         wrong = [word for word in self.words if word not in present]
         return (text, rng.choice(right), rng.sample(wrong, n_wrong)) if right else self.one_word(rng)
 
-
 def collate_prompts(prompts):
     """-> ids (B, S) with VIDEO where the slot is empty, labels, mask, noisy (B, S): 1 where noisy_embeds blurs."""
     ids, labels, mask = pad_batch(prompts, pad_id=0)
@@ -257,7 +250,6 @@ def collate_prompts(prompts):
     for row, prompt in zip(noisy, prompts, strict=True):
         row[prompt.noisy.start:prompt.noisy.stop] = 1
     return add_packing({"ids": ids, "labels": labels, "mask": mask}) | {"noisy": noisy, "bad": []}
-
 
 def noisy_embeds(llama, ids, noisy):
     """Embeds ids (B, S) -> (B, S, D), with noise added where noisy (B, S) is 1; VIDEO becomes noise alone.
@@ -267,7 +259,6 @@ def noisy_embeds(llama, ids, noisy):
     embeds = llama.embed(ids.clamp(min=0)) * (ids != VIDEO).unsqueeze(-1)             # (B, S, D)
     strength = noisy * 0.7 * torch.rand(len(ids), 1, device=ids.device)               # (B, S), words have about 1
     return embeds + strength.unsqueeze(-1) * torch.randn_like(embeds)
-
 
 def train_tokenizers(text, folder, size=1000):
     """The files of both tokenizers, made from text.jsonl if they do not exist -> (tokenizer.model, vocab.txt)."""
@@ -286,12 +277,10 @@ def train_tokenizers(text, folder, size=1000):
 
 # --------------------------------------------------------------------------------------------------------- the command
 
-
 @dataclass
 class PretrainConfig(TrainConfig):
     stage: int = 0
     part: str = ""
-
 
 UNUSED = {"init", "llm", "cache_features", "lora_lr_scale", "vtg_only", "global_negatives", "llm_int8", *MODEL_OPTIONS}
 RECIPES = {
@@ -302,7 +291,6 @@ RECIPES = {
                                                 workers=0)),
 }
 
-
 def toy_config(cfg):
     """-> (the preset's Config, with the sizes of the toy's vocabularies; the files of its tokenizers)."""
     config = PRESETS[cfg.preset]()
@@ -310,7 +298,6 @@ def toy_config(cfg):
     config.llama.vocab_size = SentencePiece(str(sentencepiece)).vocab_size
     config.qformer.vocab_size = WordPiece.load(wordpiece).vocab_size
     return config, sentencepiece, wordpiece
-
 
 def vit_stage(cfg, dist):
     """The ViT learns what covers each patch. OUT/init is what weights.convert writes of the official files."""
@@ -329,7 +316,6 @@ def vit_stage(cfg, dist):
                  lambda batch, _: model.losses(batch),
                  lambda folder, tensors: save_checkpoint(tensors, 0, config, folder, vocab))
 
-
 def llm_stage(cfg, dist):
     """The small LLaMA learns to read, without videos. OUT/llm is a folder as Vicuna's."""
     config, tokenizer_model, _ = toy_config(cfg)
@@ -344,9 +330,7 @@ def llm_stage(cfg, dist):
     return Stage("stage 0 llm", Path(cfg.out) / "llm", model, dataset, collate_prompts, loss,
                  lambda folder, tensors: write_llm(model, tokenizer_model, folder, tensors))
 
-
 STAGES = {"vit": vit_stage, "llm": llm_stage}
-
 
 def main(argv=None):
     cfg, explicit = parse(argv, PretrainConfig, "python -m toy.pretrain", __doc__, tuple(STAGES))
@@ -360,7 +344,6 @@ def main(argv=None):
         part_cfg = apply_recipe(replace(cfg, part=part), explicit, RECIPES[cfg.preset][part])
         train_stage(STAGES[part], part_cfg, dist)
     dist.close()
-
 
 if __name__ == "__main__":
     run(main, "toy.pretrain", stopped="stopped at once; the last checkpoint is intact")

@@ -40,7 +40,6 @@ from weights.hf_llama import load_llm
 COLUMNS = ("colour", "shape", "activity", "qformer", "alike 1", "llm_from_video", "alike 2", "llm_from_text")
 MAX_WORDS = 60    # of a caption
 
-
 def benchmark_clips(data, count):
     """{task: its first `count` annotations}."""
     clips = {task.file: [] for task in TASKS}
@@ -50,12 +49,10 @@ def benchmark_clips(data, count):
             clips[clip["scenario"]].append(clip)
     return clips
 
-
 def load_videos(cfg, data, clips):
     """Annotations -> video (B, T, 3, H, W) as the benchmark reads it."""
     folder = Path(data) / "mvbench" / "video"
     return torch.stack([load_eval_clip(str(folder / clip["id"]), cfg) for clip in clips])
-
 
 def sampled_frames(task, count):
     """Frames of the simulation that the benchmark samples: a folder of JPEGs has them at 3 per second, from 1 on."""
@@ -63,10 +60,8 @@ def sampled_frames(task, count):
         return [(i - 1) * FPS // 3 for i in eval_frame_indices(count, FRAMES * 3 // FPS, 3, first_idx=1)]
     return eval_frame_indices(count, FRAMES - 1, FPS)
 
-
 def true_caption(clip):
     return caption_and_facts(SCENARIOS[clip["scenario"]], clip, random.Random(0))[0]
-
 
 def alike(queries):
     """queries (B, Q, D) -> mean cosine similarity of two queries of the same clip."""
@@ -74,9 +69,7 @@ def alike(queries):
     n = queries.shape[1]
     return ((unit.sum(1).square().sum(-1) - n) / (n * n - n)).mean().item()
 
-
 # Each probe: a part's folder, the world's folder, {task: clips} -> yields (task, one share per column).
-
 
 def probe_vit(folder, data, clips_of):
     """Colour, shape, activity: share of covered patches that are right."""
@@ -90,7 +83,6 @@ def probe_vit(folder, data, clips_of):
         classes = torch.stack(vit.classify(load_videos(cfg, data, clips))[:3], -1)             # (B, T, L, 3)
         covered = targets[..., 1] > 0                                                          # (B, T, L)
         yield task, (classes == targets)[covered].float().mean(0).tolist()
-
 
 def probe_qformer(folder, data, clips_of):
     """Share of captions that stage 1's Q-Former writes, always taking the most probable word; cosine of its queries."""
@@ -107,7 +99,6 @@ def probe_qformer(folder, data, clips_of):
         right = [row[1:len(words) + 1] == words for row, words in zip(ids.tolist(), captions, strict=True)]
         yield task, (np.mean(right), alike(hidden))
 
-
 def probe_llm_from_video(folder, data, clips_of):
     """Share of captions that stage 2's LLM writes from the video tokens; cosine of these."""
     model, _, tok = checkpoint.load_checkpoint(folder)
@@ -119,7 +110,6 @@ def probe_llm_from_video(folder, data, clips_of):
         rows = model.llama_model.generate(embeds, None, MAX_WORDS, partial(is_finished, tok))
         right = [decode_answer(tok, row) == true_caption(clip) for row, clip in zip(rows, clips, strict=True)]
         yield task, (np.mean(right), alike(tokens))
-
 
 def probe_llm_from_text(folder, data, clips_of):
     """Share of questions that the LLM answers right with the true caption in the place of the video."""
@@ -137,14 +127,12 @@ def probe_llm_from_text(folder, data, clips_of):
                  for q, row in zip(questions, logits, strict=True)]
         yield task, (np.mean(right),)
 
-
 PROBES = {  # a run's folder -> its probe, the columns that it fills
     "init": (probe_vit, COLUMNS[:3]),
     "stage1": (probe_qformer, COLUMNS[3:5]),
     "stage2": (probe_llm_from_video, COLUMNS[5:7]),
     "llm": (probe_llm_from_text, COLUMNS[7:]),
 }
-
 
 @torch.no_grad()
 def probe(run_folder, data, count):
@@ -157,7 +145,6 @@ def probe(run_folder, data, count):
             shares = dict(probe_part(folder, data, clips_of))
             table |= {column: {task: row[i] for task, row in shares.items()} for i, column in enumerate(columns)}
     return table
-
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -172,7 +159,6 @@ def main(argv=None):
     rows["mean"] = {name: np.nanmean(list(shares.values())) for name, shares in table.items()}
     for title, shares in rows.items():
         print(f"{title:26}" + "".join(f"{100 * shares[c]:16.0f}" if c in shares else f"{'':16}" for c in COLUMNS))
-
 
 if __name__ == "__main__":
     run(main, "toy.probe")

@@ -19,7 +19,6 @@ from toy import things
 from toy.playground import Playground
 from toy.things import Object, direction_vector, hero_slot, name_of, new_event, patch_point, random_point, sorted_events
 
-
 class ActionSequence(QATask):
     """Three actions in a row. Asked: which came before or after the second. A frame shows one of them at most."""
     key, parent, n_options, rule = "action_sequence", "Action", 4, "one more that it did, two that it did not"
@@ -40,7 +39,6 @@ class ActionSequence(QATask):
         return f"it {second}. Before that it {first}. After that it {third}.", [
             Fact.from_template(when, capitalize(when) + " that it {}.", answer, [other, *rng.sample(others, 2)], slots)
             for when, answer, other in (("after", third, first), ("before", first, third))]
-
 
 class ActionPrediction(QATask):
     """Round and round four places, for 4 to 7 visits. Asked: the next one. A frame shows no order."""
@@ -64,7 +62,6 @@ class ActionPrediction(QATask):
         answer = sides[len(sides) % 4]  # after the fourth the first comes again
         return f"it goes {answer} next.", [
             Fact.from_template("next", "It goes {}.", answer, excluding(things.SIDES, answer), hero_slot(clip))]
-
 
 class ActionAntonym(QATask):
     """One of two opposite changes, or neither. Asked: which. Halfway through they look the same."""
@@ -99,7 +96,6 @@ class ActionAntonym(QATask):
         cell = answers.index(answer), clip["asked"]  # "not sure" is right one time in three
         return caption, [Fact("what", answer, excluding(answers, answer), hero_slot(clip), cell)]
 
-
 class FineGrainedAction(QATask):
     """One of five movements that differ in detail. Asked: which. A frame of one looks like a frame of another."""
     key, parent, n_options, rule = "fine_grained_action", "Action", 4, "three of the four other movements"
@@ -119,7 +115,6 @@ class FineGrainedAction(QATask):
         action = clip["events"][0]["action"]
         wrong = rng.sample(excluding(things.FINE_ACTIONS, action), 3)
         return f"it {action}.", [Fact.from_template("how", "It {}.", action, wrong, hero_slot(clip))]
-
 
 class UnexpectedAction(QATask):
     """It falls towards a wall, and something unexpected happens. Asked: what. Until frame 8 all clips are alike."""
@@ -153,7 +148,6 @@ class UnexpectedAction(QATask):
         surprise = sorted_events(clip, *self.surprises)[0]["action"]
         return f"it {surprise}.", [
             Fact.from_template("what", "It {}.", surprise, excluding(self.surprises, surprise), hero_slot(clip))]
-
 
 class ObjectExistence(QATask):
     """Two objects move, one in each half; a lamp blinks in one half or never. Asked: which moves then."""
@@ -189,7 +183,6 @@ class ObjectExistence(QATask):
             facts.append(Fact("is", answer, wrong, {"a": a_name}, (verdict, answer)))  # yes, no, not sure equally often
         return ", ".join(phrases[verdict] for verdict in sorted(phrases, reverse=True)) + ".", facts  # yes before no
 
-
 class ObjectInteraction(QATask):
     """It touches one of four objects and approaches another. Asked: which. In the middle of the clip it is at rest."""
     key, parent, n_options, rule = "object_interaction", "Object", 4, "the other objects of the clip"
@@ -218,7 +211,6 @@ class ObjectInteraction(QATask):
             Fact.from_template(kind, template, answer, excluding(names[1:], answer), hero_slot(clip))
             for kind, template, answer in (("touch", "It touches {}.", touched),
                                            ("near", "It only approaches {}.", approached))]
-
 
 class ObjectShuffle(QATask):
     """A cup hides a ball, then two pairs of cups swap. Asked: where the ball ends. A frame hides it."""
@@ -258,7 +250,6 @@ class ObjectShuffle(QATask):
         return f"at the end the ball is under the {answer} cup.", [
             Fact.from_template("where", "Under the {} cup.", answer, excluding(names, answer))]
 
-
 class MovingDirection(QATask):
     """It moves straight in one of eight directions, or rests. Asked: which. Half-way it is near the centre."""
     key, parent, n_options, rule = "moving_direction", "Position", 4, "three of the eight directions and \"stationary\""
@@ -276,7 +267,6 @@ class MovingDirection(QATask):
         answer = f"moves {clip['events'][0]['action']}" if clip["events"] else pool[-1]
         wrong = rng.sample(excluding(pool, answer), 3)
         return f"it {answer}.", [Fact.from_template("way", "It {}.", answer, wrong, hero_slot(clip))]
-
 
 class ActionLocalization(QATask):
     """An action in one third of the clip, or in nearly all of it. Asked: when. A frame does not say when it was."""
@@ -298,7 +288,6 @@ class ActionLocalization(QATask):
         return f"it {action} {answer[0].lower()}{answer[1:]}", [
             Fact("when", answer, excluding(parts, answer), hero_slot(clip) | {"action": action})]
 
-
 class SceneTransition(QATask):
     """One place, darkness, another place. Asked: how the scene changes. A frame shows one place or none."""
     key, parent, n_options, rule = "scene_transition", "Scene", 4, "the reverse, another change and its reverse"
@@ -318,7 +307,6 @@ class SceneTransition(QATask):
         answer, *wrong = (f"{a} to {b}" for a, b in changes)
         return f"the scene changes from {answer}.", [Fact.from_template("change", "It changes from {}.", answer, wrong)]
 
-
 class ActionCount(QATask):
     """It acts in one to four of four turns of four frames, never in frames 7 and 8. Asked: how often."""
     key, parent, n_options, rule = "action_count", "Count", 3, "two other numbers from 1 to 4"
@@ -336,7 +324,6 @@ class ActionCount(QATask):
         return f"it {action} {count} {'time' if count == '1' else 'times'}.", [
             Fact("count", count, rng.sample(excluding("1234", count), 2), hero_slot(clip) | {"action": action})]
 
-
 class MovingCount(QATask):
     """Four objects, of which one to four move. Asked: how many. In a single frame nothing moves."""
     key, parent, n_options, rule = "moving_count", "Count", 4, "1 to 4"
@@ -350,7 +337,6 @@ class MovingCount(QATask):
         count = str(len(clip["events"]))
         caption = "1 object moves." if count == "1" else f"{count} objects move."
         return caption, [Fact("count", count, excluding("1234", count))]
-
 
 class MovingAttribute(QATask):
     """Four objects, of which one moves. Asked: its colour or its shape. In a single frame nothing moves."""
@@ -367,7 +353,6 @@ class MovingAttribute(QATask):
         return f"{name_of(mover)} moves.", [
             Fact.from_template(kind, template, mover[kind], [obj[kind] for obj in rng.sample(resting, 2)])
             for kind, template in (("colour", "It is {}."), ("shape", "It is a {}."))]
-
 
 class StateChange(QATask):
     """A lamp in three states. Asked: the change from the first to the last. The one in the middle means nothing."""
@@ -392,7 +377,6 @@ class StateChange(QATask):
         states = [event["action"] for event in sorted_events(clip)]
         answer = answers.get((states[0], states[-1]), answers[None])
         return answer.replace("It", "the lamp"), [Fact("state", answer, excluding(answers.values(), answer))]
-
 
 class FineGrainedPose(QATask):
     """A figure takes four poses in five turns. Asked: the last. The middle pose is the last as often as any other."""
@@ -419,7 +403,6 @@ class FineGrainedPose(QATask):
         others = sorted(set(poses) - {poses[-1]})  # sorted, because the order of a set is not the same in every run
         return f"at the end the figure {poses[-1]}.", [Fact.from_template("last", "It {}.", poses[-1], others)]
 
-
 class CharacterOrder(QATask):
     """Three letters, one after the other in the same spot. Asked: their order. A frame shows one or none."""
     key, parent, n_options, rule = "character_order", "Character", 3, "two other orders of the same letters"
@@ -439,7 +422,6 @@ class CharacterOrder(QATask):
         answer, *others = (f"first {a}, then {b}, last {c}" for a, b, c in permutations(letters))
         wrong = rng.sample(others, 2)
         return f"the letters are {answer}.", [Fact.from_template("order", "They are {}.", answer, wrong)]
-
 
 class EgocentricNavigation(QATask):
     """An agent makes one to four moves of a route that the question gives. Asked: the next. A frame shows no count."""
@@ -474,7 +456,6 @@ class EgocentricNavigation(QATask):
         answer, *wrong = (f"Move {move}." for move in (moves[n_done], *excluding(moves[1:], moves[n_done])))
         slots, cell = {"route": ", ".join(moves)}, (n_done, answer)  # every number of moves equally often
         return f"next is move {n_done + 1}.", [Fact("next", answer, wrong, slots, cell)]
-
 
 class EpisodicReasoning(QATask):
     """A gift goes from one person to a second and, in another place, to a third. Asked: who has it when, and where."""
@@ -514,7 +495,6 @@ class EpisodicReasoning(QATask):
         return (f"at the start {a} has the gift. In between {b}. At the end {c}. "
                 f"It is given first in {where[0]}, last in {where[1]}."), facts
 
-
 class CounterfactualInference(QATask):
     """It hits one of four blocks, in the middle of the clip none. Asked: what it would hit without that block."""
     key, parent, n_options, rule = "counterfactual_inference", "Cognition", 4, "the other objects and nothing"
@@ -544,7 +524,6 @@ class CounterfactualInference(QATask):
         right, *wrong = (f"{capitalize(option)}." for option in (answer, *excluding(options, answer)))
         cell = options.index(answer), answer  # "nothing" is right one time in four
         return f"without the block it hits {answer}.", [Fact("without", right, wrong, hero_slot(clip), cell)]
-
 
 SCENARIOS = {scenario.key: scenario() for scenario in (  # in the order of the published table
     ActionSequence, ActionPrediction, ActionAntonym, FineGrainedAction, UnexpectedAction, ObjectExistence,

@@ -29,11 +29,9 @@ STRAIGHT = (*DIRECTIONS, "rests")
 FINE_ACTIONS = ("spins clockwise", "spins counter-clockwise", "wobbles", "bounces", "zigzags")
 PLAYS = (*DIRECTIONS, "grows", "shrinks", "blinks", "jumps", "shakes", *FINE_ACTIONS, "rests")
 
-
 def quarter_turns(k):
     """90 degrees more every two frames, so that a frame of a spin shows no angle that an object at rest does not."""
     return 90 * (k // 2 + 1)
-
 
 EFFECTS = {  # what frame k of n adds to x, y and angle, multiplies size by, or replaces look with
     "grows": lambda k, n: {"size": 1 + 0.6 * (k + 1) / n},
@@ -48,7 +46,6 @@ EFFECTS = {  # what frame k of n adds to x, y and angle, multiplies size by, or 
     "bounces": lambda k, n: {"y": 6 - 12 * abs(math.sin(math.pi * k / 4))},
     "zigzags": lambda k, n: {"x": 20 * k / (n - 1) - 10, "y": 6 * (abs(k % 4 - 2) - 1)},
 }
-
 
 class Object(dict):
     """An object at rest, and the ways to change its tracks; an annotation read from JSON has plain dicts instead."""
@@ -88,27 +85,22 @@ class Object(dict):
         if self["activity"][1] != "still":  # frame 0 has no frame before it
             self["activity"][0] = self["activity"][1]
 
-
 def new_event(action, start, end=FRAMES, obj=0, **details):
     """Object number `obj` does it from frame `start` until before frame `end`."""
     return {"object": obj, "action": action, "start": start / FPS, "end": end / FPS, **details}
-
 
 def direction_vector(name, length):
     """(dx, dy) of a step in one of the eight directions."""
     angle = math.radians(45 * DIRECTIONS.index(name))
     return length * math.cos(angle), length * math.sin(angle)
 
-
 def random_point(rng, radius, x=24, y=24):
     """A point around (x, y), at random because where an object is must not give away what it does."""
     return x + rng.uniform(-radius, radius), y + rng.uniform(-radius, radius)
 
-
 def patch_point(rng, radius=1.5):
     """A point around the middle of one of the four inner patches, where one token covers a small object entirely."""
     return random_point(rng, radius, rng.choice((18, 30)), rng.choice((18, 30)))
-
 
 def four_movers(rng, cast, count):
     """Four objects in the four quarters, of which the first `count` move to and fro over ten units."""
@@ -121,15 +113,12 @@ def four_movers(rng, cast, count):
         obj.move_along(*((t, x + dx * w, y + dy * w) for t, w in enumerate(wave)))
     return {"objects": objects, "events": [new_event("moves", 0, obj=i) for i in range(count)]}
 
-
 def name_of(obj):
     return f"the {obj['colour']} {obj['shape']}"
-
 
 def hero_slot(clip):
     """The hero is the first object; questions name it in their slot {hero}."""
     return {"hero": name_of(clip["objects"][0])}
-
 
 def sorted_events(clip, *actions):
     """The clip's events by start time; with `actions`, only those."""

@@ -38,7 +38,6 @@ PLAIN_BACKGROUNDS = ("light", "cream", "mist")
 HELD_OUT = {("star", "red"), ("circle", "green"), ("cross", "blue"),
             ("triangle", "yellow"), ("square", "purple"), ("diamond", "orange")}  # training never shows these six
 
-
 @dataclass
 class WorldConfig:
     out: str = option("data/toy", "folder to write; it appears only when it is complete")
@@ -50,7 +49,6 @@ class WorldConfig:
     workers: int = option(None, "processes; by default one for each core")
     sheet: str = option("", "also draw one question of each task into this PNG file")
 
-
 def cast(rng, split, n):
     """n (shape, colour) pairs, all shapes and all colours different; the first is the hero's.
 
@@ -61,7 +59,6 @@ def cast(rng, split, n):
         pairs = list(zip(rng.sample(SHAPES, n), rng.sample(COLOURS, n), strict=True))
         if ((pairs[0] in HELD_OUT) == novel) and not HELD_OUT.intersection(pairs[1:]):
             return pairs
-
 
 def simulate(name, rng, split="train"):
     """One clip of a scenario -> its annotation, for JSON.
@@ -75,16 +72,13 @@ def simulate(name, rng, split="train"):
             obj[track] = [round(value, 1) for value in obj[track]]
     return clip
 
-
 def scenario_name(index, playground):
     """The 20 tasks in turn, or the playground."""
     return "playground" if playground else TASKS[index % len(TASKS)].file
 
-
 def n_captioned(count):
     """How many of `count` training clips, from the first, stages 1 to 3 see; the ViT alone learns from the others."""
     return count * 23 // 32  # 5/8: the clips of the tasks; 3/32: a quarter of the playground's
-
 
 def train_clip(index, count, out, seed, patch):
     """Write training clip `index` of `count` -> its annotation, caption entry, instruction entries, patch classes."""
@@ -100,13 +94,11 @@ def train_clip(index, count, out, seed, patch):
     caption, _ = generate.caption_and_facts(scenario, clip, rng)
     return clip, {"video": video, "caption": caption}, talks, draw.token_targets(clip, patch)
 
-
 def text_document(index, seed):
     """One line of text.jsonl: [caption, turns of a conversation, the same turns without options]."""
     rng = random.Random(f"{seed}/text/{index}")
     name = scenario_name(3 * index // 4, playground=index % 4 == 0)  # every fourth document is of the playground
     return json.dumps(generate.text_document(SCENARIOS[name], simulate(name, rng), rng))
-
 
 def benchmark_task(task, out, seed, questions):
     """Write one task of the benchmark in the official layout -> its clips' annotations."""
@@ -128,16 +120,13 @@ def benchmark_task(task, out, seed, questions):
     write_json(out / "mvbench" / "json" / f"{task.file}.json", entries)
     return clips
 
-
 def write_json(path, value):
     path.write_text(json.dumps(value, indent=1) + "\n")
-
 
 def write_lines(path, values):
     with open(path, "w") as file:
         for value in values:
             file.write((value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))) + "\n")
-
 
 def write_world(out, cfg, parallel_map):
     """Everything but meta.json into the folder `out`. parallel_map(function, values, title) shows a progress bar."""
@@ -171,7 +160,6 @@ def write_world(out, cfg, parallel_map):
     bench = partial(benchmark_task, out=out, seed=cfg.seed, questions=cfg.questions)
     write_lines(out / "mvbench" / "annotations.jsonl",
                 (clip for clips in parallel_map(bench, TASKS, "benchmark") for clip in clips))
-
 
 def build(cfg):
     """Write a world into the folder cfg.out, whole or not at all -> False if it is there already, with these settings.
@@ -217,7 +205,6 @@ def build(cfg):
         shutil.rmtree(part, ignore_errors=True)
     return True
 
-
 def sheet_rows(seed=0):
     """A question of each task for the contact sheet: (title, annotation, question)."""
     for task in TASKS:
@@ -225,7 +212,6 @@ def sheet_rows(seed=0):
         draw_clip = partial(simulate, task.file, rng, "test")
         ((clip, choice),) = generate.benchmark(SCENARIOS[task.file], 1, draw_clip, rng, trials=1)
         yield task.name, clip, choice
-
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -237,7 +223,6 @@ def main(argv=None):
         draw.contact_sheet(list(sheet_rows(cfg.seed)), cfg.sheet)
     took = f"written in {time.monotonic() - started:.0f} s"
     print(f"{cfg.out}: {took if written else 'already there'}")
-
 
 if __name__ == "__main__":
     run(main, "toy.world", "stopped; nothing was written")

@@ -43,7 +43,6 @@ class Source:
         """Path of the entry's medium."""
         return str(Path(self.root) / (entry[self.media_key] + self.suffix))
 
-
 def load_corpus(corpus):
     """Sources of a corpus: a JSON file or a list, of [anno, root], [anno, root, "video" | "text"] or dicts of Source.
 
@@ -79,13 +78,11 @@ def load_corpus(corpus):
         sources.append(source)
     return sources
 
-
 # ---- checks of an entry ----------------------------------------------------------------------------------------------
 
 class EntryError(NamedTuple):
     kind: str      # "malformed" or "empty text"; check_data.py adds "missing" and "undecodable"
     text: str
-
 
 def entry_error(entry, source):
     """What is wrong with an entry -> EntryError or None."""
@@ -119,10 +116,8 @@ def entry_error(entry, source):
             return EntryError("malformed", f'QA {n} has an "i" or "q" that is not text')
     return None
 
-
 def is_text(value):
     return isinstance(value, str) and value.strip() != ""
-
 
 def text_length(entry):
     """Characters of an entry's text: of its longest caption, or of its conversation."""
@@ -131,14 +126,12 @@ def text_length(entry):
     captions = entry["caption"]
     return len(captions) if isinstance(captions, str) else max(map(len, captions))
 
-
 # ---- reading a long list, entry by entry -----------------------------------------------------------------------------
 
 CHUNK = 1 << 22            # bytes per read
 LONGEST = 1 << 26          # bytes; a longer entry means that the file is no list of entries
 SCAN = json.JSONDecoder().raw_decode
 NEXT = re.compile(r"[ \t\n\r]*([^ \t\n\r]?)")  # white space, then the character after it, if any
-
 
 def each_entry(path):
     """Yields (first byte, number of bytes, entry) of a JSON list, with a few MB in memory. ValueError if it is none."""
@@ -180,13 +173,11 @@ def each_entry(path):
         if next_char(f):
             raise ValueError(f"{path}: not JSON: more text after the list, at byte {f.tell() - 1}")
 
-
 def next_char(f):
     """Reads past white space -> the next character, "" at the end of the file."""
     while (byte := f.read(1)) and byte in b" \t\n\r":
         pass
     return byte.decode("latin-1")
-
 
 def scan_value(text, at):
     """-> the JSON value at text[at], where it ends, the match of NEXT there; what is wrong, if there is no value.
@@ -203,7 +194,6 @@ def scan_value(text, at):
     except json.JSONDecodeError as error:
         return None, at, None, error.msg
 
-
 # ---- the index -------------------------------------------------------------------------------------------------------
 
 HEADER = 1 << 16           # bytes
@@ -211,13 +201,11 @@ ROW = np.dtype([("start", "<i8"), ("length", "<i4"), ("chars", "<i4")])  # first
 BLOCK = 1 << 16            # rows per write
 SHOWN = 100                # faulty entries whose text is in the header
 
-
 def index_key(source):
     """What an index is made of: this version of the file, read in this way. With another key it is made again."""
     stat = os.stat(source.anno)
     return {"format": 2, "bytes": stat.st_size, "modified": stat.st_mtime_ns, "media": source.media,
             "media_key": source.media_key}
-
 
 def read_header(path, source):
     """The header of a complete index that fits its annotation file, or None."""
@@ -229,7 +217,6 @@ def read_header(path, source):
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
-
 def index_path(source):
     """Next to the annotation file; in the user's cache if no index is there and none may be written there."""
     path = Path(f"{source.anno}.index")
@@ -238,7 +225,6 @@ def index_path(source):
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "videochat2"
     cache.mkdir(parents=True, exist_ok=True)
     return cache / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}.index"
-
 
 def make_index(source, path):
     """Reads the annotation file once and writes its index, whole or not at all -> its header."""
@@ -278,7 +264,6 @@ def make_index(source, path):
         f.write(text.ljust(HEADER))
     return header
 
-
 class AnnotationFile:
     """The good entries of a source: len() and entries[i], read from the file at each access.
 
@@ -316,7 +301,6 @@ class AnnotationFile:
         """Position in the file of good entry i, with the faulty ones counted."""
         faulty = np.fromfile(self.index, "<i8", -1, "", HEADER + len(self) * ROW.itemsize)
         return i + int(np.searchsorted(faulty - np.arange(len(faulty)), i, side="right"))
-
 
 def load_annotations(source):
     """The entries of a source. A faulty one raises a ValueError that names it or, with on_error "skip", is reported."""

@@ -21,7 +21,6 @@ from infra.cli import run
 from training.annotations import AnnotationFile, EntryError, load_corpus
 from video import MediaError, read_media
 
-
 class MediaCheck(torch.utils.data.Dataset):
     """What is wrong with the medium of each good entry: (i, EntryError or None)."""
 
@@ -45,7 +44,6 @@ class MediaCheck(torch.utils.data.Dataset):
             return i, EntryError("undecodable", str(error))
         return i, None
 
-
 def media_errors(entries, decode, workers):
     """Yields (number in the file, EntryError) of every medium that is missing or, with decode, cannot be read."""
     # lists of 64, because one at a time would spend more on sending than on a file that is only looked up
@@ -55,7 +53,6 @@ def media_errors(entries, decode, workers):
         for batch in loader:
             yield from ((entries.entry_number(i), error) for i, error in batch if error)
             bar.update(len(batch))
-
 
 def check(corpus, decode=False, workers=0, show=10):
     """Prints for each source how many entries are faulty, of which kinds, and the first `show` -> how many in all."""
@@ -78,7 +75,6 @@ def check(corpus, decode=False, workers=0, show=10):
         total += faulty
     return total
 
-
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m training.check_data", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -88,7 +84,6 @@ def main(argv=None):
     parser.add_argument("--show", type=int, default=10, help="faults to print per source (default %(default)s)")
     args = parser.parse_args(argv)
     return 1 if check(args.corpus, args.decode, args.workers, args.show) else 0
-
 
 if __name__ == "__main__":
     run(main, "check_data")

@@ -21,7 +21,6 @@ from tqdm import tqdm
 from infra.files import atomic_folder, fingerprint, read_json
 from video import MediaError
 
-
 class Features:
     """The features in a folder, by the clip's path. Opened at each access, so loader processes share nothing."""
 
@@ -36,7 +35,6 @@ class Features:
             raise MediaError(clip["bad"])
         features = np.load(self.path, mmap_mode="r")[clip["row"]].astype(np.float32)     # (T, L, C)
         return {"features": torch.from_numpy(features), "seconds": clip["seconds"]}
-
 
 class UniqueClips(Dataset):
     """Each clip of a VideoTextDataset once, an unreadable one not replaced: (path, sample or None, error)."""
@@ -54,24 +52,20 @@ class UniqueClips(Dataset):
         except MediaError as error:
             return path, None, str(error)
 
-
 def stamp(path):
     """Size and time of a file, None if it is missing; a file that has changed is another clip."""
     return [os.stat(path).st_size, os.stat(path).st_mtime_ns] if os.path.exists(path) else None
-
 
 def cache_key(vit, dataset):
     """What the features of a clip depend on besides its file, as JSON."""
     return {"vit": fingerprint(vit.state_dict()), "frames": dataset.num_frames, "sampling": dataset.sampling,
             "pixels": dataset.transform.size, "mean": dataset.transform.mean.flatten().tolist()}
 
-
 def is_valid(folder, key, stamps):
     """Whether the folder has the features of all these clips (path -> stamp), made from the same."""
     info = read_json(Path(folder) / "info.json") if (Path(folder) / "info.json").is_file() else {}
     return info.get("cache_key") == key and all(
         info["clips"].get(path, {}).get("stamp", ()) == stamps[path] for path in stamps)
-
 
 @torch.no_grad()
 def cache_features(vit, dataset, folder, device, workers=0, batch=32):

@@ -25,7 +25,6 @@ from training.optim import get_lr
 
 MAX_OVERFLOWS = 24    # in a row: GradScaler halves its scale of 2 ** 16 each time, so more than these are not its doing
 
-
 class TrainLog:
     """Prints a line every log_every steps with the mean losses since the last one, and appends it to metrics.jsonl.
 
@@ -160,10 +159,8 @@ class TrainLog:
                         f"| lr {row['lr']:.1e} | grad {grad_norm.item():.2f} | {row['ms']:.0f} ms, {data_share:.0%} "
                         f"waiting for data | {row['clips_per_s']} clips/s | eta {eta / 60:.1f}m")
 
-
 def to_device(batch, device):
     return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-
 
 def first_nonfinite_module(stage, micro_batches, progress, device):
     """Name of the first module whose output is not finite, found by repeating the step's forward passes.
@@ -192,7 +189,6 @@ def first_nonfinite_module(stage, micro_batches, progress, device):
     if stage.generator:
         stage.generator.set_state(generator_state)
     return names[0] if names else "the backward pass"
-
 
 class GracefulStop:
     """Within it, Ctrl-C and SIGTERM only set signal_number, so that the step is finished and saved.

@@ -16,7 +16,6 @@ from infra.distributed import full_tensor, shard_like
 
 LAYER_MATRIX = re.compile(r"\.(blocks|layers?)\.\d+\.")                    # in the blocks of ViT, Q-Former and LLM
 
-
 def get_lr(step, cfg):
     """The learning rate at a step: linear warmup, then constant, then a cosine from lr down to lr * lr_end."""
     # 1) it rises over the first warmup * steps
@@ -28,7 +27,6 @@ def get_lr(step, cfg):
     decay_start = max(warmup_steps, round(cfg.constant_until * cfg.steps))
     progress = max(0, step - decay_start) / max(1, cfg.steps - decay_start)
     return cfg.lr * (cfg.lr_end + (1 - cfg.lr_end) * 0.5 * (1 + math.cos(math.pi * progress)))
-
 
 def orthogonalize(updates, steps=5):
     """Matrices (n, rows, cols) -> the same with all singular values between about 0.7 and 1.2.
@@ -47,7 +45,6 @@ def orthogonalize(updates, steps=5):
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)      # b gram + c gram^2
         x = torch.baddbmm(x, polynomial, x, beta=a)                        # a x + polynomial x
     return x.mT if tall else x
-
 
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal: every direction of a matrix moves by the same amount, the rare ones too.
@@ -81,7 +78,6 @@ class Muon(torch.optim.Optimizer):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(shard_like(update.to(p.dtype), p), alpha=-group["lr"] * size)
 
-
 def make_optimizers(model, cfg):
     """[AdamW], or with cfg.muon_lr_scale [AdamW, Muon], where Muon trains the matrices of the layers except LoRA's.
 
@@ -106,13 +102,11 @@ def make_optimizers(model, cfg):
         optimizers.append(Muon([{"params": layers, "scale": cfg.muon_lr_scale}], **settings))
     return optimizers
 
-
 def clip_gradients(model, optimizers, scaler, max_norm):
     """Scales the gradients down to a norm of at most max_norm -> the norm before, a tensor not yet read."""
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     return full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
-
 
 def optimizer_step(optimizers, lr, scaler, grad_norm):
     """One update of the weights. If the gradient's norm is not finite, nothing changes: no weight, no moment."""

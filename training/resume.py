@@ -31,21 +31,17 @@ MUST_MATCH = ("stage", "preset", "batch", "grad_accum", "steps", "seed", "corpus
               "cache_features", "dtype")                       # options that a run cannot change when it resumes
 OLD_OPTIONS = {"accumulate": "grad_accum", "muon": "muon_lr_scale"}   # as older versions called them in trainer.json
 
-
 def saved_steps(folder):
     """{step: folder} of the checkpoints of an unfinished run."""
     return {int(path.name): path for path in sorted(Path(folder).glob("[0-9]*")) if path.name.isdigit()}
-
 
 def is_finished(folder):
     """Whether there is a checkpoint, and not one of an unfinished run. Without trainer.json, it was imported."""
     trainer = Path(folder) / TRAINER
     return (Path(folder) / "config.json").is_file() and (not trainer.is_file() or read_json(trainer)["done"])
 
-
 def size_and_hash(path):
     return [path.stat().st_size, hash_file(path, hashlib.sha256()).hexdigest()]
-
 
 def verify(folder, names=None):
     """What is wrong with a checkpoint's files, or with those in `names`, in one line; "" if nothing is."""
@@ -66,7 +62,6 @@ def verify(folder, names=None):
         return f"{folder / TRAINER} cannot be read ({error})"
     return ""
 
-
 def latest(folder, report=print, names=None):
     """The last checkpoint that verify accepts, or None; reports each damaged one. names: of the files that matter."""
     for _, path in sorted(saved_steps(folder).items(), reverse=True):
@@ -76,13 +71,11 @@ def latest(folder, report=print, names=None):
         report(f"damaged: {problem}; using the checkpoint before it, if there is one")
     return None
 
-
 def remove_partial(stage, cfg):
     """Removes what a killed process has left half-written and, with --no-resume, the checkpoints too."""
     for path in stage.unfinished.iterdir():
         if path.is_dir() and (not cfg.resume or path.name.startswith(".")):
             shutil.rmtree(path)
-
 
 @contextmanager
 def locked(stage, cfg, dist):
@@ -97,7 +90,6 @@ def locked(stage, cfg, dist):
             problem = error
         raise_together(problem, dist)                          # or the other processes would wait for this one
         yield
-
 
 def init_checkpoint(cfg):
     """Folder of the checkpoint that a stage starts from. FileNotFoundError names the command that makes it."""
@@ -124,7 +116,6 @@ def model_state(model):
     return {n: full_tensor(t).detach().to("cpu", copy=True) for n, t in model.state_dict().items()
             if not checkpoint.is_frozen_llm(n)}
 
-
 def optimizer_state(optimizers, model):
     """{"optimizer.<parameter>.<key>": tensor}, not sharded, copied to the CPU.
 
@@ -133,7 +124,6 @@ def optimizer_state(optimizers, model):
     names = {p: name for name, p in model.named_parameters()}
     return {f"optimizer.{names[p]}.{key}": full_tensor(t).cpu().clone() for optimizer in optimizers
             for p, state in optimizer.state.items() for key, t in state.items()}
-
 
 def load_optimizer_state(optimizers, model, tensors, where):
     """The inverse. ValueError for a parameter that does not train now."""
@@ -149,7 +139,6 @@ def load_optimizer_state(optimizers, model, tensors, where):
         # subtle: fused AdamW counts its steps on the device
         optimizer_of[p].state[p][key] = t.to(p.device) if key == "step" else shard_like(t.to(p.device, p.dtype), p)
 
-
 def rng_state(stage):
     """The states of this process's random generators."""
     state = {"torch": torch.get_rng_state()}
@@ -158,7 +147,6 @@ def rng_state(stage):
     if stage.generator:
         state["loss"] = stage.generator.get_state()
     return state
-
 
 def load_rng_state(stage, tensors, rank):
     """The inverse, if the checkpoint has a state for this process: additional processes keep their new generators."""
@@ -184,7 +172,6 @@ def load_weights(stage, cfg, folder):
                          "again with --restart")
     load_strict(stage.model, read_tensors(folder / "model.safetensors"), folder, fresh=(checkpoint.LLM_PREFIX,))
     return read_json(folder / TRAINER)["step"]
-
 
 def load_trainer(stage, optimizers, scaler, folder, dist):
     """Fills optimizers, generators and gradient scaler from a checkpoint."""
@@ -241,11 +228,9 @@ class AsyncSaver:
         if self.error:
             raise OSError(self.error)
 
-
 def disk_message(folder, tensors):
     size, free = sum(t.nbytes for t in tensors.values()), shutil.disk_usage(folder.parent).free
     return f"it needs {size / 2 ** 20:,.1f} MiB, {free / 2 ** 20:,.1f} MiB are free"
-
 
 def finish(stage, cfg, dist):
     """Writes the finished checkpoint and removes the unfinished run. OSError on a full disk."""

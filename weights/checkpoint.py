@@ -28,11 +28,9 @@ from weights.hf_llama import config_diff, llm_config, llm_tokenizer, load_llm_we
 
 LLM_PREFIX = "llama_model."  # of the parameters that come from the LLM's folder, and of LoRA's beside them
 
-
 def is_frozen_llm(name):
     """Whether this tensor of the model comes from the LLM's folder."""
     return name.startswith(LLM_PREFIX) and "lora_" not in name
-
 
 def save_checkpoint(tensors, stage, cfg, folder, vocab, llm=None):
     """Writes the files of a checkpoint into a folder that exists (see infra.files.atomic_folder).
@@ -43,7 +41,6 @@ def save_checkpoint(tensors, stage, cfg, folder, vocab, llm=None):
     shutil.copyfile(vocab, folder / "vocab.txt")
     write_json({"stage": stage, "config": asdict(cfg), "llm": llm}, folder / "config.json")
 
-
 def read_config(folder):
     """config.json of a checkpoint -> (Config, the dict with "stage", "config", "llm"). ValueError if one is missing."""
     path = Path(folder) / "config.json"
@@ -52,7 +49,6 @@ def read_config(folder):
     if missing:
         raise ValueError(f"{path} is not a VideoChat2 checkpoint's: it lacks {', '.join(sorted(missing))}")
     return Config.from_dict(record["config"]), record
-
 
 def load_checkpoint(folder, llm="", device="cpu", dtype=torch.float32, int8=False):
     """A checkpoint of stage 1, 2 or 3 -> (VideoChat2, WordPiece, SentencePiece or None in stage 1), ready to run.
@@ -84,7 +80,6 @@ def load_checkpoint(folder, llm="", device="cpu", dtype=torch.float32, int8=Fals
         raise ValueError(f"{folder} does not fit this model: {len(missing)} missing ({', '.join(missing[:3])})")
     return model.to(device).eval(), WordPiece.load(folder / "vocab.txt"), llm_tok
 
-
 def attach_llm(model, llm_folder, expected, needed_by, **options):
     """Reads an LLM folder into the model -> (its SentencePiece, {"path", "fingerprint"}).
 
@@ -109,7 +104,6 @@ def attach_llm(model, llm_folder, expected, needed_by, **options):
                          "gibberish; name the right folder by --llm")
     return llm_tok, {"path": str(llm_folder), "fingerprint": digits}
 
-
 def find_llm(folder, path):
     """The LLM's folder: `path`, or `path` relative to the checkpoint `folder`, so that all of runs/ can be moved."""
     for candidate in (Path(path), Path(folder) / path):        # an absolute path makes both the same
@@ -117,12 +111,10 @@ def find_llm(folder, path):
             return candidate
     raise FileNotFoundError(f"{folder} was made with the LLM in {path}, which is not there; name its folder by --llm")
 
-
 def llm_record(llm, folder):
     """{"path", "fingerprint"} of an LLM as a checkpoint in `folder` stores it: the path is relative to `folder`."""
     # subtle: symbolic links in either path would make a relative one wrong
     return llm and llm | {"path": os.path.relpath(os.path.realpath(llm["path"]), os.path.realpath(folder))}
-
 
 def checkpoint_hash(folder):
     """16 hexadecimal digits of everything that a checkpoint's answers depend on, except the LLM."""
@@ -134,7 +126,6 @@ def checkpoint_hash(folder):
 
 # ------------------------------------------------------------------------------ options of every command that loads one
 
-
 def add_model_options(parser):
     """--ckpt, --llm, --device, --dtype, --llm-int8."""
     parser.add_argument("--ckpt", required=True, metavar="DIR", help="checkpoint folder of stage 3 (or 2)")
@@ -143,7 +134,6 @@ def add_model_options(parser):
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="",
                         help="of the LLM's weights; bf16 and fp16 compute in it too (default: bf16 on GPUs, else fp32)")
     parser.add_argument("--llm-int8", action="store_true", help="hold the LLM's matrices in 8 bits")
-
 
 def load_from_args(args):
     """Loads what add_model_options names -> (model, qformer_tok, llm_tok, autocast context). ValueError for stage 1."""
@@ -154,10 +144,8 @@ def load_from_args(args):
     autocast = torch.autocast(torch.device(device).type, DTYPES[dtype], enabled=dtype != "fp32")
     return model, qformer_tok, llm_tok, autocast
 
-
 def device_of(args):
     return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
 
 def dtype_of(args):
     # many CPUs have no native bfloat16

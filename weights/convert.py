@@ -38,7 +38,6 @@ MODULE = r"qformer\.\w+\.\w+|(vision_encoder|aligner)\.\w+|\w+"  # the first par
 
 # --------------------------------------------------------------------------------------------------------------- import
 
-
 @dataclass
 class OfficialFiles:
     """What to import: paths, or "" for none."""
@@ -54,7 +53,6 @@ class OfficialFiles:
         """Stage of the imported checkpoint: the highest that is named; 0 is what stage 1 starts from."""
         return max((n for n in (1, 2, 3) if getattr(self, f"stage{n}")), default=0)
 
-
 def check_llm_config(folder, cfg, any_llm):
     """LlamaConfig of the folder; ValueError if it differs from the preset's, except in the size of the vocabulary."""
     llama_cfg = llm_config(folder)
@@ -66,7 +64,6 @@ def check_llm_config(folder, cfg, any_llm):
                          f"config.json says {', '.join(differences)}{hint}. Released checkpoints give gibberish with "
                          "it; to train with it from stage 2 on, add --any-llm")
     return llama_cfg
-
 
 def read_bert(folder, cfg):
     """A BERT folder -> {BERT's name: tensor}, with a row for [DEC], and with query layers copied from the text's.
@@ -101,7 +98,6 @@ def read_bert(folder, cfg):
         tensors.setdefault(query, tensors[name].clone())
     return tensors
 
-
 def read_official(kind, path, cfg, expected, other_names, replaced):
     """Reads one file -> {our name: tensor}; prints what was dropped and why. ValueError names what does not match."""
     table, drop_rules = TABLES[kind]
@@ -128,7 +124,6 @@ def read_official(kind, path, cfg, expected, other_names, replaced):
         names = [n for n, why in dropped.items() if why == reason]
         print(f"  {len(names):4} dropped: {reason} ({names[0]}{', ...' if len(names) > 1 else ''})")
     return ours
-
 
 def collect(files, cfg, any_llm=False):
     """Reads OfficialFiles -> (Config, {our name: tensor}, llm, names that are missing, which only stage 0 may have).
@@ -172,7 +167,6 @@ def collect(files, cfg, any_llm=False):
     print(f"{files.llm}: the frozen LLM, fingerprint {llm['fingerprint']}; it stays where it is")
     return cfg, tensors, llm, missing
 
-
 def import_files(files, cfg, out, any_llm=False):
     """OfficialFiles -> a checkpoint folder; prints what became of every file. cfg: the preset's Config."""
     # what can be refused before gigabytes are read: a vocabulary of another size, a folder with other things in it
@@ -197,7 +191,6 @@ def import_files(files, cfg, out, any_llm=False):
 
 # ----------------------------------------------------------------------------------------------------- export and check
 
-
 def export(ckpt, out):
     """A checkpoint folder of stage 1, 2 or 3 -> a .pth file that the official code loads."""
     cfg, record = read_config(ckpt)
@@ -212,7 +205,6 @@ def export(ckpt, out):
     print(f"written to {out}: {len(tensors)} tensors of stage {stage}, {os.path.getsize(out) / 2**20:,.0f} MiB")
     if stage == 2:
         print("The Q-Former's text half is left out, as in the official file: stage 3 loads it from stage 1's.")
-
 
 def check(ckpt):
     """Prints what a checkpoint folder, or an official file, holds per module; ValueError if something is missing."""
@@ -253,7 +245,6 @@ def check(ckpt):
 
 # --------------------------------------------------------------------------------------------------------- command line
 
-
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m weights.convert", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -285,7 +276,6 @@ def main(argv=None):
         export(args.ckpt, args.out)
     else:
         check(args.ckpt)
-
 
 if __name__ == "__main__":
     cli.run(main, "python -m weights.convert", stopped="stopped; nothing was written")

@@ -41,7 +41,6 @@ DROPPED = re.compile(r"\.rotary_emb\.inv_freq$")  # follows from rope_theta
 
 # ---------------------------------------------------------------------------------------------------------- the folder
 
-
 def llm_config(folder):
     """config.json of an LLM folder -> LlamaConfig. ValueError names what llama.py does not implement."""
     path = Path(folder) / "config.json"
@@ -68,12 +67,10 @@ def llm_config(folder):
         sizes["max_positions"] = min(sizes["max_positions"], config["sliding_window"])
     return LlamaConfig(**{"kv_heads": sizes["heads"], **sizes})
 
-
 def config_diff(config, expected):
     """{field: "hidden_size 5120 instead of 4096"}: where two LlamaConfigs differ, in the words of config.json."""
     return {ours: f"{hf} {getattr(config, ours)} instead of {getattr(expected, ours)}" for ours, hf in HF_NAMES.items()
             if getattr(config, ours) != getattr(expected, ours)}
-
 
 def llm_tokenizer(folder):
     """tokenizer.model of an LLM folder -> SentencePiece."""
@@ -82,7 +79,6 @@ def llm_tokenizer(folder):
         raise FileNotFoundError(f"{path} does not exist; tokenizer.json alone is not read: use the folder of a LLaMA "
                                 "or Mistral that includes its SentencePiece model")
     return SentencePiece(str(path))
-
 
 def write_llm(llama, tokenizer_model, folder, tensors=None):
     """Writes an LLM folder as transformers does. tensors: {name: tensor} to write instead of the Llama's parameters."""
@@ -95,7 +91,6 @@ def write_llm(llama, tokenizer_model, folder, tensors=None):
     tensors = tensors or parameters
     save_tensors({name: tensors[name] for name in parameters}, folder / "model.safetensors")
     shutil.copyfile(tokenizer_model, folder / "tokenizer.model")
-
 
 def shards(folder):
     """Paths of an LLM folder's weights. FileNotFoundError names what is missing."""
@@ -115,12 +110,10 @@ def shards(folder):
 
 # ---------------------------------------------------------------------------------------------------------- its weights
 
-
 def hf_names(llama):
     """{name in the folder: name of the parameter}. LoRA wraps a layer, whose own weight is then called base.weight."""
     names = (n for n, _ in llama.named_parameters() if "lora_" not in n and not n.endswith(".scale"))
     return {n.replace(".base.", "."): n for n in names}
-
 
 def check_and_visit(folder, llama, visit):
     """Calls visit(name, tensor) for each weight of a folder, shard by shard -> the weights' fingerprint.
@@ -151,7 +144,6 @@ def check_and_visit(folder, llama, visit):
     check_state_dict(expected, shapes, folder, dropped=("lm_head.",) if llama.cfg.tied else ())
     return digits
 
-
 def inspect_llm(folder, expected=None):
     """Reads a folder without keeping the weights -> (LlamaConfig, fingerprint). ValueError if it is no complete LLaMA.
 
@@ -164,7 +156,6 @@ def inspect_llm(folder, expected=None):
     with torch.device("meta"):
         llama = Llama(llm_config(folder))
     return llama.cfg, check_and_visit(folder, llama, compare)
-
 
 def load_llm_weights(llama, folder, dtype=torch.float32, int8=False, device="cpu"):
     """Reads an LLM folder into a Llama, whose parameters may be on the meta device -> the weights' fingerprint.
@@ -191,7 +182,6 @@ def load_llm_weights(llama, folder, dtype=torch.float32, int8=False, device="cpu
     if llama.cfg.tied:                                                     # set_parameter made two of one
         llama.tie()
     return digits
-
 
 def load_llm(folder, dtype=torch.float32):
     """An LLM folder -> (Llama, SentencePiece)."""

@@ -17,11 +17,9 @@ import torch.nn.functional as F
 
 from lora import replace_module
 
-
 def dequantize(weight, scale, dtype):
     """weight int8 (out, in) * scale (out,) -> (out, in). subtle: scaling after the product would overflow float16."""
     return (weight * scale[:, None]).to(dtype)
-
 
 class Int8MatMul(torch.autograd.Function):
     """x @ W.T with a gradient for x alone.
@@ -39,7 +37,6 @@ class Int8MatMul(torch.autograd.Function):
     def backward(ctx, grad):                                           # (..., out)
         weight, scale = ctx.saved_tensors
         return grad @ dequantize(weight, scale, grad.dtype), None, None  # (..., in)
-
 
 class Int8Linear(nn.Module):
     """A frozen nn.Linear with its weight in 8 bits: x (..., in) -> (..., out)."""
@@ -67,7 +64,6 @@ class Int8Linear(nn.Module):
             x = x.to(torch.get_autocast_dtype(device))
         y = Int8MatMul.apply(x, self.weight, self.scale)                                       # (..., out)
         return y if self.bias is None else y + self.bias.to(y.dtype)
-
 
 def quantize_int8(llama):
     """Replaces every Linear in a Llama's layers by an Int8Linear, except LoRA's own."""

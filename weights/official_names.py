@@ -67,7 +67,6 @@ TABLES = {  # option of weights.convert -> (names, what is dropped)
 TEXT_HALF = re.compile(  # the Q-Former's weights for text, which the official stage 2 deletes
     r"^qformer\.bert\.(embeddings\.(word|position)_embeddings|encoder\.layer\.\d+\.(intermediate|output))\.")
 
-
 def rename_key(name, table, prompt_style="vicuna", reverse=False):
     """Renames by the first row of the table that matches, from official to ours or in reverse; None if no row does.
 
@@ -81,7 +80,6 @@ def rename_key(name, table, prompt_style="vicuna", reverse=False):
         if match:
             return target.replace("*", match[1]) if match.groups() else target
     return None
-
 
 def from_official(tensors, where, table, names, prompt_style="vicuna", drop_rules=(), other_names=()):
     """Official {name: tensor} -> ({our name: tensor}, {official name: why it is dropped}).
@@ -108,7 +106,6 @@ def from_official(tensors, where, table, names, prompt_style="vicuna", drop_rule
                          f"{', '.join(unknown[:4])}{', ...' if len(unknown) > 4 else ''}; is this the file that the "
                          "option asks for?")
     return ours, dropped
-
 
 def to_official(tensors, stage, cfg):
     """Our {name: tensor} of a stage -> the official state dict of that stage, without the frozen LLM."""
