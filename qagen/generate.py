@@ -2,10 +2,9 @@
 
     annotation --describe--> caption, facts --filter--> --phrase, shuffle--> question, options, answer
 
-Subclass QATask to read one kind of annotation for one task; all functions below take an instance of such a class. The
-20 classes of toy/scenarios.py are examples (MovingCount is the shortest). A reader of CLEVRER, STAR or Perception Test
-fills in the same row and writes the same `describe`.
-Not here: the tasks' names and media folders (evaluation/tasks.py), simulation and drawing (toy/).
+Subclass QATask to read one kind of annotation for one task: the 20 classes of toy/scenarios.py are examples, MovingCount
+is the shortest; a reader of CLEVRER, STAR or Perception Test fills in the same row and writes the same `describe`. All
+functions below take an instance. Not here: the tasks' names and media folders (evaluation/tasks.py), simulation (toy/).
 
     pytest tests/test_qagen.py
 """
@@ -59,14 +58,10 @@ class QATask:
         raise NotImplementedError
 
 def caption_and_facts(task, clip, rng):
-    """An annotation -> (caption, the facts that pass the paper's filters).
-
-    The filters: clips of 5 to 35 seconds; options that all differ; as many options as the task has.
-    """
+    """-> (caption, the facts that pass the paper's filters: 5 to 35 seconds, n_options options that all differ)."""
     caption, facts = task.describe(clip, rng)
-    if not 5 <= clip["duration"] <= 35:
-        facts = []
-    facts = [fact for fact in facts if len({fact.answer, *fact.wrong}) == 1 + len(fact.wrong) == task.n_options]
+    facts = [fact for fact in facts if 5 <= clip["duration"] <= 35
+             and len({fact.answer, *fact.wrong}) == 1 + len(fact.wrong) == task.n_options]
     return capitalize(caption), facts
 
 def multiple_choice(task, fact, rng, position=None):
@@ -77,17 +72,13 @@ def multiple_choice(task, fact, rng, position=None):
     candidates.insert(rng.randrange(len(fact.wrong) + 1) if position is None else position, fact.answer)
     return {"question": phrasing.format(**slots), "candidates": candidates, "answer": fact.answer}
 
-def caption_and_questions(task, clip, rng, turns):
-    """-> (caption, at most `turns` questions). No fact is asked twice: the first answer would give away the second."""
+def caption_and_questions(task, clip, rng):
+    """-> (caption, at most two questions). No fact is asked twice: the first answer would give away the second."""
     caption, facts = caption_and_facts(task, clip, rng)
-    return caption, [multiple_choice(task, fact, rng) for fact in rng.sample(facts, min(turns, len(facts)))]
+    return caption, [multiple_choice(task, fact, rng) for fact in rng.sample(facts, min(2, len(facts)))]
 
 def as_turn(choice, worked=False, system=""):
-    """A question as one turn {"i", "q", "a"} of a conversation, in the benchmark's own words.
-
-    worked: each option ends in the hint that says whether it is right, as in a worked example of a textbook.
-    system: the conversation's instruction.
-    """
+    """A question as a turn {"i", "q", "a"} in the benchmark's words. worked: each option ends in a hint, "no" or "yes"."""
     answer, options = choice["answer"], choice["candidates"]
     letter = LETTERS[options.index(answer)]
     if worked:
@@ -100,12 +91,9 @@ def as_open_turns(choices, rng):
     instruction = rng.choice(OPEN)
     return [{"i": instruction, "q": choice["question"], "a": choice["answer"]} for choice in choices]
 
-def conversations(task, clip, rng, turns=2):
-    """Conversations for stage 3: questions with options, the same without and, for one clip in two, the caption.
-
-    None for a clip without a fact to ask about.
-    """
-    caption, choices = caption_and_questions(task, clip, rng, turns)
+def conversations(task, clip, rng):
+    """For stage 3: questions with options, the same without and, for one clip in two, the caption; [] without a fact."""
+    caption, choices = caption_and_questions(task, clip, rng)
     if not choices:
         return []
 
@@ -113,18 +101,15 @@ def conversations(task, clip, rng, turns=2):
     system = SYSTEM if rng.random() < 0.2 else ""
     with_options = [as_turn(choice, system=system) for choice in choices]
     with_options[0]["q"] = system + with_options[0]["q"]
-
     result = [with_options, as_open_turns(choices, rng)]
-    if rng.random() < 1 / 2:
-        result.append([{"i": rng.choice(DESCRIBE), "q": "", "a": caption}])
-    return result
+    return result + ([[{"i": rng.choice(DESCRIBE), "q": "", "a": caption}]] if rng.random() < 1 / 2 else [])
 
-def text_document(task, clip, rng, turns=2):
-    """For a language model without video: (caption, turns whose answers are in the caption, the same without options).
+def text_document(task, clip, rng):
+    """For an LLM without video: (caption, turns whose answers are in the caption, the same without options).
 
     Two documents in three are worked examples (toy/pretrain.py says why).
     """
-    caption, choices = caption_and_questions(task, clip, rng, turns)
+    caption, choices = caption_and_questions(task, clip, rng)
     worked = rng.random() < 2 / 3
     return caption, [as_turn(choice, worked) for choice in choices], as_open_turns(choices, rng)
 

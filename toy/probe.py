@@ -1,15 +1,13 @@
 """Where does the toy stop understanding? Each part of a run is tested alone, on the benchmark's clips.
 
-    vit              the ViT under its pretraining heads: colour, shape and activity of covered patches, in percent
-    qformer          stage 1's Q-Former writes the caption: how many are right to the last word
+    vit              the ViT under its pretraining heads: colour, shape, activity of covered patches that are right
+    qformer          stage 1's Q-Former writes the caption, the most probable word each time: right to the last word
     alike 1          cosine similarity of its queries with one another: at 100 they are all the same
-    llm_from_video   stage 2's LLM writes the caption from the video tokens
-    alike 2          cosine similarity of the video tokens
+    llm_from_video   stage 2's LLM writes the caption from the video tokens; alike 2: cosine similarity of these
     llm_from_text    the pretrained LLM answers the questions, with the true caption in the place of the video
 
-Whole captions count, not words: a question asks for one or two words of the caption, and nearly all of the others are
-the same in every clip of the task. A task that is right in one column and wrong in the next shows which part to look
-at. Nothing is trained; a part that a run does not have stays empty. Not here: the benchmark itself (mvbench.py).
+All in percent. Captions count whole: nearly all words are the same in every clip of a task. A task that is right in one
+column and wrong in the next shows which part to look at. A part that a run does not have stays empty.
 
     python -m toy.probe --run runs/toy
 """
@@ -27,32 +25,32 @@ from evaluation.engine import letter_ids
 from evaluation.tasks import TASKS
 from infra.cli import run
 from infra.files import load_strict, read_json, read_tensors
-from prompt import CAPTION_INSTRUCTIONS, IGNORE, caption_prompt, decode_answer, is_finished, mvbench_prompt, pad_batch
+from prompt import CAPTION_INSTRUCTIONS, IGNORE, caption_prompt, decode_answer, is_finished, mvbench_prompt, pad_ids
 from qagen.generate import caption_and_facts
 from toy.draw import ACTIVITY_CLASSES, COLOUR_CLASSES, SHAPE_CLASSES, token_targets
-from toy.pretrain import PatchClassifier, fill_slot
+from toy.pretrain import PatchClassifier
 from toy.scenarios import SCENARIOS
 from toy.things import FPS, FRAMES, UNITS
 from video import eval_frame_indices, load_eval_clip
 from weights import checkpoint
 from weights.hf_llama import load_llm
 
-COLUMNS = ("colour", "shape", "activity", "qformer", "alike 1", "llm_from_video", "alike 2", "llm_from_text")
 MAX_WORDS = 60    # of a caption
 
-def benchmark_clips(data, count):
-    """{task: its first `count` annotations}."""
-    clips = {task.file: [] for task in TASKS}
-    for line in open(Path(data) / "mvbench" / "annotations.jsonl"):
-        clip = json.loads(line)
-        if len(clips[clip["scenario"]]) < count:
-            clips[clip["scenario"]].append(clip)
-    return clips
+def read_benchmark(data, count):
+    """-> {task: annotations of its first `count` clips}, each also with "path", "caption" and the question's fields."""
+    folder, clips_of = Path(data) / "mvbench", {task.file: [] for task in TASKS}
+    for clip in map(json.loads, open(folder / "annotations.jsonl")):
+        clips_of[clip["scenario"]].append(clip)
+    for task, clips in clips_of.items():
+        del clips[count:]
+        for clip, question in zip(clips, read_json(folder / "json" / f"{task}.json"), strict=False):
+            caption, _ = caption_and_facts(SCENARIOS[task], clip, random.Random(0))
+            clip |= question | {"path": str(folder / "video" / clip["id"]), "caption": caption}
+    return clips_of
 
-def load_videos(cfg, data, clips):
-    """Annotations -> video (B, T, 3, H, W) as the benchmark reads it."""
-    folder = Path(data) / "mvbench" / "video"
-    return torch.stack([load_eval_clip(str(folder / clip["id"]), cfg) for clip in clips])
+def load_videos(cfg, clips):
+    return torch.stack([load_eval_clip(clip["path"], cfg) for clip in clips])                  # (B, T, 3, H, W)
 
 def sampled_frames(task, count):
     """Frames of the simulation that the benchmark samples: a folder of JPEGs has them at 3 per second, from 1 on."""
@@ -60,19 +58,14 @@ def sampled_frames(task, count):
         return [(i - 1) * FPS // 3 for i in eval_frame_indices(count, FRAMES * 3 // FPS, 3, first_idx=1)]
     return eval_frame_indices(count, FRAMES - 1, FPS)
 
-def true_caption(clip):
-    return caption_and_facts(SCENARIOS[clip["scenario"]], clip, random.Random(0))[0]
-
 def alike(queries):
     """queries (B, Q, D) -> mean cosine similarity of two queries of the same clip."""
-    unit = torch.nn.functional.normalize(queries, dim=-1)                                      # (B, Q, D)
-    n = queries.shape[1]
+    unit, n = torch.nn.functional.normalize(queries, dim=-1), queries.shape[1]                 # (B, Q, D)
     return ((unit.sum(1).square().sum(-1) - n) / (n * n - n)).mean().item()
 
-# Each probe: a part's folder, the world's folder, {task: clips} -> yields (task, one share per column).
+# Each probe: a part's folder, {task: clips} -> yields (task, one share per column).
 
-def probe_vit(folder, data, clips_of):
-    """Colour, shape, activity: share of covered patches that are right."""
+def probe_vit(folder, clips_of):
     cfg, _ = checkpoint.read_config(folder)
     vit = PatchClassifier(cfg, [len(COLOUR_CLASSES), len(SHAPE_CLASSES), len(ACTIVITY_CLASSES)]).eval()
     load_strict(vit, read_tensors(folder / "model.safetensors"), folder)
@@ -80,70 +73,67 @@ def probe_vit(folder, data, clips_of):
         frames = sampled_frames(task, cfg.eval_frames)
         targets = np.stack([token_targets(clip, UNITS // cfg.vit.grid, frames) for clip in clips])
         targets = torch.from_numpy(targets).long()                                             # (B, T, L, 3)
-        classes = torch.stack(vit.classify(load_videos(cfg, data, clips))[:3], -1)             # (B, T, L, 3)
+        classes = [logits.argmax(-1) for logits in vit(load_videos(cfg, clips))[:3]]           # (B, T, L) each
         covered = targets[..., 1] > 0                                                          # (B, T, L)
-        yield task, (classes == targets)[covered].float().mean(0).tolist()
+        yield task, (torch.stack(classes, -1) == targets)[covered].float().mean(0).tolist()
 
-def probe_qformer(folder, data, clips_of):
-    """Share of captions that stage 1's Q-Former writes, always taking the most probable word; cosine of its queries."""
+def probe_qformer(folder, clips_of):
     model, qformer_tok, _ = checkpoint.load_checkpoint(folder)
     for task, clips in clips_of.items():
-        vision = model.encode_video_stage1(load_videos(model.cfg, data, clips))                # (B, N, C)
+        vision = model.encode_video_stage1(load_videos(model.cfg, clips))                      # (B, N, C)
         query = model.query_tokens.expand(len(clips), -1, -1)                                  # (B, Q, E)
         hidden, kv, _ = model.qformer(query, vision=vision, return_kv=True)                    # (B, Q, E)
         ids = torch.full((len(clips), 1), qformer_tok.dec_id)                                  # (B, 1)
         for _ in range(MAX_WORDS):
             logits = model.qformer.caption_logits(ids, torch.ones_like(ids), kv)               # (B, S, V)
             ids = torch.cat((ids, logits[:, -1:].argmax(-1)), 1)
-        captions = [qformer_tok.encode(true_caption(clip), MAX_WORDS)[1:] for clip in clips]
+        captions = [qformer_tok.encode(clip["caption"], MAX_WORDS)[1:] for clip in clips]
         right = [row[1:len(words) + 1] == words for row, words in zip(ids.tolist(), captions, strict=True)]
         yield task, (np.mean(right), alike(hidden))
 
-def probe_llm_from_video(folder, data, clips_of):
-    """Share of captions that stage 2's LLM writes from the video tokens; cosine of these."""
+def probe_llm_from_video(folder, clips_of):
     model, _, tok = checkpoint.load_checkpoint(folder)
     prompt = caption_prompt(tok, "", model.cfg.n_query + model.cfg.n_extra, CAPTION_INSTRUCTIONS["video"][0])
     request = [i for i, label in zip(prompt.ids, prompt.labels, strict=True) if label == IGNORE]
     for task, clips in clips_of.items():
-        tokens = model.video_tokens(model.encode_video(load_videos(model.cfg, data, clips)))   # (B, Q, D)
+        tokens = model.video_tokens(model.encode_video(load_videos(model.cfg, clips)))         # (B, Q, D)
         embeds = model.insert_video_tokens(torch.tensor([request] * len(clips)), tokens)       # (B, S, D)
         rows = model.llama_model.generate(embeds, None, MAX_WORDS, partial(is_finished, tok))
-        right = [decode_answer(tok, row) == true_caption(clip) for row, clip in zip(rows, clips, strict=True)]
+        right = [decode_answer(tok, row) == clip["caption"] for row, clip in zip(rows, clips, strict=True)]
         yield task, (np.mean(right), alike(tokens))
 
-def probe_llm_from_text(folder, data, clips_of):
-    """Share of questions that the LLM answers right with the true caption in the place of the video."""
+def probe_llm_from_text(folder, clips_of):
     model, tok = load_llm(folder)
     for task, clips in clips_of.items():
-        questions = read_json(Path(data) / "mvbench" / "json" / f"{task}.json")[:len(clips)]
-        prompts = []
-        for clip, q in zip(clips, questions, strict=True):
-            words = tok.encode(true_caption(clip))
-            prompts.append(mvbench_prompt(tok, q["question"], q["candidates"], len(words)))
-            fill_slot(prompts[-1], words)
-        ids, _, mask = pad_batch(prompts, tok.eos_id, side="left")                             # (B, S)
+        rows = []
+        for clip in clips:
+            prompt = mvbench_prompt(tok, clip["question"], clip["candidates"], n_video=1)
+            rows.append(prompt.ids[:prompt.slot] + tok.encode(clip["caption"]) + prompt.ids[prompt.slot + 1:])
+        ids, mask = pad_ids(rows, tok.eos_id, side="left")                                     # (B, S)
         logits = model.lm_head(model(model.embed(ids), mask)[:, -1])[:, letter_ids(tok)]       # (B, 5)
-        right = [q["candidates"][row[:len(q["candidates"])].argmax()] == q["answer"]
-                 for q, row in zip(questions, logits, strict=True)]
+        right = [clip["answer"] == clip["candidates"][row[:len(clip["candidates"])].argmax()]
+                 for clip, row in zip(clips, logits, strict=True)]
         yield task, (np.mean(right),)
 
 PROBES = {  # a run's folder -> its probe, the columns that it fills
-    "init": (probe_vit, COLUMNS[:3]),
-    "stage1": (probe_qformer, COLUMNS[3:5]),
-    "stage2": (probe_llm_from_video, COLUMNS[5:7]),
-    "llm": (probe_llm_from_text, COLUMNS[7:]),
+    "init": (probe_vit, ("colour", "shape", "activity")),
+    "stage1": (probe_qformer, ("qformer", "alike 1")),
+    "stage2": (probe_llm_from_video, ("llm_from_video", "alike 2")),
+    "llm": (probe_llm_from_text, ("llm_from_text",)),
 }
+COLUMNS = [column for _, columns in PROBES.values() for column in columns]
 
 @torch.no_grad()
 def probe(run_folder, data, count):
     """-> {column: {task: share}} of the parts that the run has."""
-    clips_of, table = benchmark_clips(data, count), {}
+    clips_of, table = read_benchmark(data, count), {}
     for name, (probe_part, columns) in PROBES.items():
         folder = Path(run_folder) / name
         if (folder / "config.json").is_file():
             print(f"testing {folder} ...", file=sys.stderr)
-            shares = dict(probe_part(folder, data, clips_of))
-            table |= {column: {task: row[i] for task, row in shares.items()} for i, column in enumerate(columns)}
+            for task, shares in probe_part(folder, clips_of):
+                for column, share in zip(columns, shares, strict=True):
+                    table.setdefault(column, {})[task] = share
     return table
 
 def main(argv=None):

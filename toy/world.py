@@ -7,8 +7,8 @@
     text.jsonl                  documents for the language model
     mvbench/                    the benchmark in the official layout, and its clips' annotations
 
-Every clip has a random generator of its own, so the bytes depend on the seed and not on the number of workers. Not
-here: what happens in a clip (scenarios.py), its pictures (draw.py), how questions are made (qagen/generate.py).
+Every clip has its own random generator, so the bytes depend on the seed and not on the number of workers.
+Not here: what happens in a clip (scenarios.py), its pictures (draw.py), how questions are made (qagen/generate.py).
 
     python -m toy.world --out data/toy --sheet sheet.png
 """
@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from evaluation.tasks import TASKS
 from infra.cli import add_options, option, read_options, run
+from infra.files import read_json, write_json
 from qagen import generate
 from toy import draw
 from toy.scenarios import SCENARIOS
@@ -61,20 +62,13 @@ def cast(rng, split, n):
             return pairs
 
 def simulate(name, rng, split="train"):
-    """One clip of a scenario -> its annotation, for JSON.
-
-    {"scenario", "duration" in seconds, "background": a name per frame, "objects": [...], "events": [...], ...}
-    """
+    """One clip of a scenario -> its annotation, for JSON: "scenario", "duration" in seconds, "background" (a name per
+    frame), "objects", "events" and more where the scenario needs it."""
     clip = SCENARIOS[name].simulate(rng, partial(cast, rng, split))
     clip = {"scenario": name, "duration": FRAMES / FPS, "background": [rng.choice(PLAIN_BACKGROUNDS)] * FRAMES} | clip
     for obj in clip["objects"]:
-        for track in ("x", "y", "size", "angle"):
-            obj[track] = [round(value, 1) for value in obj[track]]
+        obj |= {track: [round(value, 1) for value in obj[track]] for track in ("x", "y", "size", "angle")}
     return clip
-
-def scenario_name(index, playground):
-    """The 20 tasks in turn, or the playground."""
-    return "playground" if playground else TASKS[index % len(TASKS)].file
 
 def n_captioned(count):
     """How many of `count` training clips, from the first, stages 1 to 3 see; the ViT alone learns from the others."""
@@ -83,7 +77,7 @@ def n_captioned(count):
 def train_clip(index, count, out, seed, patch):
     """Write training clip `index` of `count` -> its annotation, caption entry, instruction entries, patch classes."""
     rng, video = random.Random(f"{seed}/train/{index}"), f"{index // 1000:02d}/{index:05d}.gif"
-    name = scenario_name(index, playground=index >= 5 * count / 8)
+    name = TASKS[index % len(TASKS)].file if index < 5 * count / 8 else "playground"
     scenario, clip = SCENARIOS[name], {"id": video} | simulate(name, rng)
     draw.write_gif(draw.render(clip), out / "videos" / video)
 
@@ -92,41 +86,35 @@ def train_clip(index, count, out, seed, patch):
     if name != "playground" or index < n_captioned(count) and index % 2 == 0:
         talks = [{"video": video, "QA": turns} for turns in generate.conversations(scenario, clip, rng)]
     caption, _ = generate.caption_and_facts(scenario, clip, rng)
-    return clip, {"video": video, "caption": caption}, talks, draw.token_targets(clip, patch)
+    return to_line(clip), {"video": video, "caption": caption}, talks, draw.token_targets(clip, patch)
 
 def text_document(index, seed):
     """One line of text.jsonl: [caption, turns of a conversation, the same turns without options]."""
     rng = random.Random(f"{seed}/text/{index}")
-    name = scenario_name(3 * index // 4, playground=index % 4 == 0)  # every fourth document is of the playground
+    name = TASKS[3 * index // 4 % len(TASKS)].file if index % 4 else "playground"
     return json.dumps(generate.text_document(SCENARIOS[name], simulate(name, rng), rng))
 
 def benchmark_task(task, out, seed, questions):
     """Write one task of the benchmark in the official layout -> its clips' annotations."""
-    rng, entries, clips = random.Random(f"{seed}/test/{task.file}"), [], []
+    rng, entries, lines = random.Random(f"{seed}/test/{task.file}"), [], []
     folder = out / "mvbench" / "video" / task.folder
     folder.mkdir(parents=True, exist_ok=True)  # tasks share folders
     draw_clip = partial(simulate, task.file, rng, "test")
     for clip, choice in generate.benchmark(SCENARIOS[task.file], questions, draw_clip, rng):
         # a random name: a file's name must not give away the answer
-        name = f"{rng.getrandbits(48):012x}"
-        if task.folder.startswith("tvqa"):
-            draw.write_frames(draw.render(clip), folder / name)
-        else:
-            name += ".gif"
-            draw.write_gif(draw.render(clip), folder / name)
-
+        is_folder = task.folder.startswith("tvqa")
+        name = f"{rng.getrandbits(48):012x}" + ("" if is_folder else ".gif")
+        (draw.write_frames if is_folder else draw.write_gif)(draw.render(clip), folder / name)
         entries.append({"video": name, **choice} | ({"start": 0.0, "end": clip["duration"]} if task.bound else {}))
-        clips.append({"id": f"{task.folder}/{name}", **clip})
-    write_json(out / "mvbench" / "json" / f"{task.file}.json", entries)
-    return clips
+        lines.append(to_line({"id": f"{task.folder}/{name}", **clip}))
+    write_json(entries, out / "mvbench" / "json" / f"{task.file}.json", indent=1)
+    return lines
 
-def write_json(path, value):
-    path.write_text(json.dumps(value, indent=1) + "\n")
+def to_line(clip):
+    return json.dumps(clip, separators=(",", ":"))
 
-def write_lines(path, values):
-    with open(path, "w") as file:
-        for value in values:
-            file.write((value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))) + "\n")
+def write_lines(path, lines):
+    path.write_text("".join(f"{line}\n" for line in lines))
 
 def write_world(out, cfg, parallel_map):
     """Everything but meta.json into the folder `out`. parallel_map(function, values, title) shows a progress bar."""
@@ -135,31 +123,27 @@ def write_world(out, cfg, parallel_map):
         (out / "videos" / f"{i:02d}").mkdir(parents=True)
     shape = cfg.clips, FRAMES, (UNITS // cfg.patch) ** 2, 3                               # (clips, T, L, 3)
     targets = np.lib.format.open_memmap(out / "targets.npy", "w+", np.uint8, shape)
-    clips, captions, instructions = [], [], []
     train = partial(train_clip, count=cfg.clips, out=out, seed=cfg.seed, patch=cfg.patch)
-    for i, (clip, caption, talks, target) in enumerate(parallel_map(train, range(cfg.clips), "clips")):
-        targets[i] = target
-        clips.append(clip)
+    lines, captions, instructions = [], [], []
+    for i, (line, caption, talks, targets[i]) in enumerate(parallel_map(train, range(cfg.clips), "clips")):
+        lines.append(line)
         captions.append(caption)
         instructions += talks
     targets.flush()
-    write_lines(out / "annotations.jsonl", clips)
+    write_lines(out / "annotations.jsonl", lines)
 
     # what the stages read, and the corpus files that list it
-    write_json(out / "captions.json", captions[:n_captioned(cfg.clips)])
-    write_json(out / "captions_more.json", captions[n_captioned(cfg.clips):])
-    write_json(out / "instructions.json", instructions)
-    for corpus, files in (("clips", ["captions", "captions_more"]), ("caption", ["captions"]),
-                          ("instruct", ["instructions"])):
-        write_json(out / f"corpus_{corpus}.json", [[f"{name}.json", "videos", "video"] for name in files])
+    n = n_captioned(cfg.clips)
+    for name, entries in (("captions", captions[:n]), ("captions_more", captions[n:]), ("instructions", instructions)):
+        write_json(entries, out / f"{name}.json", indent=1)
+    for corpus, names in (("clips", ("captions", "captions_more")), ("caption", ("captions",)),
+                          ("instruct", ("instructions",))):
+        write_json([[f"{name}.json", "videos", "video"] for name in names], out / f"corpus_{corpus}.json", indent=1)
 
     # text for the language model, and the benchmark
-    text = partial(text_document, seed=cfg.seed)
-    write_lines(out / "text.jsonl", parallel_map(text, range(cfg.texts), "texts"))
-    (out / "mvbench" / "json").mkdir(parents=True)
+    write_lines(out / "text.jsonl", parallel_map(partial(text_document, seed=cfg.seed), range(cfg.texts), "texts"))
     bench = partial(benchmark_task, out=out, seed=cfg.seed, questions=cfg.questions)
-    write_lines(out / "mvbench" / "annotations.jsonl",
-                (clip for clips in parallel_map(bench, TASKS, "benchmark") for clip in clips))
+    write_lines(out / "mvbench" / "annotations.jsonl", sum(parallel_map(bench, TASKS, "benchmark"), []))
 
 def build(cfg):
     """Write a world into the folder cfg.out, whole or not at all -> False if it is there already, with these settings.
@@ -175,14 +159,12 @@ def build(cfg):
         raise ValueError(f"--patch {cfg.patch}: expected a divisor of {UNITS}, the width of the world")
     out = Path(cfg.out)
     if out.exists():
-        meta = out / "meta.json"
-        existing = json.loads(meta.read_text())["settings"] if meta.is_file() else None
+        existing = read_json(out / "meta.json")["settings"] if (out / "meta.json").is_file() else "no toy world"
         if existing == settings:
             return False
-        raise FileExistsError(f"{out} exists: it is {f'a world with {existing}' if existing else 'no toy world'}; "
-                              f"expected {settings}. Choose another --out or delete it")
+        raise FileExistsError(f"{out} exists: {existing}; expected {settings}. Choose another --out or delete it")
 
-    # a world is easily made again, so its files are renamed without an fsync (infra.files does one for checkpoints);
+    # a world is easily made again, so it is renamed without the fsync of infra.files.atomic_folder;
     # workers ignore Ctrl-C: the parent catches it, ends them and deletes the unfinished folder
     part = out.with_name(out.name + ".partial")
     shutil.rmtree(part, ignore_errors=True)
@@ -195,10 +177,9 @@ def build(cfg):
 
     try:
         write_world(part, cfg, parallel_map)
-        write_json(part / "meta.json", {
-            "settings": settings, "frames": FRAMES, "fps": FPS, "units": UNITS, "pixels": draw.PIXELS,
-            "colours": draw.COLOUR_CLASSES, "shapes": draw.SHAPE_CLASSES, "activities": draw.ACTIVITY_CLASSES,
-            "held_out": sorted(HELD_OUT)})
+        write_json({"settings": settings, "frames": FRAMES, "fps": FPS, "units": UNITS, "pixels": draw.PIXELS,
+                    "colours": draw.COLOUR_CLASSES, "shapes": draw.SHAPE_CLASSES,
+                    "activities": draw.ACTIVITY_CLASSES, "held_out": sorted(HELD_OUT)}, part / "meta.json", indent=1)
         part.rename(out)
     finally:
         pool.terminate()
