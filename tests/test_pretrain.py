@@ -19,7 +19,7 @@ from toy.scenarios import SCENARIOS
 def text(tmp_path_factory):
     """text.jsonl of 200 documents, and the tokenizer made from it."""
     path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    path.write_text("\n".join(world.text_document(i, 0) for i in range(200)) + "\n")
+    path.write_text("\n".join(world.text_document(i, "", world.WorldConfig()) for i in range(200)) + "\n")
     model, _ = pretrain.train_tokenizers(path, path.parent / "tokenizers", size=800)
     return path, SentencePiece(str(model))
 

@@ -1,6 +1,5 @@
 """Pictures of the toy world: an annotation -> 16 frames, a GIF or a folder of JPEGs, and what is in every patch.
 
-The inks and outlines; the drawing; the per-patch classes that toy.pretrain teaches a ViT with; the contact sheet.
 Not here: objects and their tracks (things.py), what happens (scenarios.py), questions (qagen/generate.py), models.
 
     python -m toy.world --out data/toy --sheet sheet.png
@@ -33,8 +32,7 @@ ACTIVITY_CLASSES = ("none", "still", *DIRECTIONS, "grows", "shrinks", "spins clo
                     "passes through the wall", "stops in mid-fall", "splits in two", "lit", "touched", "approached",
                     "hides the ball")
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Outlines in units of an object's radius, y pointing down. An object's angle turns them; their role picks the ink.
+# ---- outlines in units of an object's radius, y down; the object's angle turns them, their role picks the ink ---------
 
 def ring(n, radius=1.0, inner=None, start=-90.0, x=0.0, y=0.0):
     """n corners on a circle; with `inner`, every other one on a smaller circle."""
@@ -59,7 +57,7 @@ OUTLINES = {  # shape -> [(role of the ink, corners)]
     "person": [("fill", [(-.2, -.35), (.2, -.35), (.42, 1), (-.42, 1)]), ("fill", ring(12, .3, y=-.65))],
     "gift": [("fill", box(-.9, -.9, .9, .9)), ("black", box(-.2, -.9, .2, .9)), ("black", box(-.9, -.2, .9, .2))],
 }
-LEGS = [[(-.35, 1), (0, .2), (.35, 1)]]
+LEGS, SPINE = [(-.35, 1), (0, .2), (.35, 1)], [(0, .2), (0, -.5)]
 STROKES = {  # shape -> lines
     "A": [[(-.7, 1), (0, -1), (.7, 1)], [(-.4, .3), (.4, .3)]],
     "C": [[(.7, -.7), (.2, -1), (-.4, -.8), (-.7, -.2), (-.7, .2), (-.4, .8), (.2, 1), (.7, .7)]],
@@ -67,16 +65,15 @@ STROKES = {  # shape -> lines
     "K": [[(-.55, -1), (-.55, 1)], [(.6, -1), (-.5, .05), (.65, 1)]], "L": [[(-.5, -1), (-.5, 1), (.6, 1)]],
     "T": [[(-.7, -1), (.7, -1)], [(0, -1), (0, 1)]], "X": [[(-.7, -1), (.7, 1)], [(.7, -1), (-.7, 1)]],
     "Z": [[(-.65, -1), (.65, -1), (-.65, 1), (.65, 1)]],
-    "raises its arms": [*LEGS, [(0, .2), (0, -.5)], [(-.55, -1), (0, -.3), (.55, -1)]],
-    "spreads its arms": [*LEGS, [(0, .2), (0, -.5)], [(-.9, -.3), (.9, -.3)]],
+    "raises its arms": [LEGS, SPINE, [(-.55, -1), (0, -.3), (.55, -1)]],
+    "spreads its arms": [LEGS, SPINE, [(-.9, -.3), (.9, -.3)]],
     "kneels": [[(-.6, 1), (0, 1), (0, .5), (.45, .5), (.45, 1)], [(0, .5), (0, -.1)], [(0, .1), (.4, .4)]],
     "bows": [[(-.35, 1), (-.2, .2), (.15, 1)], [(-.2, .2), (.5, -.1)], [(.4, 0), (.4, .55)]],
     "kicks": [[(0, 1), (0, .2), (.95, -.05)], [(0, .2), (-.15, -.5)], [(-.65, .1), (-.1, -.3), (.5, -.35)]],
     "lies down": [[(-1, .85), (.4, .85)], [(-.1, .8), (.2, .4)]],
 }
-HEADS = {"raises its arms": (0, -.7), "spreads its arms": (0, -.7), "kneels": (0, -.3), "bows": (.72, -.12),
-         "kicks": (-.2, -.72), "lies down": (.65, .75)}
-OUTLINES |= {pose: [("fill", ring(12, .24, x=x, y=y))] for pose, (x, y) in HEADS.items()}
+HEADS = (0, -.7), (0, -.7), (0, -.3), (.72, -.12), (-.2, -.72), (.65, .75)  # of the poses
+OUTLINES |= {pose: [("fill", ring(12, .24, x=x, y=y))] for pose, (x, y) in zip(POSES, HEADS, strict=True)}
 SCENERY = {  # place -> the ink of its ground and [(ink, corners)] on it, in units
     "city": ("mist", [("brick", box(0, 12, 9, 48)), ("grey", box(12, 3, 22, 48)), ("brick", box(26, 16, 35, 48)),
                       ("grey", box(38, 7, 48, 48))]),
@@ -89,8 +86,7 @@ SCENERY = {  # place -> the ink of its ground and [(ink, corners)] on it, in uni
     "dark": ("black", []),
 }
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Frames and files
+# ---- frames and files -------------------------------------------------------------------------------------------------
 
 def paint(canvas, obj, t, scale, ink=None):
     """Draw an object as it is in frame t, in its own inks, or all of it in the ink number `ink`."""
@@ -99,9 +95,8 @@ def paint(canvas, obj, t, scale, ink=None):
         return
 
     # from units of its radius to pixels: turned, scaled, moved
-    x, y, radius = obj["x"][t] * scale, obj["y"][t] * scale, obj["size"][t] / 2 * scale
-    angle = math.radians(obj["angle"][t])
-    cos, sin = radius * math.cos(angle), radius * math.sin(angle)
+    x, y, radius, angle = obj["x"][t] * scale, obj["y"][t] * scale, obj["size"][t] / 2 * scale, obj["angle"][t]
+    cos, sin = radius * math.cos(math.radians(angle)), radius * math.sin(math.radians(angle))
 
     def to_pixels(points, stretch=1.0):
         return [(x + stretch * (u * cos - v * sin), y + stretch * (u * sin + v * cos)) for u, v in points]
@@ -121,16 +116,14 @@ def render(clip, pixels=PIXELS):
     """An annotation -> 16 palette images. The hero is painted last, on top of everything."""
     scale, frames = pixels / UNITS, []
     for t, name in enumerate(clip["background"]):
-        # a plain background is named after its ink
-        ground, parts = SCENERY.get(name, (name, []))
+        ground, parts = SCENERY.get(name, (name, []))  # a plain background is named after its ink
         image = Image.new("P", (pixels, pixels), INK[ground])
+        image.putpalette(PALETTE)
         canvas = ImageDraw.Draw(image)
         for ink, corners in parts:
             canvas.polygon([(x * scale, y * scale) for x, y in corners], fill=INK[ink])
-
         for obj in reversed(clip["objects"]):
             paint(canvas, obj, t, scale)
-        image.putpalette(PALETTE)
         frames.append(image)
     return frames
 
@@ -145,64 +138,53 @@ def write_frames(frames, folder, fps=3):
     """A folder of JPEGs at 3 frames per second, from 00001.jpg: the format of TVQA."""
     folder.mkdir()
     for i in range(FRAMES * fps // FPS):
-        frame = frames[i * FPS // fps].convert("RGB")
-        frame.save(folder / f"{i + 1:05d}.jpg", quality=95, subsampling=0)
+        frames[i * FPS // fps].convert("RGB").save(folder / f"{i + 1:05d}.jpg", quality=95, subsampling=0)
 
-def token_targets(clip, patch=12, frames=None):
-    """The classes of every patch of the frames (default all) -> (T, L, 3) uint8.
+def token_targets(clip, patch=12, frames=range(FRAMES)):
+    """The classes of every patch -> (T, L, 3) uint8: indices into COLOUR_CLASSES, SHAPE_CLASSES, ACTIVITY_CLASSES.
 
-    The last axis indexes COLOUR_CLASSES, SHAPE_CLASSES and ACTIVITY_CLASSES, for the object with most of the patch's
-    area, if that is a tenth or more; otherwise for the background: nothing, or the place as shape.
+    Those of the object with most of the patch's area, if that is a tenth or more; otherwise of the background: nothing,
+    or the place as shape.
     """
-    frames = range(FRAMES) if frames is None else frames
-    objects, grid = clip["objects"], UNITS // patch
-    targets = np.zeros((len(frames), grid * grid, 3), dtype=np.uint8)                     # (T, L, 3)
-    for i, t in enumerate(frames):
-        place = clip["background"][t]
-        targets[i, :, 1] = SHAPE_CLASSES.index(place) if place in SCENERY else 0
-
-        # paint the frame with one ink per object, and count each object's pixels in every patch
+    objects, grid, targets = clip["objects"], UNITS // patch, []
+    for t in frames:
+        # paint the frame with one ink per object, from 1 on, and count each object's pixels in every patch
         mask = Image.new("L", (UNITS, UNITS))
-        for number in reversed(range(len(objects))):
-            paint(ImageDraw.Draw(mask), objects[number], t, 1.0, ink=number + 1)
+        for number, obj in reversed(list(enumerate(objects, 1))):
+            paint(ImageDraw.Draw(mask), obj, t, 1.0, ink=number)
         cells = np.asarray(mask).reshape(grid, patch, grid, patch).swapaxes(1, 2)         # (grid, grid, patch, patch)
         cells = cells.reshape(grid * grid, patch * patch, 1)                              # (L, patch * patch, 1)
-        area = (cells == np.arange(1, len(objects) + 1)).sum(1)                           # (L, objects)
+        area = (cells == np.arange(len(objects) + 1)).sum(1)                              # (L, 1 + objects)
+        area[:, 0] = (patch * patch - 1) // 10  # of the background: what is less than a tenth of the patch
 
-        # a covered patch takes the classes of its largest object
-        covered = area.max(1, initial=0) >= patch * patch / 10                            # (L,)
-        if covered.any():
-            classes = [(COLOUR_CLASSES.index("yellow" if obj["look"][t] == "lit" else obj["colour"]),
-                        SHAPE_CLASSES.index(obj["shape"]), ACTIVITY_CLASSES.index(obj["activity"][t]))
-                       for obj in objects]
-            targets[i, covered] = np.array(classes)[area[covered].argmax(1)]
-    return targets
+        # each patch takes the classes of the largest
+        place = clip["background"][t]
+        classes = [(0, SHAPE_CLASSES.index(place) if place in SCENERY else 0, 0)]
+        classes += [(COLOUR_CLASSES.index("yellow" if obj["look"][t] == "lit" else obj["colour"]),
+                     SHAPE_CLASSES.index(obj["shape"]), ACTIVITY_CLASSES.index(obj["activity"][t])) for obj in objects]
+        targets.append(np.array(classes, np.uint8)[area.argmax(1)])                       # (L, 3)
+    return np.stack(targets)
 
 def contact_sheet(rows, path, columns=4, pixels=96):
-    """Draw questions into a picture, each with eight frames of its clip, so that people can judge them.
-
-    `rows`: (title, annotation, multiple-choice question) triples.
-    """
+    """Draw (title, annotation, question) rows into a picture, with eight frames of each clip, for people to judge."""
     side = pixels + 2
     width, height = 4 * side + 20, 2 * side + 146
     sheet = Image.new("RGB", (columns * width, -(-len(rows) // columns) * height), "white")
     canvas, (large, small) = ImageDraw.Draw(sheet), [ImageFont.load_default(size) for size in (15, 13)]
     for i, (title, clip, choice) in enumerate(rows):
-        left, top = 10 + i % columns * width, 10 + i // columns * height
-
         # the title and two rows of four frames
+        left, top = 10 + i % columns * width, 10 + i // columns * height
         canvas.text((left, top), title, "black", large)
         for k, frame in enumerate(render(clip, pixels)[::2]):
             sheet.paste(frame.convert("RGB"), (left + k % 4 * side, top + 22 + k // 4 * side))
-        top += 26 + 2 * side
 
         # the question, then the options in two columns if they are short; the answer is green
-        for line in textwrap.wrap(choice["question"], 60):
-            canvas.text((left, top), line, "black", small)
-            top += 16
+        question = textwrap.wrap(choice["question"], 60)
+        for k, line in enumerate(question):
+            canvas.text((left, top + 26 + 2 * side + 16 * k), line, "black", small)
         n_columns = 1 if max(map(len, choice["candidates"])) > 25 else 2
         for k, text in enumerate(choice["candidates"]):
-            colour, (row, column) = "#0a7a2f" if text == choice["answer"] else "#666666", divmod(k, n_columns)
-            place = left + column * width // 2, top + row * 16
+            colour = "#0a7a2f" if text == choice["answer"] else "#666666"
+            place = left + k % n_columns * width // 2, top + 26 + 2 * side + 16 * (len(question) + k // n_columns)
             canvas.text(place, f"({LETTERS[k]}) {text}", colour, small)
     sheet.save(path)

@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import random
-import shutil
 import signal
 import time
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from tqdm import tqdm
 
 from evaluation.tasks import TASKS
 from infra.cli import add_options, option, read_options, run
-from infra.files import read_json, write_json
+from infra.files import atomic_folder, read_json, write_json
 from qagen import generate
 from toy import draw
 from toy.scenarios import SCENARIOS
@@ -74,37 +73,37 @@ def n_captioned(count):
     """How many of `count` training clips, from the first, stages 1 to 3 see; the ViT alone learns from the others."""
     return count * 23 // 32  # 5/8: the clips of the tasks; 3/32: a quarter of the playground's
 
-def train_clip(index, count, out, seed, patch):
-    """Write training clip `index` of `count` -> its annotation, caption entry, instruction entries, patch classes."""
-    rng, video = random.Random(f"{seed}/train/{index}"), f"{index // 1000:02d}/{index:05d}.gif"
-    name = TASKS[index % len(TASKS)].file if index < 5 * count / 8 else "playground"
+def train_clip(index, out, cfg):
+    """Write training clip `index` -> its line of annotations, caption entry, instruction entries, patch classes."""
+    rng, video = random.Random(f"{cfg.seed}/train/{index}"), f"{index // 1000:02d}/{index:05d}.gif"
+    name = TASKS[index % len(TASKS)].file if index < 5 * cfg.clips / 8 else "playground"
     scenario, clip = SCENARIOS[name], {"id": video} | simulate(name, rng)
     draw.write_gif(draw.render(clip), out / "videos" / video)
 
     # stage 3 is for the tasks; it sees every second clip of the playground that has a caption
     talks = []
-    if name != "playground" or index < n_captioned(count) and index % 2 == 0:
+    if name != "playground" or index < n_captioned(cfg.clips) and index % 2 == 0:
         talks = [{"video": video, "QA": turns} for turns in generate.conversations(scenario, clip, rng)]
     caption, _ = generate.caption_and_facts(scenario, clip, rng)
-    return to_line(clip), {"video": video, "caption": caption}, talks, draw.token_targets(clip, patch)
+    return to_line(clip), {"video": video, "caption": caption}, talks, draw.token_targets(clip, cfg.patch)
 
-def text_document(index, seed):
+def text_document(index, out, cfg):
     """One line of text.jsonl: [caption, turns of a conversation, the same turns without options]."""
-    rng = random.Random(f"{seed}/text/{index}")
+    rng = random.Random(f"{cfg.seed}/text/{index}")
     name = TASKS[3 * index // 4 % len(TASKS)].file if index % 4 else "playground"
     return json.dumps(generate.text_document(SCENARIOS[name], simulate(name, rng), rng))
 
-def benchmark_task(task, out, seed, questions):
-    """Write one task of the benchmark in the official layout -> its clips' annotations."""
-    rng, entries, lines = random.Random(f"{seed}/test/{task.file}"), [], []
-    folder = out / "mvbench" / "video" / task.folder
+def benchmark_task(task, out, cfg):
+    """Write one task of the benchmark in the official layout -> the lines of its clips' annotations."""
+    rng, entries, lines = random.Random(f"{cfg.seed}/test/{task.file}"), [], []
+    folder, in_frames = out / "mvbench" / "video" / task.folder, task.folder.startswith("tvqa")
     folder.mkdir(parents=True, exist_ok=True)  # tasks share folders
     draw_clip = partial(simulate, task.file, rng, "test")
-    for clip, choice in generate.benchmark(SCENARIOS[task.file], questions, draw_clip, rng):
+    for clip, choice in generate.benchmark(SCENARIOS[task.file], cfg.questions, draw_clip, rng):
         # a random name: a file's name must not give away the answer
-        is_folder = task.folder.startswith("tvqa")
-        name = f"{rng.getrandbits(48):012x}" + ("" if is_folder else ".gif")
-        (draw.write_frames if is_folder else draw.write_gif)(draw.render(clip), folder / name)
+        name, write = f"{rng.getrandbits(48):012x}", draw.write_frames if in_frames else draw.write_gif
+        name += "" if in_frames else ".gif"
+        write(draw.render(clip), folder / name)
         entries.append({"video": name, **choice} | ({"start": 0.0, "end": clip["duration"]} if task.bound else {}))
         lines.append(to_line({"id": f"{task.folder}/{name}", **clip}))
     write_json(entries, out / "mvbench" / "json" / f"{task.file}.json", indent=1)
@@ -116,16 +115,20 @@ def to_line(clip):
 def write_lines(path, lines):
     path.write_text("".join(f"{line}\n" for line in lines))
 
-def write_world(out, cfg, parallel_map):
-    """Everything but meta.json into the folder `out`. parallel_map(function, values, title) shows a progress bar."""
+def write_world(out, cfg, pool):
+    """Everything but meta.json into the folder `out`."""
+    def parallel_map(function, values, title, chunk=32):
+        results = pool.imap(partial(function, out=out, cfg=cfg), values, chunk)
+        return tqdm(results, title, len(values), disable=None)                            # a bar on terminals only
+
     # training clips; the patch classes go straight to the disk
     for i in range(-(-cfg.clips // 1000)):
         (out / "videos" / f"{i:02d}").mkdir(parents=True)
     shape = cfg.clips, FRAMES, (UNITS // cfg.patch) ** 2, 3                               # (clips, T, L, 3)
     targets = np.lib.format.open_memmap(out / "targets.npy", "w+", np.uint8, shape)
-    train = partial(train_clip, count=cfg.clips, out=out, seed=cfg.seed, patch=cfg.patch)
     lines, captions, instructions = [], [], []
-    for i, (line, caption, talks, targets[i]) in enumerate(parallel_map(train, range(cfg.clips), "clips")):
+    for i, (line, caption, talks, target) in enumerate(parallel_map(train_clip, range(cfg.clips), "clips")):
+        targets[i] = target
         lines.append(line)
         captions.append(caption)
         instructions += talks
@@ -136,14 +139,14 @@ def write_world(out, cfg, parallel_map):
     n = n_captioned(cfg.clips)
     for name, entries in (("captions", captions[:n]), ("captions_more", captions[n:]), ("instructions", instructions)):
         write_json(entries, out / f"{name}.json", indent=1)
-    for corpus, names in (("clips", ("captions", "captions_more")), ("caption", ("captions",)),
-                          ("instruct", ("instructions",))):
+    corpora = {"clips": ("captions", "captions_more"), "caption": ("captions",), "instruct": ("instructions",)}
+    for corpus, names in corpora.items():
         write_json([[f"{name}.json", "videos", "video"] for name in names], out / f"corpus_{corpus}.json", indent=1)
 
     # text for the language model, and the benchmark
-    write_lines(out / "text.jsonl", parallel_map(partial(text_document, seed=cfg.seed), range(cfg.texts), "texts"))
-    bench = partial(benchmark_task, out=out, seed=cfg.seed, questions=cfg.questions)
-    write_lines(out / "mvbench" / "annotations.jsonl", sum(parallel_map(bench, TASKS, "benchmark"), []))
+    write_lines(out / "text.jsonl", parallel_map(text_document, range(cfg.texts), "texts"))
+    lines = sum(parallel_map(benchmark_task, TASKS, "benchmark", 1), [])
+    write_lines(out / "mvbench" / "annotations.jsonl", lines)
 
 def build(cfg):
     """Write a world into the folder cfg.out, whole or not at all -> False if it is there already, with these settings.
@@ -164,26 +167,13 @@ def build(cfg):
             return False
         raise FileExistsError(f"{out} exists: {existing}; expected {settings}. Choose another --out or delete it")
 
-    # a world is easily made again, so it is renamed without the fsync of infra.files.atomic_folder;
     # workers ignore Ctrl-C: the parent catches it, ends them and deletes the unfinished folder
-    part = out.with_name(out.name + ".partial")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    pool = Pool(cfg.workers or os.cpu_count(), signal.signal, (signal.SIGINT, signal.SIG_IGN))
-
-    def parallel_map(function, values, title):
-        results = pool.imap(function, values, 1 if title == "benchmark" else 32)
-        return tqdm(results, title, len(values), disable=None)  # a bar on terminals only
-
-    try:
-        write_world(part, cfg, parallel_map)
+    ignore_ctrl_c = signal.signal, (signal.SIGINT, signal.SIG_IGN)
+    with atomic_folder(out) as part, Pool(cfg.workers or os.cpu_count(), *ignore_ctrl_c) as pool:
+        write_world(part, cfg, pool)
         write_json({"settings": settings, "frames": FRAMES, "fps": FPS, "units": UNITS, "pixels": draw.PIXELS,
                     "colours": draw.COLOUR_CLASSES, "shapes": draw.SHAPE_CLASSES,
                     "activities": draw.ACTIVITY_CLASSES, "held_out": sorted(HELD_OUT)}, part / "meta.json", indent=1)
-        part.rename(out)
-    finally:
-        pool.terminate()
-        shutil.rmtree(part, ignore_errors=True)
     return True
 
 def sheet_rows(seed=0):
@@ -195,15 +185,13 @@ def sheet_rows(seed=0):
         yield task.name, clip, choice
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser, start = argparse.ArgumentParser(description=__doc__.split("\n")[0]), time.monotonic()
     add_options(parser, WorldConfig)
     cfg, _ = read_options(parser, WorldConfig, argv)
-    started = time.monotonic()
-    written = build(cfg)
+    is_new = build(cfg)
     if cfg.sheet:
         draw.contact_sheet(list(sheet_rows(cfg.seed)), cfg.sheet)
-    took = f"written in {time.monotonic() - started:.0f} s"
-    print(f"{cfg.out}: {took if written else 'already there'}")
+    print(f"{cfg.out}: " + (f"written in {time.monotonic() - start:.0f} s" if is_new else "already there"))
 
 if __name__ == "__main__":
     run(main, "toy.world", "stopped; nothing was written")
