@@ -2,9 +2,9 @@
 
     annotation --describe--> caption, facts --filter--> --phrase, shuffle--> question, options, answer
 
-Subclass QATask to read one kind of annotation for one task: the 20 classes of toy/scenarios.py are examples, MovingCount
-is the shortest; a reader of CLEVRER, STAR or Perception Test fills in the same row and writes the same `describe`. All
-functions below take an instance. Not here: the tasks' names and media folders (evaluation/tasks.py), simulation (toy/).
+Subclass QATask to read one kind of annotation for one task, as the classes of toy/scenarios.py do (MovingCount is the
+shortest): a reader of CLEVRER, STAR or Perception Test fills in the same row and writes the same `describe`. Functions
+take an instance. Not here: the tasks' names and media folders (evaluation/tasks.py), simulation and drawing (toy/).
 
     pytest tests/test_qagen.py
 """
@@ -78,7 +78,7 @@ def caption_and_questions(task, clip, rng):
     return caption, [multiple_choice(task, fact, rng) for fact in rng.sample(facts, min(2, len(facts)))]
 
 def as_turn(choice, worked=False, system=""):
-    """A question as a turn {"i", "q", "a"} in the benchmark's words. worked: each option ends in a hint, "no" or "yes"."""
+    """A question as a turn {"i", "q", "a"} in the benchmark's words. worked: options end in their hint, no or yes."""
     answer, options = choice["answer"], choice["candidates"]
     letter = LETTERS[options.index(answer)]
     if worked:
@@ -92,7 +92,7 @@ def as_open_turns(choices, rng):
     return [{"i": instruction, "q": choice["question"], "a": choice["answer"]} for choice in choices]
 
 def conversations(task, clip, rng):
-    """For stage 3: questions with options, the same without and, for one clip in two, the caption; [] without a fact."""
+    """For stage 3: questions with options, the same without and, for one clip in two, the caption; [] if no facts."""
     caption, choices = caption_and_questions(task, clip, rng)
     if not choices:
         return []

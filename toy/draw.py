@@ -32,7 +32,7 @@ ACTIVITY_CLASSES = ("none", "still", *DIRECTIONS, "grows", "shrinks", "spins clo
                     "passes through the wall", "stops in mid-fall", "splits in two", "lit", "touched", "approached",
                     "hides the ball")
 
-# ---- outlines in units of an object's radius, y down; the object's angle turns them, their role picks the ink ---------
+# ---- outlines in units of an object's radius, y down; the object's angle turns them, their role picks the ink -----
 
 def ring(n, radius=1.0, inner=None, start=-90.0, x=0.0, y=0.0):
     """n corners on a circle; with `inner`, every other one on a smaller circle."""
@@ -44,12 +44,12 @@ def box(x0, y0, x1, y1):
 
 CROSS = [(-.35, -1), (.35, -1), (.35, -.35), (1, -.35), (1, .35), (.35, .35),
          (.35, 1), (-.35, 1), (-.35, .35), (-1, .35), (-1, -.35), (-.35, -.35)]
-DOT = [("dot", ring(8, .24, y=-.5))]  # off the centre: otherwise a circle would spin invisibly
+DOT = "dot", ring(8, .24, y=-.5)  # off the centre: otherwise a circle would spin invisibly
 OUTLINES = {  # shape -> [(role of the ink, corners)]
-    "circle": [("fill", ring(18))] + DOT, "square": [("fill", box(-.88, -.88, .88, .88))] + DOT,
+    "circle": [("fill", ring(18)), DOT], "square": [("fill", box(-.88, -.88, .88, .88)), DOT],
     "triangle": [("fill", ring(3, 1.15)), ("dot", ring(8, .24, y=-.3))],
     "star": [("fill", ring(10, 1.15, .5)), ("dot", ring(8, .22, y=-.4))],
-    "cross": [("fill", CROSS)] + DOT, "diamond": [("fill", [(0, -1.2), (.68, 0), (0, 1.2), (-.68, 0)])] + DOT,
+    "cross": [("fill", CROSS), DOT], "diamond": [("fill", [(0, -1.2), (.68, 0), (0, 1.2), (-.68, 0)]), DOT],
     "cup": [("fill", [(-.62, -1), (.62, -1), (.95, 1), (-.95, 1)])], "ball": [("fill", ring(14))],
     "lamp": [("black", box(-.32, .3, .32, 1)), ("fill", ring(16, .72, y=-.3))],
     "wall": [("fill", box(-.11, -1.1, .11, 1.1))], "block": [("fill", box(-.16, -1, .16, 1))],
@@ -86,7 +86,7 @@ SCENERY = {  # place -> the ink of its ground and [(ink, corners)] on it, in uni
     "dark": ("black", []),
 }
 
-# ---- frames and files -------------------------------------------------------------------------------------------------
+# ---- frames and files ------------------------------------------------------------------------------------------------
 
 def paint(canvas, obj, t, scale, ink=None):
     """Draw an object as it is in frame t, in its own inks, or all of it in the ink number `ink`."""

@@ -1,11 +1,10 @@
 """Trains what the real system takes ready-made, at toy size: a video ViT (UMT-L) and an LLM (Vicuna).
 
-    PatchClassifier   the ViT with linear heads that say what covers each patch      -> OUT/init, where stage 1 starts
-    TextCurriculum    the toy world in words, from which the small LLaMA learns      -> OUT/llm
-    train_tokenizers  SentencePiece for the LLM, WordPiece for the Q-Former          -> OUT/tokenizers
+    vit   PatchClassifier: linear heads on the ViT name what covers each patch    -> OUT/init, where stage 1 starts
+    llm   TextCurriculum: the toy world in words, for a small LLaMA               -> OUT/llm; both: OUT/tokenizers
 
-With real checkpoints nothing here is needed: weights/convert.py writes OUT/init. Options and loop are train.py's.
-Not here: the world (toy/world.py). Source of the idea: UMT (arXiv 2303.16058).
+weights.convert writes OUT/init of real checkpoints. Options and loop are train.py's; what was tried on the way is in
+results/toy_cpu.md. Not here: the world (toy/world.py). Source of the idea: UMT (arXiv 2303.16058).
 
     python -m toy.pretrain vit        # or llm; both, one after the other, if none is named
 """
@@ -45,9 +44,8 @@ class PatchClassifier(nn.Module):
     """The video ViT with linear heads on every patch token, which stage 1 drops.
 
     UMT aligns each token with a teacher's feature of the same patch. Here the teacher is the toy world's ground truth:
-    colour, shape and activity of what covers the patch. The heads also ask for place and time, which the ViT would soon
-    forget: without them they made up 3.3 % and 0.7 % of the features' variance, and the Q-Former could name both scenes
-    of a clip but not their order.
+    colour, shape and activity of what covers the patch. Place and time are asked for because the ViT would soon forget
+    them, and the Q-Former could then name both scenes of a clip but not their order.
     """
 
     def __init__(self, cfg, classes):
@@ -69,8 +67,8 @@ class PatchClassifier(nn.Module):
         place, time = torch.arange(L, device=targets.device), torch.arange(T, device=targets.device)[:, None]
         targets = (*targets.unbind(-1), place.expand(B, T, L), time.expand(B, T, L))
 
-        # nine patches in ten are background, class 0, and would drown the rest (the shapes of single objects were then
-        # right on 25 to 36 % after 25,000 clips), so one weighs a fiftieth of a covered one; every clip weighs the same
+        # nine patches in ten are background, class 0, and would drown the rest: the shapes of single objects were right
+        # on 25 to 36 % after 25,000 clips. One weighs a fiftieth of a covered one, and every clip weighs the same
         weight = 0.02 + 0.98 * (targets[1] > 0)                            # (B, T, L)
         weight = (weight / weight.sum((1, 2), keepdim=True) / B).flatten()  # (B*N,)
 
@@ -85,17 +83,16 @@ class PatchLabels(torch.utils.data.Dataset):
     """Clips with the class of every patch: targets.npy (clips, frames, patches, 3), in the order of the annotations.
 
     Epochs 0 to 6 have the playground's clips in which everything moves straight ahead or rests; the others all of the
-    playground, and as many of the tasks. A movement can be named only once the object is found in another frame, and
-    neither pays before both are there. On all movements at once, activity was right on 18 % of a playground's patches
-    after 1,500 steps of 8; after 700 steps of straight lines and 800 of everything, on 32 %.
+    playground, and as many of the tasks. Both are needed: on all movements at once, activity was right on 18 % of the
+    playground's patches after 1,500 steps of 8; after 700 steps of straight lines and 800 of everything, on 32 %.
     """
 
     def __init__(self, clips, targets, annotations, frames, epoch_size):
         self.clips, self.targets, self.frames, self.epoch_size, self.epoch = clips, targets, frames, epoch_size, 0
-        annotations = [json.loads(line) for line in open(annotations)]
-        self.tasks = [i for i, clip in enumerate(annotations) if clip["scenario"] != "playground"]
-        self.playground = [i for i, clip in enumerate(annotations) if clip["scenario"] == "playground"]
-        self.straight = [i for i in self.playground if all(e["action"] in STRAIGHT for e in annotations[i]["events"])]
+        rows = [(c["scenario"], {e["action"] for e in c["events"]}) for c in map(json.loads, open(annotations))]
+        self.tasks = [i for i, (scenario, _) in enumerate(rows) if scenario != "playground"]
+        self.playground = [i for i, (scenario, _) in enumerate(rows) if scenario == "playground"]
+        self.straight = [i for i in self.playground if rows[i][1].issubset(STRAIGHT)]
 
     def __len__(self):
         return self.epoch_size
@@ -128,11 +125,9 @@ class TextCurriculum(torch.utils.data.Dataset):
         after that   of ten batches two of such drills, two of open questions about a caption (What does the red star
                      do after it jumps? After that it grows.), six of questions with options about a caption
 
-    So the LLM learns the language and to find an option's letter by what the slot says, but no answer by heart. What
-    is learnt: answers, and the hints "no" and "yes" of worked examples. Phases and hints are needed, because the model
-    must bind letter to option, match option to text, and join the two before any of the three pays: on conversations
-    alone it was at chance after 300 steps of 32 without hints, and after 400 with them; it also was after 1,200 when
-    the phases had 200 steps of 8 instead of 300.
+    It learns answers, and the hints "no" and "yes" of worked examples. Phases and hints are needed: the model must bind
+    letter to option, match option to text, and join the two before any of the three pays. On conversations alone it was
+    at chance after 300 steps of 32 without hints, and after 400 with them.
     """
     DRILL_QUESTIONS = ("Which of these is there?", "What is told of?", "Which one is it?")
 
@@ -158,7 +153,7 @@ class TextCurriculum(torch.utils.data.Dataset):
                 ("system", 1.0, range(4 * n, 5 * n))]
 
     def __getitem__(self, index):
-        # a caption and turns about it; which fifth of the epoch the index is in decides the kind
+        # a text and turns about it; the fifth of the epoch that has the index decides the kind
         rng, fifth = random.Random(f"{self.epoch} {index}"), 5 * index // self.epoch_size
         if is_drill := self.epoch < 8 or fifth == 1:
             caption, turns = self.drill(rng)
@@ -168,12 +163,12 @@ class TextCurriculum(torch.utils.data.Dataset):
                 turns = [qa | {"q": re.sub(f" ({'|'.join(OPTION_HINTS)})\n", "\n", qa["q"])} for qa in turns]
             turns = turns if fifth else open_turns
 
-        # from phase 14 on half of the captions are blurred and spread over as many places as a video has
+        # from phase 14 on half of the captions are blurred, and spread over as many places as a video has
         words, is_noisy = self.tok.encode(caption), self.epoch > 13 and fifth != 1 and rng.random() < 0.5
         length = max(len(words), self.n_video) if is_noisy else len(words)
 
-        # one conversation in ten is stage 2's request for the caption; from phase 15 on one batch in five has the
-        # benchmark's system prompt, twice, as in the benchmark
+        # one in ten is stage 2's request for the caption; from phase 15 on one batch in five has the benchmark's system
+        # prompt, twice, as in the benchmark
         if not is_drill and fifth > 1 and rng.random() < 0.1:
             prompt = caption_prompt(self.tok, caption, length, rng.choice(CAPTION_INSTRUCTIONS["video"]))
         else:
@@ -190,21 +185,24 @@ class TextCurriculum(torch.utils.data.Dataset):
 
     def drill(self, rng):
         """-> (text, [turn]): the right option is an answer between two words, or a word of a list or of a caption."""
-        n_wrong, kind, right = *((rng.randint(2, 4), rng.random()) if self.epoch > 2 else (3, 0)), ""
-        if kind < 0.25 and self.epoch > 4:
-            right, *wrong = rng.sample(self.answers, n_wrong + 1)
-            text = f"{rng.choice(self.words)} {right} {rng.choice(self.words)}"
-        elif self.epoch > 2:
-            text = " ".join(rng.sample(self.words, rng.randint(1, min(12, 2 ** (self.epoch - 2)))))
-            if kind > 0.75 and self.epoch > 5:
-                text = rng.choice(self.documents)[0]
-            present = set(WORD.findall(text))
-            if options := [word for word in self.words if word in present]:
-                right = rng.choice(options)
-                wrong = rng.sample([word for word in self.words if word not in present], n_wrong)
+        # words of a list from phase 3 on, answers from 5, captions from 6
+        right = ""
+        if self.epoch > 2:
+            n_wrong, kind = rng.randint(2, 4), rng.random()
+            if kind < 0.25 and self.epoch > 4:
+                right, *wrong = rng.sample(self.answers, n_wrong + 1)
+                text = f"{rng.choice(self.words)} {right} {rng.choice(self.words)}"
+            else:
+                text = " ".join(rng.sample(self.words, rng.randint(1, min(12, 2 ** (self.epoch - 2)))))
+                if kind > 0.75 and self.epoch > 5:
+                    text = rng.choice(self.documents)[0]
+                present = set(WORD.findall(text))
+                if options := [word for word in self.words if word in present]:
+                    right = rng.choice(options)
+                    wrong = rng.sample([word for word in self.words if word not in present], n_wrong)
         if not right:                                                      # the text is one word, the right option
-            right, *wrong = rng.sample(self.words, 4)
-            text = right
+            text, *wrong = rng.sample(self.words, 4)
+            right = text
 
         # seven drills in ten are worked examples, with hints
         question, options = rng.choice(self.DRILL_QUESTIONS), rng.sample([right, *wrong], len(wrong) + 1)
@@ -250,12 +248,12 @@ class PretrainConfig(TrainConfig):
     part: str = ""
 
 UNUSED = {"init", "llm", "cache_features", "lora_lr_scale", "vtg_only", "global_negatives", "llm_int8", *MODEL_OPTIONS}
+MICRO = dict(steps=4, batch=4, lr=1e-3, muon_lr_scale=1.0, log_every=1, save_every=2, workers=0)
 RECIPES = {
     "toy": {"vit": dict(steps=4000, batch=8, lr=1.5e-3, beta2=0.99, muon_lr_scale=1.0, log_every=100, save_every=1000),
             "llm": dict(epochs=18, batch=8, lr=1e-3, muon_lr_scale=1.0, constant_until=0.7, beta2=0.99, workers=0,
                         log_every=100, save_every=1000)},
-    "micro": dict.fromkeys(("vit", "llm"), dict(steps=4, batch=4, lr=1e-3, muon_lr_scale=1.0, log_every=1, save_every=2,
-                                                workers=0)),
+    "micro": {"vit": MICRO, "llm": MICRO},
 }
 
 def toy_config(cfg):
@@ -268,20 +266,18 @@ def toy_config(cfg):
 
 def vit_stage(cfg, dist):
     """The ViT learns what covers each patch. OUT/init is what weights.convert writes of the official files."""
-    config, _, vocab = toy_config(cfg)
-    meta = read_json(Path(cfg.data) / "meta.json")
-    targets = np.load(Path(cfg.data) / "targets.npy", mmap_mode="r")       # (clips, frames, L, 3)
+    (config, _, vocab), data = toy_config(cfg), Path(cfg.data)
+    targets = np.load(data / "targets.npy", mmap_mode="r")                 # (clips, frames, L, 3)
     if targets.shape[2] != config.vit.grid ** 2:
-        raise ValueError(f"{cfg.data}/targets.npy has {targets.shape[2]} patches per frame, preset {cfg.preset} needs "
+        raise ValueError(f"{data}/targets.npy has {targets.shape[2]} patches per frame, preset {cfg.preset} needs "
                          f"{config.vit.grid ** 2}; make the toy world again with --patch {48 // config.vit.grid}")
-
-    clips = load_clips(cfg, config, "corpus_clips.json", config.train_frames)
+    clips, meta = load_clips(cfg, config, "corpus_clips.json", config.train_frames), read_json(data / "meta.json")
     frames = train_frame_indices(config.train_frames, targets.shape[1], config.frame_sampling)
-    dataset = PatchLabels(clips, targets, Path(cfg.data) / "annotations.jsonl", frames, epoch_size=100 * cfg.batch)
+    dataset = PatchLabels(clips, targets, data / "annotations.jsonl", frames, epoch_size=100 * cfg.batch)
     model = PatchClassifier(config, [len(meta[key]) for key in ("colours", "shapes", "activities")])
     return Stage("stage 0 vit", Path(cfg.out) / "init", model, dataset, collate_patches,
-                 lambda batch, _: model.losses(batch),
-                 lambda folder, tensors: save_checkpoint(tensors, 0, config, folder, vocab))
+                 loss=lambda batch, _: model.losses(batch),
+                 write=lambda folder, tensors: save_checkpoint(tensors, 0, config, folder, vocab))
 
 def llm_stage(cfg, dist):
     """The small LLaMA learns to read, without videos. OUT/llm is a folder as Vicuna's."""
@@ -291,11 +287,11 @@ def llm_stage(cfg, dist):
                              epoch_size=300 * cfg.batch)
 
     def loss(batch, _):
-        embeds = noisy_embeds(model, batch["ids"], batch["noisy"])             # (B, S, D)
+        embeds = noisy_embeds(model, batch["ids"], batch["noisy"])         # (B, S, D)
         return {"lm": next_token_loss(model, embeds, batch["labels"], batch["lengths"], batch["targets"])}
 
     return Stage("stage 0 llm", Path(cfg.out) / "llm", model, dataset, collate_prompts, loss,
-                 lambda folder, tensors: write_llm(model, tokenizer_model, folder, tensors))
+                 write=lambda folder, tensors: write_llm(model, tokenizer_model, folder, tensors))
 
 STAGES = {"vit": vit_stage, "llm": llm_stage}
 
@@ -308,8 +304,7 @@ def main(argv=None):
                          f"--preset {cfg.preset} ... (see --help)")
     dist = init_distributed(cfg.device)
     for part in (cfg.part,) if cfg.part else STAGES:
-        part_cfg = apply_recipe(replace(cfg, part=part), explicit, RECIPES[cfg.preset][part])
-        train_stage(STAGES[part], part_cfg, dist)
+        train_stage(STAGES[part], apply_recipe(replace(cfg, part=part), explicit, RECIPES[cfg.preset][part]), dist)
     dist.close()
 
 if __name__ == "__main__":

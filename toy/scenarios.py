@@ -16,7 +16,6 @@ import numpy as np
 
 from qagen.generate import Fact, QATask, capitalize, excluding
 from toy import things
-from toy.playground import Playground
 from toy.things import Object, direction_vector, hero_slot, name_of, new_event, patch_point, random_point, sorted_events
 
 class ActionSequence(QATask):
@@ -28,8 +27,7 @@ class ActionSequence(QATask):
 
     def simulate(self, rng, cast):
         hero = Object(*cast(1)[0], *random_point(rng, 2), size=rng.uniform(13, 15))
-        actions = rng.sample(self.actions, 3)
-        starts = 1, 6, 11  # the second action is the one in the middle frames: it is in the question, not the answer
+        actions, starts = rng.sample(self.actions, 3), (1, 6, 11)  # in the middle frames: the second, not an answer
         events = [hero.perform(action, start, start + 4) for action, start in zip(actions, starts, strict=True)]
         return {"objects": [hero], "events": events}
 
@@ -74,18 +72,16 @@ class ActionAntonym(QATask):
         hero = Object(*cast(1)[0], x, y, size=16 * scale)
         pair, which, change = rng.choice(list(self.antonyms)), rng.randrange(3), rng.choice((5, 10))
         verb = (*self.antonyms[pair], None)[which]
-
-        # a change in height sets its own activity
-        ramp = np.interp(range(things.FRAMES), (3, 12), ((-1, 1), (1, -1), (0, 0))[which])
-        if pair == "height":
-            hero.move_along(*((t, x, y - 11 * float(ramp[t])) for t in range(things.FRAMES)))
+        ramp = np.interp(range(things.FRAMES), (3, 12), ((-1, 1), (1, -1), (0, 0))[which]).tolist()
+        if pair == "height":  # sets its own activity
+            hero.move_along(*((t, x, y - 11 * r) for t, r in enumerate(ramp)))
         elif pair == "size":
-            hero["size"] = [scale * (16 + 5 * float(r)) for r in ramp]
+            hero["size"] = [scale * (16 + 5 * r) for r in ramp]
+            hero.set_activity(verb or "still", 3, 13)
         else:  # neither: always in view, or gone for the middle only
             neither = rng.choice(([(0, 16)], [(0, 5), (10, 16)]))
             hero.show_during(*([(change, 16)], [(0, change)], neither)[which])
-        if verb and pair != "height":
-            hero.set_activity(verb, *((3, 13) if pair == "size" else (change - 2, change + 2)))
+            hero.set_activity(verb or "still", change - 2, change + 2)
         return {"objects": [hero], "events": [new_event(verb, 3, 13)] if verb else [], "asked": pair}
 
     def describe(self, clip, rng):
@@ -105,11 +101,9 @@ class FineGrainedAction(QATask):
     def simulate(self, rng, cast):
         hero = Object(*cast(1)[0], *patch_point(rng), size=13, angle=90 * rng.randrange(4))
         action = rng.choice(things.FINE_ACTIONS)
-        if action not in ("bounces", "zigzags"):
-            offset = rng.choice((6, 0, -3, -6))  # heights that these two have in a frame
-            hero["y"] = [y + offset for y in hero["y"]]
-        start = -rng.randrange(4)  # a random phase
-        return {"objects": [hero], "events": [hero.perform(action, start)]}
+        if action not in ("bounces", "zigzags"):  # the others get a height that these two have in a frame
+            hero["y"] = [hero["y"][0] + rng.choice((6, 0, -3, -6))] * things.FRAMES
+        return {"objects": [hero], "events": [hero.perform(action, start=-rng.randrange(4))]}  # at a random phase
 
     def describe(self, clip, rng):
         action = clip["events"][0]["action"]
@@ -131,11 +125,10 @@ class UnexpectedAction(QATask):
         twin.show_during()  # hidden, unless the hero splits
 
         # the fall, then what is unexpected from frame 9 on
-        fall = [(0, 24 + side * (x - 13), y + 11), (8, 24 + side * x, y + 24)]
-        hero.move_along(*fall, *{
+        fall, ways = [(0, 24 + side * (x - 13), y + 11), (8, 24 + side * x, y + 24)], {
             "teleports": [(9, 24 + side * x, y + 25), (10, 24 - side * 14, 38)], "stops in mid-fall": [],
-            "passes through the wall": [(14, 24 + side * 18, 38)],
-            "splits in two": [(14, 24 - side * 18, 38)]}[surprise])
+            "passes through the wall": [(14, 24 + side * 18, 38)], "splits in two": [(14, 24 - side * 18, 38)]}
+        hero.move_along(*fall, *ways[surprise])
         hero.set_activity(surprise, 9)
         if surprise == "splits in two":
             twin.move_along(*fall, (14, 24 + side * 1, 40))
@@ -227,19 +220,19 @@ class ObjectShuffle(QATask):
             a, b = rng.sample(range(3), 2)
             events.append(new_event("swaps", t, t + 5, order[a] + 1, target=order[b] + 1))
             for source, target, rise in ((a, b, -11), (b, a, 11)):
-                middle = (spots[source] + spots[target]) / 2
-                keys[order[source]] += [(t + 2, middle, 30 + rise), (t + 4, spots[target], 30)]
+                halfway = (t + 2, (spots[a] + spots[b]) / 2, 30 + rise)
+                keys[order[source]] += [halfway, (t + 4, spots[target], 30)]
             keys[order[3 - a - b]].append((t + 4, spots[3 - a - b], 30))
             order[a], order[b] = order[b], order[a]
         cups = [Object("cup", colour, 0, 0) for colour in rng.sample(things.COLOURS, 3)]
         for cup, cup_keys in zip(cups, keys, strict=True):
             cup.move_along(*cup_keys)
 
-        # in the first three frames the cup is lifted, to show what is under it
-        ball = Object("ball", "black", spots[first], 35, size=8)
+        # in the first three frames the cup is lifted, to show what is under it; later the ball is hidden, and goes along
+        ball = Object("ball", "black", 0, 0, size=8)
         ball["x"], ball["y"] = cups[first]["x"][:], [y + 5 for y in cups[first]["y"]]
-        cups[first]["y"][:3] = [17, 17, 17]
         ball.show_during((0, 3))
+        cups[first]["y"][:3] = [17, 17, 17]
         cups[first].set_activity("hides the ball", 0)
         return {"objects": [ball, *cups], "events": events}
 
@@ -296,15 +289,14 @@ class SceneTransition(QATask):
 
     def simulate(self, rng, cast):
         before, after = rng.sample(things.PLACES, 2)
-        background = [before] * 7 + ["dark"] * 2 + [after] * 7  # the two frames in the middle show neither
-        return {"objects": [], "events": [], "background": background}
+        return {"objects": [], "events": [], "background": [before] * 7 + ["dark"] * 2 + [after] * 7}
 
     def describe(self, clip, rng):
         # both changes share a place, so that no option is right more often for what it names
         before, after = clip["background"][0], clip["background"][-1]
         shared, third = rng.choice((before, after)), rng.choice(excluding(things.PLACES, before, after))
-        changes = (before, after), (after, before), (shared, third), (third, shared)
-        answer, *wrong = (f"{a} to {b}" for a, b in changes)
+        pairs = (before, after), (after, before), (shared, third), (third, shared)
+        answer, *wrong = (f"{a} to {b}" for a, b in pairs)
         return f"the scene changes from {answer}.", [Fact.from_template("change", "It changes from {}.", answer, wrong)]
 
 class ActionCount(QATask):
@@ -389,9 +381,7 @@ class FineGrainedPose(QATask):
         poses, middle, order = rng.sample(things.POSES, 4), rng.randrange(4), [0] * 5
         while len(set(order)) < 4 or (order[2], order[4]) != (middle, 3) or any(a == b for a, b in pairwise(order)):
             order = [rng.randrange(4) for _ in range(5)]
-
-        spans = [(0, 3), (3, 6), (6, 9), (9, 12), (12, 16)]
-        x, y = random_point(rng, 2)  # one spot for all four
+        spans, (x, y) = [(0, 3), (3, 6), (6, 9), (9, 12), (12, 16)], random_point(rng, 2)  # one spot for all four
         figures = [Object(pose, "black", x, y, size=26) for pose in poses]
         for i, figure in enumerate(figures):
             figure.show_during(*(span for span, pose in zip(spans, order, strict=True) if pose == i))
@@ -443,8 +433,7 @@ class EgocentricNavigation(QATask):
             angles += [90 * heading] * 3
 
         # anywhere in the picture, as long as the whole path is in view
-        _, xs, ys = zip(*keys, strict=True)
-        dx, dy = (rng.uniform(7 - min(track), 41 - max(track)) for track in (xs, ys))
+        dx, dy = (rng.uniform(7 - min(track), 41 - max(track)) for track in list(zip(*keys, strict=True))[1:])
         agent.move_along(*((t, x + dx, y + dy) for t, x, y in keys))
         agent["angle"] = (angles + angles[-1:] * things.FRAMES)[:things.FRAMES]  # it keeps the last one
         events = [new_event(move, 3 * i, 3 * i + 3) for i, move in enumerate(route[:done])]
@@ -486,14 +475,12 @@ class EpisodicReasoning(QATask):
         everyone = [f"the {colour} person" for colour in things.COLOURS]
         strangers = rng.sample(excluding(everyone, a, b, c), 2)  # who are not in the clip
         people, where = [a, b, c, *strangers], (first["place"], last["place"])
-        facts = [Fact.from_template(kind, template, answer, excluding(pool, answer))
-                 for kind, template, answer, pool in (
-                     ("start", "At the start {}.", a, people), ("between", "In between {}.", b, people),
-                     ("end", "At the end {}.", c, people),
-                     ("where_first", "It is given first in {}.", where[0], things.PLACES),
-                     ("where_last", "It is given last in {}.", where[1], things.PLACES))]
-        return (f"at the start {a} has the gift. In between {b}. At the end {c}. "
-                f"It is given first in {where[0]}, last in {where[1]}."), facts
+        rows = (("start", "At the start {}.", a, people), ("between", "In between {}.", b, people),
+                ("end", "At the end {}.", c, people),
+                ("where_first", "It is given first in {}.", where[0], things.PLACES),
+                ("where_last", "It is given last in {}.", where[1], things.PLACES))
+        return (f"at the start {a} has the gift. In between {b}. At the end {c}. It is given first in {where[0]}, last "
+                f"in {where[1]}."), [Fact.from_template(*row, excluding(pool, row[-1])) for *row, pool in rows]
 
 class CounterfactualInference(QATask):
     """It hits one of four blocks, in the middle of the clip none. Asked: what it would hit without that block."""
@@ -509,10 +496,11 @@ class CounterfactualInference(QATask):
         near, middle, far = ([(24 + r * dx, 24 + r * dy) for dx, dy in ways] for r in (5.5, 12, 19))
         others = [Object(*pair, *spot, size=10) for pair, spot in zip(pairs[1:], far[:3], strict=True)]
         blocks = [Object("block", "grey", *middle[i], angle=90 * (ways[i][1] != 0)) for i in range(4)]
-        i, home = rng.randrange(4), (24, 24)
-        touch = near[i]  # where the hero meets block i; only the first three blocks have something behind them
-        hero.move_along((0, *home), (2, *touch), (4, *touch), (6, *home),
-                        (9, *home), (11, *touch), (13, *touch), (15, *home))
+
+        # it meets block i twice; only the first three blocks have something behind them
+        i = rng.randrange(4)
+        frames, spots = (0, 2, 4, 6, 9, 11, 13, 15), 2 * [(24, 24), near[i], near[i], (24, 24)]
+        hero.move_along(*((t, *spot) for t, spot in zip(frames, spots, strict=True)))
         return {"objects": [hero, *others, *blocks],
                 "events": [new_event("hits", start, start + 3, target=4 + i) for start in (2, 11)],
                 "counterfactual": {"without": 4 + i, "hits": 1 + i if i < 3 else None}}
@@ -524,6 +512,46 @@ class CounterfactualInference(QATask):
         right, *wrong = (f"{capitalize(option)}." for option in (answer, *excluding(options, answer)))
         cell = options.index(answer), answer  # "nothing" is right one time in four
         return f"without the block it hits {answer}.", [Fact("without", right, wrong, hero_slot(clip), cell)]
+
+class Playground(QATask):
+    """No task of MVBench: one to three objects that do something all the time. A ViT learns to see movement from it."""
+    key, parent, n_options, rule = "playground", "Action", 4, "what the others do, and what nobody does"
+    phrasings = {"does": ("What does {hero} do?", "What is {hero} doing?", "Which of these does {hero} do?")}
+
+    def simulate(self, rng, cast):
+        # in one clip of four they only go straight ahead or rest; in one of five they are letters
+        n = rng.choice((1, 2, 3))
+        spots = rng.sample(things.QUARTERS, n) if rng.random() < 0.5 or n > 1 else [(24, 24)]
+        plays = things.STRAIGHT if rng.random() < 0.25 else things.PLAYS
+        objects = [Object(*pair, *random_point(rng, 3, *spot), size=rng.uniform(12, 16))
+                   for pair, spot in zip(cast(n), spots, strict=True)]
+        if rng.random() < 0.2:
+            for obj, letter in zip(objects, rng.sample(things.GLYPHS, n), strict=True):
+                obj["shape"] = letter
+
+        # all of them start in frame 0 and do not stop
+        actions = [rng.choice(plays) for _ in objects]
+        for obj, action in zip(objects, actions, strict=True):
+            if action in things.DIRECTIONS:
+                (x, y), (dx, dy) = (obj["x"][0], obj["y"][0]), direction_vector(action, 9)
+                obj.move_along((0, x - dx, y - dy), (15, x + dx, y + dy))
+            elif action != "rests":
+                obj.perform(action)
+        return {"objects": objects, "events": [new_event(action, 0, obj=i) for i, action in enumerate(actions)]}
+
+    def describe(self, clip, rng):
+        verbs = {play: f"moves {play}" if play in things.DIRECTIONS else play for play in things.PLAYS}
+        actions = {name_of(clip["objects"][e["object"]]): verbs[e["action"]] for e in clip["events"]}
+        facts, others = [], excluding(verbs.values(), *actions.values())  # what nobody does
+        for name, action in actions.items():
+            wrong = excluding(dict.fromkeys(actions.values()), action)  # what the others do, each once
+            wrong += rng.sample(others, 3 - len(wrong))
+            facts.append(Fact.from_template("does", capitalize(name) + " {}.", action, wrong, {"hero": name}))
+
+        # in reading order of their mean place; in random order a model could not know which comes next
+        x, y = ({name_of(obj): sum(obj[key]) / len(obj[key]) for obj in clip["objects"]} for key in "xy")
+        names = sorted(x, key=lambda name: (y[name] > 24, x[name]))
+        return " ".join(f"{capitalize(name)} {actions[name]}." for name in names), facts
 
 SCENARIOS = {scenario.key: scenario() for scenario in (  # in the order of the published table
     ActionSequence, ActionPrediction, ActionAntonym, FineGrainedAction, UnexpectedAction, ObjectExistence,

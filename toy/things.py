@@ -3,7 +3,7 @@
 An object is a dict: a shape, a colour and six tracks of one value per frame, "x", "y", "size" (its diameter), "angle"
 (degrees, clockwise), "look" (plain | hollow | lit | hidden) and "activity" (a class of toy/draw.py). An event says what
 an object does from when to when, in seconds, as data sets do. y points down.
-Not here: the scenarios (toy/scenarios.py), drawing (toy/draw.py), which objects a clip may have (toy/world.py).
+Not here: the scenarios (scenarios.py), drawing (draw.py), which objects a clip may have (world.py).
 
     pytest tests/test_world.py
 """
@@ -29,20 +29,17 @@ STRAIGHT = (*DIRECTIONS, "rests")
 FINE_ACTIONS = ("spins clockwise", "spins counter-clockwise", "wobbles", "bounces", "zigzags")
 PLAYS = (*DIRECTIONS, "grows", "shrinks", "blinks", "jumps", "shakes", *FINE_ACTIONS, "rests")
 
-def quarter_turns(k):
-    """90 degrees more every two frames, so that a frame of a spin shows no angle that an object at rest does not."""
-    return 90 * (k // 2 + 1)
-
 EFFECTS = {  # what frame k of n adds to x, y and angle, multiplies size by, or replaces look with
+    # a spin turns by 90 degrees every two frames, so that a frame shows no angle that an object at rest does not
     "grows": lambda k, n: {"size": 1 + 0.6 * (k + 1) / n},
     "shrinks": lambda k, n: {"size": 1 - 0.45 * (k + 1) / n},
-    "spins": lambda k, n: {"angle": quarter_turns(k)},
-    "spins clockwise": lambda k, n: {"angle": quarter_turns(k)},
-    "spins counter-clockwise": lambda k, n: {"angle": -quarter_turns(k)},
+    "spins": lambda k, n: {"angle": 90 * (k // 2 + 1)},
+    "spins clockwise": lambda k, n: {"angle": 90 * (k // 2 + 1)},
+    "spins counter-clockwise": lambda k, n: {"angle": -90 * (k // 2 + 1)},
     "blinks": lambda k, n: {"look": "hollow" if k % 4 < 2 else "plain"},
     "jumps": lambda k, n: {"y": -10 if k % 4 < 2 else 0},
     "shakes": lambda k, n: {"x": 6 if k % 4 < 2 else -6},
-    "wobbles": lambda k, n: {"angle": quarter_turns(k) % 180},
+    "wobbles": lambda k, n: {"angle": 90 * (k // 2 + 1) % 180},
     "bounces": lambda k, n: {"y": 6 - 12 * abs(math.sin(math.pi * k / 4))},
     "zigzags": lambda k, n: {"x": 20 * k / (n - 1) - 10, "y": 6 * (abs(k % 4 - 2) - 1)},
 }
