@@ -50,8 +50,7 @@ class PatchClassifier(nn.Module):
 
     def __init__(self, cfg, classes):
         super().__init__()
-        self.vision_encoder = VisionTransformer(cfg.vit)
-        self.norm = nn.LayerNorm(cfg.vit.width)
+        self.vision_encoder, self.norm = VisionTransformer(cfg.vit), nn.LayerNorm(cfg.vit.width)
         sizes = [*classes, cfg.vit.grid ** 2, cfg.train_frames]
         self.heads = nn.ModuleList([nn.Linear(cfg.vit.width, n) for n in sizes])
 
@@ -149,8 +148,8 @@ class TextCurriculum(torch.utils.data.Dataset):
     def groups(self):
         """For the Sampler: kinds of different lengths share no batch."""
         n = self.epoch_size // 5
-        return [("open", 1.0, range(n)), ("drill", 1.0, range(n, 2 * n)), ("options", 1.0, range(2 * n, 4 * n)),
-                ("system", 1.0, range(4 * n, 5 * n))]
+        ends = (("open", 0, n), ("drill", n, 2 * n), ("options", 2 * n, 4 * n), ("system", 4 * n, 5 * n))
+        return [(kind, 1.0, range(start, end)) for kind, start, end in ends]
 
     def __getitem__(self, index):
         # a text and turns about it; the fifth of the epoch that has the index decides the kind
@@ -218,10 +217,8 @@ def collate_prompts(prompts):
     return add_packing({"ids": ids, "labels": labels, "mask": mask}) | {"noisy": noisy, "bad": []}
 
 def noisy_embeds(llama, ids, noisy):
-    """Embeds ids (B, S) -> (B, S, D), with noise added where noisy (B, S) is 1; VIDEO becomes noise alone.
-
-    A large LLM understands vectors that are close to a word's (soft prompts); a small one must be taught to.
-    """
+    """Embeds ids (B, S) -> (B, S, D), with noise added where noisy (B, S) is 1; VIDEO becomes noise alone."""
+    # a large LLM understands vectors that are close to a word's (soft prompts); a small one must be taught to
     embeds = llama.embed(ids.clamp(min=0)) * (ids != VIDEO).unsqueeze(-1)  # (B, S, D)
     strength = noisy * 0.7 * torch.rand(len(ids), 1, device=ids.device)    # (B, S), words have about 1
     return embeds + strength.unsqueeze(-1) * torch.randn_like(embeds)
@@ -231,9 +228,8 @@ def train_tokenizers(text, folder, size=1000):
     if not folder.is_dir():
         if not text.is_file():
             raise FileNotFoundError(f"{text} does not exist; make it: python -m toy.world --out {text.parent}")
-        texts = []
-        for caption, turns, open_turns in map(json.loads, open(text)):
-            texts += [caption, *(qa[key] for qa in turns + open_turns for key in "iqa")]
+        texts = [part for caption, turns, open_turns in map(json.loads, open(text))
+                 for part in (caption, *(qa[key] for qa in turns + open_turns for key in "iqa"))]
         texts += 1000 * [SYSTEM]                                           # the benchmark's prompt has its own words
         with atomic_folder(folder, replace=False) as temporary:
             train_sentencepiece(texts, str(temporary / "tokenizer.model"), vocab_size=size)
@@ -248,11 +244,11 @@ class PretrainConfig(TrainConfig):
     part: str = ""
 
 UNUSED = {"init", "llm", "cache_features", "lora_lr_scale", "vtg_only", "global_negatives", "llm_int8", *MODEL_OPTIONS}
+BOTH = dict(batch=8, beta2=0.99, muon_lr_scale=1.0, log_every=100, save_every=1000)
 MICRO = dict(steps=4, batch=4, lr=1e-3, muon_lr_scale=1.0, log_every=1, save_every=2, workers=0)
 RECIPES = {
-    "toy": {"vit": dict(steps=4000, batch=8, lr=1.5e-3, beta2=0.99, muon_lr_scale=1.0, log_every=100, save_every=1000),
-            "llm": dict(epochs=18, batch=8, lr=1e-3, muon_lr_scale=1.0, constant_until=0.7, beta2=0.99, workers=0,
-                        log_every=100, save_every=1000)},
+    "toy": {"vit": dict(BOTH, steps=4000, lr=1.5e-3),
+            "llm": dict(BOTH, epochs=18, lr=1e-3, constant_until=0.7, workers=0)},
     "micro": {"vit": MICRO, "llm": MICRO},
 }
 
@@ -282,9 +278,8 @@ def vit_stage(cfg, dist):
 def llm_stage(cfg, dist):
     """The small LLaMA learns to read, without videos. OUT/llm is a folder as Vicuna's."""
     config, tokenizer_model, _ = toy_config(cfg)
-    model, tok = Llama(config.llama), SentencePiece(str(tokenizer_model))
-    dataset = TextCurriculum(Path(cfg.data) / "text.jsonl", tok, config.prompt_style, config.n_query + config.n_extra,
-                             epoch_size=300 * cfg.batch)
+    model, tok, n_video = Llama(config.llama), SentencePiece(str(tokenizer_model)), config.n_query + config.n_extra
+    dataset = TextCurriculum(Path(cfg.data) / "text.jsonl", tok, config.prompt_style, n_video, 300 * cfg.batch)
 
     def loss(batch, _):
         embeds = noisy_embeds(model, batch["ids"], batch["noisy"])         # (B, S, D)

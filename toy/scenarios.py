@@ -48,12 +48,12 @@ class ActionPrediction(QATask):
     def simulate(self, rng, cast):
         hero = Object(*cast(1)[0], 24, 24, size=13)
         clockwise, first, turn = ("left", "up", "right", "down"), rng.randrange(4), rng.choice((-1, 1))
-        visits = [clockwise[(first + i * turn) % 4] for i in range(rng.randint(4, 7))]  # so any side can be the next
-        for i, side in enumerate(visits):
+        visits = [(clockwise[(first + i * turn) % 4], 2 * i, 2 * i + 2) for i in range(rng.randint(4, 7))]
+        for side, start, end in visits:  # 4 to 7 of them, so that any side can be the next
             dx, dy = direction_vector(side, 15)
-            hero["x"][2 * i:2 * i + 2], hero["y"][2 * i:2 * i + 2] = [24 + dx] * 2, [24 + dy] * 2
-            hero.set_activity(side, 2 * i, 2 * i + 2)
-        return {"objects": [hero], "events": [new_event(side, 2 * i, 2 * i + 2) for i, side in enumerate(visits)]}
+            hero["x"][start:end], hero["y"][start:end] = [24 + dx] * 2, [24 + dy] * 2
+            hero.set_activity(side, start, end)
+        return {"objects": [hero], "events": [new_event(*visit) for visit in visits]}
 
     def describe(self, clip, rng):
         sides = [event["action"] for event in sorted_events(clip)]
@@ -125,10 +125,10 @@ class UnexpectedAction(QATask):
         twin.show_during()  # hidden, unless the hero splits
 
         # the fall, then what is unexpected from frame 9 on
-        fall, ways = [(0, 24 + side * (x - 13), y + 11), (8, 24 + side * x, y + 24)], {
-            "teleports": [(9, 24 + side * x, y + 25), (10, 24 - side * 14, 38)], "stops in mid-fall": [],
-            "passes through the wall": [(14, 24 + side * 18, 38)], "splits in two": [(14, 24 - side * 18, 38)]}
-        hero.move_along(*fall, *ways[surprise])
+        fall = [(0, 24 + side * (x - 13), y + 11), (8, 24 + side * x, y + 24)]
+        then = {"teleports": [(9, 24 + side * x, y + 25), (10, 24 - side * 14, 38)], "stops in mid-fall": [],
+                "passes through the wall": [(14, 24 + side * 18, 38)], "splits in two": [(14, 24 - side * 18, 38)]}
+        hero.move_along(*fall, *then[surprise])
         hero.set_activity(surprise, 9)
         if surprise == "splits in two":
             twin.move_along(*fall, (14, 24 + side * 1, 40))
@@ -170,8 +170,7 @@ class ObjectExistence(QATask):
             together = blinks and move["start"] < blinks[0]["end"] and blinks[0]["start"] < move["end"]
             verdict = "not sure" if not blinks else "yes" if together else "no"
             phrases[verdict] = answers[verdict]
-            verdicts = verdict, *excluding(answers, verdict)
-            answer, *wrong = (f"{capitalize(word)}, {answers[word]}." for word in verdicts)
+            answer, *wrong = (f"{capitalize(v)}, {answers[v]}." for v in (verdict, *excluding(answers, verdict)))
             a_name = name.replace("the", "an" if name.startswith("the o") else "a", 1)
             facts.append(Fact("is", answer, wrong, {"a": a_name}, (verdict, answer)))  # yes, no, not sure equally often
         return ", ".join(phrases[verdict] for verdict in sorted(phrases, reverse=True)) + ".", facts  # yes before no
@@ -228,7 +227,7 @@ class ObjectShuffle(QATask):
         for cup, cup_keys in zip(cups, keys, strict=True):
             cup.move_along(*cup_keys)
 
-        # in the first three frames the cup is lifted, to show what is under it; later the ball is hidden, and goes along
+        # in the first three frames the cup is lifted, to show what is under it; then it hides the ball
         ball = Object("ball", "black", 0, 0, size=8)
         ball["x"], ball["y"] = cups[first]["x"][:], [y + 5 for y in cups[first]["y"]]
         ball.show_during((0, 3))
@@ -410,8 +409,8 @@ class CharacterOrder(QATask):
     def describe(self, clip, rng):
         letters = [clip["objects"][event["object"]]["shape"] for event in sorted_events(clip)]
         answer, *others = (f"first {a}, then {b}, last {c}" for a, b, c in permutations(letters))
-        wrong = rng.sample(others, 2)
-        return f"the letters are {answer}.", [Fact.from_template("order", "They are {}.", answer, wrong)]
+        return f"the letters are {answer}.", [
+            Fact.from_template("order", "They are {}.", answer, rng.sample(others, 2))]
 
 class EgocentricNavigation(QATask):
     """An agent makes one to four moves of a route that the question gives. Asked: the next. A frame shows no count."""

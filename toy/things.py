@@ -119,5 +119,5 @@ def hero_slot(clip):
 
 def sorted_events(clip, *actions):
     """The clip's events by start time; with `actions`, only those."""
-    return sorted((event for event in clip["events"] if not actions or event["action"] in actions),
-                  key=lambda event: event["start"])
+    events = [event for event in clip["events"] if not actions or event["action"] in actions]
+    return sorted(events, key=lambda event: event["start"])
