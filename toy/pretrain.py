@@ -25,8 +25,7 @@ from infra.distributed import init_distributed
 from infra.files import atomic_folder, read_json
 from llama import Llama
 from model import PRESETS, next_token_loss
-from prompt import (CAPTION_INSTRUCTIONS, SYSTEM, VIDEO, Prompt, add_packing, caption_prompt, conversation_prompt,
-                    pad_batch)
+from prompt import CAPTION_INSTRUCTIONS, SYSTEM, Prompt, add_packing, caption_prompt, conversation_prompt, pad_batch
 from qagen.generate import OPTION_HINTS, as_turn
 from tokenizer import SentencePiece, WordPiece, train_sentencepiece, train_wordpiece
 from toy.things import STRAIGHT
@@ -166,13 +165,12 @@ class TextCurriculum(torch.utils.data.Dataset):
         words, is_noisy = self.tok.encode(caption), self.epoch > 13 and fifth != 1 and rng.random() < 0.5
         length = max(len(words), self.n_video) if is_noisy else len(words)
 
-        # one in ten is stage 2's request for the caption; from phase 15 on one batch in five has the benchmark's system
-        # prompt, twice, as in the benchmark
+        # one in ten is stage 2's request for the caption; from phase 15 on a fifth has the benchmark's system prompt
         if not is_drill and fifth > 1 and rng.random() < 0.1:
             prompt = caption_prompt(self.tok, caption, length, rng.choice(CAPTION_INSTRUCTIONS["video"]))
         else:
             if self.epoch > 14 and fifth == 4:
-                turns = [turns[0] | {"i": SYSTEM, "q": SYSTEM + turns[0]["q"]}, *turns[1:]]
+                turns = [turns[0] | {"i": SYSTEM, "q": SYSTEM + turns[0]["q"]}, *turns[1:]]    # twice, as there
             prompt = conversation_prompt(self.tok, turns, length, prompt_style=self.prompt_style)
 
         # the caption takes the place of the video, and hints are learnt too
@@ -219,7 +217,7 @@ def collate_prompts(prompts):
 def noisy_embeds(llama, ids, noisy):
     """Embeds ids (B, S) -> (B, S, D), with noise added where noisy (B, S) is 1; VIDEO becomes noise alone."""
     # a large LLM understands vectors that are close to a word's (soft prompts); a small one must be taught to
-    embeds = llama.embed(ids.clamp(min=0)) * (ids != VIDEO).unsqueeze(-1)  # (B, S, D)
+    embeds = llama.embed(ids.clamp(min=0)) * (ids >= 0).unsqueeze(-1)      # (B, S, D), VIDEO is -1
     strength = noisy * 0.7 * torch.rand(len(ids), 1, device=ids.device)    # (B, S), words have about 1
     return embeds + strength.unsqueeze(-1) * torch.randn_like(embeds)
 

@@ -63,8 +63,6 @@ def alike(queries):
     unit, n = torch.nn.functional.normalize(queries, dim=-1), queries.shape[1]                 # (B, Q, D)
     return ((unit.sum(1).square().sum(-1) - n) / (n * n - n)).mean().item()
 
-# Each probe: a part's folder, {task: clips} -> yields (task, one share per column).
-
 def probe_vit(folder, clips_of):
     cfg, _ = checkpoint.read_config(folder)
     vit = PatchClassifier(cfg, [len(COLOUR_CLASSES), len(SHAPE_CLASSES), len(ACTIVITY_CLASSES)]).eval()
@@ -115,7 +113,7 @@ def probe_llm_from_text(folder, clips_of):
                  for clip, row in zip(clips, logits, strict=True)]
         yield task, (np.mean(right),)
 
-PROBES = {  # a run's folder -> its probe, the columns that it fills
+PROBES = {  # a run's folder -> what yields (task, one share per column) from the part in it, the columns
     "init": (probe_vit, ("colour", "shape", "activity")),
     "stage1": (probe_qformer, ("qformer", "alike 1")),
     "stage2": (probe_llm_from_video, ("llm_from_video", "alike 2")),
@@ -131,9 +129,8 @@ def probe(run_folder, data, count):
         folder = Path(run_folder) / name
         if (folder / "config.json").is_file():
             print(f"testing {folder} ...", file=sys.stderr)
-            for task, shares in probe_part(folder, clips_of):
-                for column, share in zip(columns, shares, strict=True):
-                    table.setdefault(column, {})[task] = share
+            rows = dict(probe_part(folder, clips_of))
+            table |= {column: {task: row[i] for task, row in rows.items()} for i, column in enumerate(columns)}
     return table
 
 def main(argv=None):

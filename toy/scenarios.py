@@ -199,10 +199,9 @@ class ObjectInteraction(QATask):
     def describe(self, clip, rng):
         names = [name_of(obj) for obj in clip["objects"]]
         touched, approached = (names[sorted_events(clip, verb)[0]["target"]] for verb in ("touches", "approaches"))
+        rows = ("touch", "It touches {}.", touched), ("near", "It only approaches {}.", approached)
         return f"it touches {touched} and only approaches {approached}.", [
-            Fact.from_template(kind, template, answer, excluding(names[1:], answer), hero_slot(clip))
-            for kind, template, answer in (("touch", "It touches {}.", touched),
-                                           ("near", "It only approaches {}.", approached))]
+            Fact.from_template(*row, excluding(names[1:], row[-1]), hero_slot(clip)) for row in rows]
 
 class ObjectShuffle(QATask):
     """A cup hides a ball, then two pairs of cups swap. Asked: where the ball ends. A frame hides it."""
@@ -218,10 +217,9 @@ class ObjectShuffle(QATask):
         for t in (4, 8):
             a, b = rng.sample(range(3), 2)
             events.append(new_event("swaps", t, t + 5, order[a] + 1, target=order[b] + 1))
-            for source, target, rise in ((a, b, -11), (b, a, 11)):
-                halfway = (t + 2, (spots[a] + spots[b]) / 2, 30 + rise)
+            for source, target, rise in ((a, b, -11), (b, a, 11), (3 - a - b, 3 - a - b, 0)):
+                halfway = (t + 2, (spots[source] + spots[target]) / 2, 30 + rise)
                 keys[order[source]] += [halfway, (t + 4, spots[target], 30)]
-            keys[order[3 - a - b]].append((t + 4, spots[3 - a - b], 30))
             order[a], order[b] = order[b], order[a]
         cups = [Object("cup", colour, 0, 0) for colour in rng.sample(things.COLOURS, 3)]
         for cup, cup_keys in zip(cups, keys, strict=True):
@@ -326,8 +324,8 @@ class MovingCount(QATask):
 
     def describe(self, clip, rng):
         count = str(len(clip["events"]))
-        caption = "1 object moves." if count == "1" else f"{count} objects move."
-        return caption, [Fact("count", count, excluding("1234", count))]
+        return f"{count} {'object moves' if count == '1' else 'objects move'}.", [
+            Fact("count", count, excluding("1234", count))]
 
 class MovingAttribute(QATask):
     """Four objects, of which one moves. Asked: its colour or its shape. In a single frame nothing moves."""
@@ -489,8 +487,7 @@ class CounterfactualInference(QATask):
                              "Without the block that it hits, what would {hero} run into?")}
 
     def simulate(self, rng, cast):
-        sides, pairs = rng.sample(things.SIDES, 4), cast(4)
-        ways = [direction_vector(side, 1) for side in sides]
+        ways, pairs = [direction_vector(side, 1) for side in rng.sample(things.SIDES, 4)], cast(4)
         hero = Object(*pairs[0], 24, 24, size=10)
         near, middle, far = ([(24 + r * dx, 24 + r * dy) for dx, dy in ways] for r in (5.5, 12, 19))
         others = [Object(*pair, *spot, size=10) for pair, spot in zip(pairs[1:], far[:3], strict=True)]
@@ -498,8 +495,8 @@ class CounterfactualInference(QATask):
 
         # it meets block i twice; only the first three blocks have something behind them
         i = rng.randrange(4)
-        frames, spots = (0, 2, 4, 6, 9, 11, 13, 15), 2 * [(24, 24), near[i], near[i], (24, 24)]
-        hero.move_along(*((t, *spot) for t, spot in zip(frames, spots, strict=True)))
+        hero.move_along(*((start + t, *spot) for start in (0, 9) for t, spot in (
+            (0, (24, 24)), (2, near[i]), (4, near[i]), (6, (24, 24)))))
         return {"objects": [hero, *others, *blocks],
                 "events": [new_event("hits", start, start + 3, target=4 + i) for start in (2, 11)],
                 "counterfactual": {"without": 4 + i, "hits": 1 + i if i < 3 else None}}

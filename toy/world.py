@@ -49,11 +49,11 @@ class WorldConfig:
     workers: int = option(None, "processes; by default one for each core")
     sheet: str = option("", "also draw one question of each task into this PNG file")
 
-def cast(rng, split, n):
-    """n (shape, colour) pairs, all shapes and all colours different; the first is the hero's.
+to_line = json.JSONEncoder(separators=(",", ":")).encode
 
-    Held-out pairs are for heroes only: in half of the benchmark's clips (split "test"), never in training ("train").
-    """
+def cast(rng, split, n):
+    """n (shape, colour) pairs, all shapes and all colours different; the first is the hero's, and the only one that may
+    be held out: in half of the benchmark's clips (split "test"), never in training ("train")."""
     novel = split == "test" and rng.random() < 0.5
     while True:
         pairs = list(zip(rng.sample(SHAPES, n), rng.sample(COLOURS, n), strict=True))
@@ -109,9 +109,6 @@ def benchmark_task(task, out, cfg):
     write_json(entries, out / "mvbench" / "json" / f"{task.file}.json", indent=1)
     return lines
 
-def to_line(clip):
-    return json.dumps(clip, separators=(",", ":"))
-
 def write_lines(path, lines):
     path.write_text("".join(f"{line}\n" for line in lines))
 
@@ -149,17 +146,16 @@ def write_world(out, cfg, pool):
     write_lines(out / "mvbench" / "annotations.jsonl", lines)
 
 def build(cfg):
-    """Write a world into the folder cfg.out, whole or not at all -> False if it is there already, with these settings.
-
-    Raises ValueError for impossible settings, FileExistsError if cfg.out is anything else.
-    """
-    # impossible settings, then a folder that is there already
+    """Write a world into cfg.out, whole or not at all -> False if it is there; FileExistsError if something else is."""
+    # impossible settings
     settings = {name: getattr(cfg, name) for name in ("clips", "questions", "texts", "seed", "patch")}
     for name, value in settings.items():
         if value < 1 and name != "seed":
             raise ValueError(f"--{name} {value}: expected 1 or more")
     if UNITS % cfg.patch:
         raise ValueError(f"--patch {cfg.patch}: expected a divisor of {UNITS}, the width of the world")
+
+    # a folder that is there already
     out = Path(cfg.out)
     if out.exists():
         existing = read_json(out / "meta.json")["settings"] if (out / "meta.json").is_file() else "no toy world"
