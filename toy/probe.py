@@ -53,7 +53,7 @@ def load_videos(cfg, clips):
     return torch.stack([load_eval_clip(clip["path"], cfg) for clip in clips])                  # (B, T, 3, H, W)
 
 def sampled_frames(task, count):
-    """Frames of the simulation that the benchmark samples: a folder of JPEGs has them at 3 per second, from 1 on."""
+    """Frames of the simulation that the benchmark samples; a folder of JPEGs has them at 3 per second, from 1 on."""
     if task == "episodic_reasoning":
         return [(i - 1) * FPS // 3 for i in eval_frame_indices(count, FRAMES * 3 // FPS, 3, first_idx=1)]
     return eval_frame_indices(count, FRAMES - 1, FPS)
@@ -68,9 +68,8 @@ def probe_vit(folder, clips_of):
     vit = PatchClassifier(cfg, [len(COLOUR_CLASSES), len(SHAPE_CLASSES), len(ACTIVITY_CLASSES)]).eval()
     load_strict(vit, read_tensors(folder / "model.safetensors"), folder)
     for task, clips in clips_of.items():
-        frames = sampled_frames(task, cfg.eval_frames)
-        targets = np.stack([token_targets(clip, UNITS // cfg.vit.grid, frames) for clip in clips])
-        targets = torch.from_numpy(targets).long()                                             # (B, T, L, 3)
+        patch, frames = UNITS // cfg.vit.grid, sampled_frames(task, cfg.eval_frames)
+        targets = torch.tensor(np.stack([token_targets(clip, patch, frames) for clip in clips]))  # (B, T, L, 3)
         classes = [logits.argmax(-1) for logits in vit(load_videos(cfg, clips))[:3]]           # (B, T, L) each
         covered = targets[..., 1] > 0                                                          # (B, T, L)
         yield task, (torch.stack(classes, -1) == targets)[covered].float().mean(0).tolist()

@@ -72,6 +72,8 @@ class ActionAntonym(QATask):
         hero = Object(*cast(1)[0], x, y, size=16 * scale)
         pair, which, change = rng.choice(list(self.antonyms)), rng.randrange(3), rng.choice((5, 10))
         verb = (*self.antonyms[pair], None)[which]
+
+        # the ramp goes from -1 to 1, from 1 to -1, or stays at 0
         ramp = np.interp(range(things.FRAMES), (3, 12), ((-1, 1), (1, -1), (0, 0))[which]).tolist()
         if pair == "height":  # sets its own activity
             hero.move_along(*((t, x, y - 11 * r) for t, r in enumerate(ramp)))
@@ -235,8 +237,8 @@ class ObjectShuffle(QATask):
 
     def describe(self, clip, rng):
         row = sorted((1, 2, 3), key=lambda i: clip["objects"][i]["x"][-1])  # the numbers of the cups, left to right
-        names = ("left", "middle", "right")
-        answer = names[row.index(sorted_events(clip, "hides")[0]["target"])]
+        names, cup = ("left", "middle", "right"), sorted_events(clip, "hides")[0]["target"]
+        answer = names[row.index(cup)]
         return f"at the end the ball is under the {answer} cup.", [
             Fact.from_template("where", "Under the {} cup.", answer, excluding(names, answer))]
 
@@ -469,9 +471,8 @@ class EpisodicReasoning(QATask):
     def describe(self, clip, rng):
         first, last = sorted_events(clip, "gives")
         a, b, c = (name_of(clip["objects"][i]) for i in (first["object"], first["target"], last["target"]))
-        everyone = [f"the {colour} person" for colour in things.COLOURS]
-        strangers = rng.sample(excluding(everyone, a, b, c), 2)  # who are not in the clip
-        people, where = [a, b, c, *strangers], (first["place"], last["place"])
+        strangers = excluding((f"the {colour} person" for colour in things.COLOURS), a, b, c)  # not in the clip
+        people, where = [a, b, c, *rng.sample(strangers, 2)], (first["place"], last["place"])
         rows = (("start", "At the start {}.", a, people), ("between", "In between {}.", b, people),
                 ("end", "At the end {}.", c, people),
                 ("where_first", "It is given first in {}.", where[0], things.PLACES),

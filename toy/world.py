@@ -65,7 +65,7 @@ def simulate(name, rng, split="train"):
     frame), "objects", "events" and more where the scenario needs it."""
     clip = SCENARIOS[name].simulate(rng, partial(cast, rng, split))
     clip = {"scenario": name, "duration": FRAMES / FPS, "background": [rng.choice(PLAIN_BACKGROUNDS)] * FRAMES} | clip
-    for obj in clip["objects"]:
+    for obj in clip["objects"]:  # a digit after the point is enough, and keeps the files small
         obj |= {track: [round(value, 1) for value in obj[track]] for track in ("x", "y", "size", "angle")}
     return clip
 
@@ -90,7 +90,7 @@ def train_clip(index, out, cfg):
 def text_document(index, out, cfg):
     """One line of text.jsonl: [caption, turns of a conversation, the same turns without options]."""
     rng = random.Random(f"{cfg.seed}/text/{index}")
-    name = TASKS[3 * index // 4 % len(TASKS)].file if index % 4 else "playground"
+    name = TASKS[3 * index // 4 % len(TASKS)].file if index % 4 else "playground"  # every fourth
     return json.dumps(generate.text_document(SCENARIOS[name], simulate(name, rng), rng))
 
 def benchmark_task(task, out, cfg):
@@ -101,8 +101,8 @@ def benchmark_task(task, out, cfg):
     draw_clip = partial(simulate, task.file, rng, "test")
     for clip, choice in generate.benchmark(SCENARIOS[task.file], cfg.questions, draw_clip, rng):
         # a random name: a file's name must not give away the answer
-        name, write = f"{rng.getrandbits(48):012x}", draw.write_frames if in_frames else draw.write_gif
-        name += "" if in_frames else ".gif"
+        name = f"{rng.getrandbits(48):012x}" + ("" if in_frames else ".gif")
+        write = draw.write_frames if in_frames else draw.write_gif
         write(draw.render(clip), folder / name)
         entries.append({"video": name, **choice} | ({"start": 0.0, "end": clip["duration"]} if task.bound else {}))
         lines.append(to_line({"id": f"{task.folder}/{name}", **clip}))
@@ -119,7 +119,7 @@ def write_world(out, cfg, pool):
         return tqdm(results, title, len(values), disable=None)                            # a bar on terminals only
 
     # training clips; the patch classes go straight to the disk
-    for i in range(-(-cfg.clips // 1000)):
+    for i in range(-(-cfg.clips // 1000)):                                                # a thousand files per folder
         (out / "videos" / f"{i:02d}").mkdir(parents=True)
     shape = cfg.clips, FRAMES, (UNITS // cfg.patch) ** 2, 3                               # (clips, T, L, 3)
     targets = np.lib.format.open_memmap(out / "targets.npy", "w+", np.uint8, shape)
