@@ -260,11 +260,14 @@ def toy_config(cfg):
 
 def vit_stage(cfg, dist):
     """The ViT learns what covers each patch. OUT/init is what weights.convert writes of the official files."""
+    # the world's patches must be the preset's
     (config, _, vocab), data = toy_config(cfg), Path(cfg.data)
     targets = np.load(data / "targets.npy", mmap_mode="r")                 # (clips, frames, L, 3)
     if targets.shape[2] != config.vit.grid ** 2:
         raise ValueError(f"{data}/targets.npy has {targets.shape[2]} patches per frame, preset {cfg.preset} needs "
                          f"{config.vit.grid ** 2}; make the toy world again with --patch {48 // config.vit.grid}")
+
+    # clips with the classes of the frames that are shown
     clips, meta = load_clips(cfg, config, "corpus_clips.json", config.train_frames), read_json(data / "meta.json")
     frames = train_frame_indices(config.train_frames, targets.shape[1], config.frame_sampling)
     dataset = PatchLabels(clips, targets, data / "annotations.jsonl", frames, epoch_size=100 * cfg.batch)
