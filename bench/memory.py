@@ -55,9 +55,6 @@ class LiveBytes(TorchDispatchMode):
         self.now += size
         self.peak = max(self.peak, self.now)
 
-def n_bytes(tensors):
-    return sum(t.numel() * t.element_size() for t in tensors)
-
 def counted_step(cfg, step):
     """{name: bytes} of a training step on one GPU. It is the second step: the first one makes AdamW's moments."""
     # neither the weights of a 7B model nor their initialization take memory or time on the meta device
@@ -66,10 +63,11 @@ def counted_step(cfg, step):
     if step.llm_int8 and step.stage > 1:
         quantize_int8(model.llama_model)
 
-    # what a GPU computes differently, and what would read values or, by a cache, outlive this count
+    # attention and LayerNorm as on a GPU; nothing may read values, or leave tensors without values in a cache
     layer_norm, kernel = F.layer_norm, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     def attention(q, k, v, **_):
-        return kernel(q.to(dtype), k.to(dtype), v.to(dtype))[0]
+        return kernel(q.to(dtype), k.to(dtype), v.to(dtype))[0]                # without a mask (..., S, S)
+
     with (patch.object(F, "scaled_dot_product_attention", attention),
           patch.object(F, "layer_norm", lambda x, *args: layer_norm(x.float(), *args)),        # as CUDA's autocast
           patch("qformer.hard_negatives", lambda sim, idx, generator: (idx.roll(1), idx.roll(1))),
@@ -78,8 +76,8 @@ def counted_step(cfg, step):
         # weights and batch are there before the step, and stay
         model.to_empty(device="cpu")
         live.add([*model.parameters(), *batch.values()])
-        frozen, trained = ([p for p in model.parameters() if p.requires_grad is trains] for trains in (False, True))
-        optimizer, before_steps = torch.optim.AdamW(trained, fused=True), live.now
+        optimizer, before_steps = torch.optim.AdamW(model.parameters(), fused=True), live.now
+        trained, frozen = (sum(p.nbytes for p in model.parameters() if p.requires_grad is b) for b in (True, False))
 
         # two steps; everything that they create and free is counted
         losses_of = torch.autocast("cpu", torch.bfloat16, enabled=step.dtype != "fp32")(step_losses)
@@ -89,11 +87,11 @@ def counted_step(cfg, step):
                 loss = sum(losses_of(model, batch).values())
                 activations = live.now - before
                 loss.backward()
-                gradients = n_bytes(p.grad for p in trained if p.grad is not None)
+                gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
                 del loss
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-        return {"frozen weights": n_bytes(frozen), "trained weights": n_bytes(trained), "gradients": gradients,
+        return {"frozen weights": frozen, "trained weights": trained, "gradients": gradients,
                 "optimizer": live.now - before_steps, "activations": activations, "peak": live.peak}
 
 def main(argv=None):

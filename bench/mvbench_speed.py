@@ -34,7 +34,8 @@ def main(argv=None):
     # one question at a time; the first answer, which is slower, is not counted
     questions = [q for q in load_questions(args.data, limit=args.limit) if q["media"]]
     model, qformer_tok, llm_tok, autocast = load_from_args(args)
-    for name, model.llama_model in {"our LLM": model.llama_model, "transformers and peft": LlamaTwin(model)}.items():
+    llms = {"our LLM": model.llama_model, "transformers and peft": LlamaTwin(model)}
+    for name, model.llama_model in llms.items():
         with autocast:
             mvbench.answer_one(model, qformer_tok, llm_tok, questions[0], args.protocol)
             start = time.perf_counter()

@@ -75,8 +75,8 @@ class QFormerTwin(nn.Module):
     def forward(self, query=None, ids=None, mask=None, vision=None, *_, **__):
         if query is not None:
             query = query.expand(len(vision), -1, -1)                                   # (B, Q, E)
-        if query is not None and mask is not None and mask.ndim == 2:
-            mask = F.pad(mask, (query.shape[1], 0), value=1)                            # (B, Q + S)
+            if mask is not None and mask.ndim == 2:
+                mask = F.pad(mask, (query.shape[1], 0), value=1)                        # (B, Q + S)
         return self.twin(ids, attention_mask=mask, query_embeds=query, encoder_hidden_states=vision).last_hidden_state
 
 class LlamaTwin(nn.Module):

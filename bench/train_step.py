@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
+from torch.ops import aten
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -31,10 +32,8 @@ SCALED = Config(                        # vicuna-7b at a hundredth of the cost, 
     qformer=QFormerConfig(vocab_size=4000, width=96, depth=12, heads=3, ffn=384, vision_width=256),
     llama=LlamaConfig(vocab_size=4000, width=512, depth=8, heads=8, kv_heads=8, ffn=1376))
 CPU_ATTENTION = {                       # operations that PyTorch's counter does not know
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
-        lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)}
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda *qkv, **_: sdpa_flop_count(*qkv[:3]),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *x, **_: sdpa_backward_flop_count(*x[:4])}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
@@ -112,7 +111,7 @@ def measure(side, step):
     if side == "transformers":
         model, losses_of = use_twins(model), twin_losses
     batch = {name: t.to(DEVICE) if torch.is_tensor(t) else t for name, t in random_batch(cfg, step).items()}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def train():
         with torch.autocast(DEVICE, DTYPE, enabled=DEVICE == "cuda"):
