@@ -35,12 +35,13 @@ def main(argv=None):
     questions = [q for q in load_questions(args.data, limit=args.limit) if q["media"]]
     model, qformer_tok, llm_tok, autocast = load_from_args(args)
     llms = {"our LLM": model.llama_model, "transformers and peft": LlamaTwin(model)}
-    for name, model.llama_model in llms.items():
+    for name, model.llama_model in llms.items():               # each LLM in turn becomes the model's
         with autocast:
             mvbench.answer_one(model, qformer_tok, llm_tok, questions[0], args.protocol)
             start = time.perf_counter()
             answers = [mvbench.answer_one(model, qformer_tok, llm_tok, q, args.protocol) for q in questions]
         seconds = time.perf_counter() - start
+        # rows has the answers of the batched run, to the same questions in the same order
         differ = sum(answer != row["prediction"] for answer, row in zip(answers, rows, strict=True))
         print(f"answer_one, {name}: {len(questions) / seconds:.1f} questions/s; mvbench.py is "
               f"{seconds / batched:.1f} times as fast, {differ} answers differ", flush=True)
