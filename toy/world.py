@@ -118,22 +118,16 @@ def write_world(out, cfg, pool):
         results = pool.imap(partial(function, out=out, cfg=cfg), values, chunk)
         return tqdm(results, title, len(values), disable=None)                            # a bar on terminals only
 
-    # training clips; the patch classes go straight to the disk
+    # training clips
     for i in range(-(-cfg.clips // 1000)):                                                # a thousand files per folder
         (out / "videos" / f"{i:02d}").mkdir(parents=True)
-    shape = cfg.clips, FRAMES, (UNITS // cfg.patch) ** 2, 3                               # (clips, T, L, 3)
-    targets = np.lib.format.open_memmap(out / "targets.npy", "w+", np.uint8, shape)
-    lines, captions, instructions = [], [], []
-    for i, (line, caption, talks, target) in enumerate(parallel_map(train_clip, range(cfg.clips), "clips")):
-        targets[i] = target
-        lines.append(line)
-        captions.append(caption)
-        instructions += talks
-    targets.flush()
+    results = parallel_map(train_clip, range(cfg.clips), "clips")
+    lines, captions, talks, targets = zip(*results, strict=True)
     write_lines(out / "annotations.jsonl", lines)
+    np.save(out / "targets.npy", np.stack(targets))                                       # (clips, T, L, 3)
 
     # what the stages read, and the corpus files that list it
-    n = n_captioned(cfg.clips)
+    n, instructions = n_captioned(cfg.clips), [entry for entries in talks for entry in entries]
     for name, entries in (("captions", captions[:n]), ("captions_more", captions[n:]), ("instructions", instructions)):
         write_json(entries, out / f"{name}.json", indent=1)
     corpora = {"clips": ("captions", "captions_more"), "caption": ("captions",), "instruct": ("instructions",)}
