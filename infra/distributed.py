@@ -17,7 +17,6 @@ import os
 import sys
 import warnings
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.distributed as torch_dist
@@ -33,9 +32,8 @@ class GatherRows(torch.autograd.Function):
     """x (b, ...) of each process -> (b * size, ...) of all, in the order of the joint batch.
 
     The Sampler gave process r of n the rows r, r + n, r + 2n, ..., so the processes take turns. Every process computes
-    its own loss from all rows; the gradient of a row is the sum of the gradients in all processes.
+    its own loss from all rows, so the gradient of a row is the sum over all processes.
     """
-
     @staticmethod
     def forward(ctx, x):
         rows = [torch.empty_like(x) for _ in range(torch_dist.get_world_size())]     # size tensors (b, ...)
@@ -72,14 +70,6 @@ class Distributed:
         torch_dist.all_reduce(sums, group=self.cpu_group)
         return sums.tolist()
 
-    def broadcast(self, obj):
-        """The main process's object, in all processes."""
-        if self.size == 1:
-            return obj
-        objects = [obj]
-        torch_dist.broadcast_object_list(objects, 0, group=self.cpu_group)
-        return objects[0]
-
     def all_gather_object(self, obj):
         """The objects of all processes, as a list."""
         if self.size == 1:
@@ -87,6 +77,10 @@ class Distributed:
         objects = [None] * self.size
         torch_dist.all_gather_object(objects, obj, group=self.cpu_group)
         return objects
+
+    def broadcast(self, obj):
+        """The main process's object, in all processes."""
+        return self.all_gather_object(obj)[0]
 
     def main_process_first(self, make):
         """make() in the main process first; the others call it when the files that it writes are there."""
@@ -114,23 +108,21 @@ def init_distributed(device, gloo_only=False):
 
     gloo_only: the processes exchange no GPU tensors. ValueError if there are too few GPUs.
     """
-    # torchrun sets WORLD_SIZE, LOCAL_WORLD_SIZE and LOCAL_RANK
     size, on_gpu = int(os.environ.get("WORLD_SIZE", 1)), device.startswith("cuda")
     if on_gpu and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: PyTorch finds no GPU here")
-    if size == 1:
-        if on_gpu and torch.device(device).index is not None:
-            torch.cuda.set_device(device)
-        return Distributed(device=device)
 
     # each process of a machine takes the GPU of its local rank
-    if on_gpu:
-        local_rank = int(os.environ["LOCAL_RANK"])
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"{os.environ['LOCAL_WORLD_SIZE']} processes, but {torch.cuda.device_count()} GPUs here: "
+    if on_gpu and size > 1:
+        local_rank, n_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local_rank >= n_gpus:
+            raise ValueError(f"{os.environ['LOCAL_WORLD_SIZE']} processes, but {n_gpus} GPUs here: "
                              "start one process per GPU (--nproc_per_node)")
         device = f"cuda:{local_rank}"
+    if on_gpu and torch.device(device).index is not None:
         torch.cuda.set_device(device)
+    if size == 1:
+        return Distributed(device=device)
 
     # subtle: others may wait for hours while the main process indexes annotations or caches features
     timeout = datetime.timedelta(days=2)
@@ -138,25 +130,14 @@ def init_distributed(device, gloo_only=False):
     return Distributed(torch_dist.get_rank(), size, device, torch_dist.new_group(backend="gloo", timeout=timeout))
 
 def raise_together(problem, dist):
-    """Raises the main process's problem there, once; the other processes exit with code 2."""
-    # n processes would print the same message n times
-    stop = dist.broadcast(problem is not None)
-    if problem and (dist.is_main or not stop):
+    """Raises the main process's problem there, once instead of n times; the other processes exit with code 2."""
+    main_fails = dist.broadcast(problem is not None)
+    if problem and (dist.is_main or not main_fails):
         raise problem
-    if stop:
+    if main_fails:
         sys.exit(2)
 
 # --------------------------------------------------------------------------------------- one model in several processes
-
-class LossModule(nn.Module):
-    """loss(batch, progress) as a module that owns the model, which is what DDP wraps."""
-
-    def __init__(self, model, loss):
-        super().__init__()
-        self.model, self.loss = model, loss
-
-    def forward(self, batch, progress):
-        return self.loss(batch, progress)
 
 def blocks_of(model):
     """ViT blocks, Q-Former layers, LLM layers."""
@@ -169,14 +150,19 @@ def wrap_model(model, loss, dist, shard=False, find_unused=True):
     find_unused: a step may leave parts of the model unused (text without video, VTG alone at first). These must keep
     no gradient, as in one process, so DDP has to search for them.
     """
-    if shard:
-        return wrap_fsdp(model, loss, dist)
-    model.to(dist.device)                                          # FSDP2 moves its shards itself
+    if shard:                                                      # FSDP2 moves its shards itself
+        shard_model(model, dist)
+        return loss
+    model.to(dist.device)
     if dist.size == 1:
         return loss
-    return DistributedDataParallel(LossModule(model, loss), find_unused_parameters=find_unused)
 
-def wrap_fsdp(model, loss, dist):
+    # DDP wraps a module: one that owns the model and computes its losses
+    module = nn.Module()
+    module.model, module.forward = model, loss
+    return DistributedDataParallel(module, find_unused_parameters=find_unused)
+
+def shard_model(model, dist):
     """FSDP2: each block is a unit, a frozen one too; the layers outside of blocks form the root unit."""
     # FSDP2 warns that Q-Former layers return views (keys and values); nothing here writes into them
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
@@ -187,14 +173,13 @@ def wrap_fsdp(model, loss, dist):
         p.data = p.data.to(dist.device)                            # FSDP ignores them, and does not move them
 
     # blocks first, then the rest; losses are methods of the model, which FSDP must know as entry points
-    mesh = init_device_mesh(torch.device(dist.device).type, (dist.size,))
-    shard = partial(fully_shard, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    options = {"mesh": init_device_mesh(torch.device(dist.device).type, (dist.size,)),
+               "mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False)}
     for block in blocks_of(model):
-        shard(block)
-    shard(model, ignored_params=scalars)
+        fully_shard(block, **options)
+    fully_shard(model, ignored_params=scalars, **options)
     for method in ("stage1_losses", "lm_loss"):
         register_fsdp_forward_method(model, method)
-    return loss
 
 def set_gradient_sync(forward, model, last):
     """Whether the next backward pass exchanges gradients: only the last micro-batch of a step does."""

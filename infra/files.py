@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 import shutil
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,10 +25,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 def flush_to_disk(path):
-    """Waits until the bytes of a file are on the disk. Folders are skipped."""
-    if path.is_file():
-        with open(path, "rb+") as f:
-            os.fsync(f.fileno())
+    """Waits until the bytes of a file are on the disk."""
+    with open(path, "rb+") as f:
+        os.fsync(f.fileno())
 
 @contextmanager
 def atomic_folder(folder, replace=True):
@@ -38,13 +38,12 @@ def atomic_folder(folder, replace=True):
     moment between the two renames the old one is called .NAME.PID.old.
     """
     folder = Path(folder)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("partial", "old"))
     shutil.rmtree(temporary, ignore_errors=True)               # of a killed process that had the same id
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        for path in temporary.rglob("*"):
+        for path in filter(Path.is_file, temporary.rglob("*")):
             flush_to_disk(path)
 
         # a folder cannot be renamed onto one that has files: move the old one aside first
@@ -72,9 +71,8 @@ def atomic_file(path):
 @contextmanager
 def lock_folder(folder):
     """Creates the folder and locks it for this process inside the block. OSError if another process has the lock."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder) / ".lock", "w") as lock:
         # subtle: lockf, not flock: loader workers would inherit a flock and keep it after this process is killed
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -87,50 +85,42 @@ def save_text(text, path):
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
-def write_json(value, path, indent=2):
-    """Writes a JSON file atomically."""
-    save_text(json.dumps(value, indent=indent) + "\n", path)
+def write_json(value, path):
+    save_text(json.dumps(value, indent=2) + "\n", path)
 
 def read_json(path):
     """FileNotFoundError or ValueError name the file, in one line."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
     try:
-        return json.loads(path.read_text())
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
 
-# ------------------------------------------------------------------------------------------------------ named tensors
+# ------------------------------------------------------------------------------------------------------- named tensors
 
 def read_torch_file(path):
     """A PyTorch file of somebody else -> {name: tensor}; a dict under "model", "module" or "state_dict" is unpacked."""
-    # files of torch before 1.6 are not zip archives and cannot be mapped into memory: read those the plain way
-    errors = []
-    for mmap in (True, False):
-        try:
-            # weights_only: a pickle may run any code, so only tensors and plain Python values are accepted
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-            break
-        except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-            errors.append(str(error))
-    else:
-        foreign = re.search(r"Unsupported (?:global|class|operand).*?([\w.]*\.\w+)", " ".join(errors))
+    # weights_only: a pickle may run any code, so only tensors and plain Python values are accepted
+    try:
+        mmap = zipfile.is_zipfile(path)                        # files of torch before 1.6 cannot be mapped into memory
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+        foreign = re.search(r"Unsupported (?:global|class|operand).*?([\w.]*\.\w+)", str(error))
         if foreign:
             raise ValueError(f"{path} holds {foreign[1]} besides tensors, and loading that could run any code; if you "
                              "trust the file, save its tensors alone: torch.save(torch.load(FILE, weights_only=False)"
-                             '["model"], NEW)')
-        raise ValueError(f"{path} is damaged or not a PyTorch file; copy it again")
+                             '["model"], NEW)') from None
+        raise ValueError(f"{path} is damaged or not a PyTorch file; copy it again") from None
 
     # official files nest their tensors in one or two dicts, beside other things
     for key in ("model", "module", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path} holds a {type(content).__name__}, not named tensors")
-    tensors = {name: t for name, t in content.items() if isinstance(name, str) and torch.is_tensor(t)}
+    named = content if isinstance(content, dict) else {}
+    tensors = {name: t for name, t in named.items() if isinstance(name, str) and torch.is_tensor(t)}
     if not tensors:
-        raise ValueError(f"{path} holds {', '.join(map(str, list(content)[:4]))}, but no tensors by those names")
+        raise ValueError(f"{path} holds {list(named)[:4] or type(content).__name__}, but no tensors by name")
     return tensors
 
 def iter_tensors(path):
@@ -152,14 +142,10 @@ def iter_tensors(path):
         raise ValueError(f"{path} is damaged or not a safetensors file ({error}); copy or make it again") from None
 
 def read_tensors(path):
-    """Reads a file of iter_tensors's kinds -> {name: tensor}."""
     return dict(iter_tensors(path))
 
 def save_tensors(tensors, path):
-    """Writes {name: tensor}, views too and from any device, as .safetensors, or else as a PyTorch file, by the suffix.
-
-    OSError names the file.
-    """
+    """Writes {name: tensor}, views too and from any device, as .safetensors, or else as a PyTorch file, by the suffix."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     save = save_file if Path(path).suffix == ".safetensors" else torch.save
     try:
@@ -187,27 +173,24 @@ def fingerprint(tensors):
     return hashlib.sha256(b"".join(parts[name] for name in sorted(parts))).hexdigest()[:16]
 
 def check_state_dict(expected, tensors, where, fresh=(), dropped=()):
-    """Compares two {name: tensor} by names and shapes; ValueError names `where` and lists what does not match.
+    """Compares two {name: tensor} by names and shapes; ValueError names `where` and lists all that does not match.
 
     Names that start with one of `fresh` may be missing in tensors, those with one of `dropped` may be left over.
     """
-    # everything at once, because each attempt to load 14 GB takes minutes
-    missing = [n for n in expected if n not in tensors and not n.startswith(tuple(fresh))]
-    extra = [n for n in tensors if n not in expected and not n.startswith(tuple(dropped))]
-    shapes = [f"{n} {tuple(tensors[n].shape)} instead of {tuple(t.shape)}"
-              for n, t in expected.items() if n in tensors and tensors[n].shape != t.shape]
+    problems = {
+        "missing": [n for n in expected if n not in tensors and not n.startswith(tuple(fresh))],
+        "left over": [n for n in tensors if n not in expected and not n.startswith(tuple(dropped))],
+        "of another shape": [f"{n} {tuple(tensors[n].shape)} instead of {tuple(t.shape)}"
+                             for n, t in expected.items() if n in tensors and tensors[n].shape != t.shape]}
 
-    # of each kind the number and the first three names
-    problems = [f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-                for what, names in (("missing", missing), ("left over", extra), ("of another shape", shapes)) if names]
-    if problems:
-        raise ValueError(f"{where} does not fit this model: " + "; ".join(problems))
+    # of each kind the number and the first three names, at once: each attempt to load 14 GB takes minutes
+    lines = [f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+             for kind, names in problems.items() if names]
+    if lines:
+        raise ValueError(f"{where} does not fit this model: " + "; ".join(lines))
 
 def load_strict(module, tensors, where, fresh=(), dropped=()):
-    """Fills module from {name: tensor}. Names starting with `fresh` keep their initialisation, `dropped` are not used.
-
-    Every other name must exist on both sides with the same shape, or ValueError lists what does not match.
-    """
+    """Fills module from {name: tensor} after check_state_dict; `fresh` names keep their initialisation."""
     state = module.state_dict()
     check_state_dict(state, tensors, where, fresh, dropped)
     with torch.no_grad():
