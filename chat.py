@@ -20,7 +20,6 @@ INSTRUCTION = "Watch the video and answer the question.\n"
 
 class Chat:
     """A conversation about a video, image or folder of frames."""
-
     def __init__(self, model, qformer_tok, llm_tok, media, temperature=0.0, max_new_tokens=100, autocast=None):
         self.model, self.llm_tok, self.autocast = model, llm_tok, autocast or nullcontext()
         self.temperature, self.max_new_tokens, self.history = temperature, max_new_tokens, []
@@ -35,10 +34,7 @@ class Chat:
     @classmethod
     def load(cls, ckpt, media, **options):
         """Chat.load("runs/toy/stage3", "clip.gif").ask("What happens?"); options: load_checkpoint's."""
-        model, qformer_tok, llm_tok = load_checkpoint(ckpt, **options)
-        if llm_tok is None:
-            raise ValueError(f"{ckpt} is of stage 1 and has no LLM: a checkpoint of stage 2 or 3 is needed")
-        return cls(model, qformer_tok, llm_tok, media)
+        return cls(*load_checkpoint(ckpt, stages=(2, 3), **options), media)
 
     @torch.no_grad()
     def ask(self, question):

@@ -33,9 +33,8 @@ def flush_to_disk(path):
 def atomic_folder(folder, replace=True):
     """Yields a temporary folder to fill; it becomes `folder` only if the block ends without an error.
 
-    replace=False: if another process has finished `folder` meanwhile, that one stays.
-    subtle: every file is flushed to the disk before the rename, so a crash leaves the old folder or the new one. In the
-    moment between the two renames the old one is called .NAME.PID.old.
+    replace=False: a `folder` that another process has finished meanwhile stays. subtle: files are on disk before the
+    rename, so a crash leaves the old folder (between the two renames as .NAME.PID.old) or the new one.
     """
     folder = Path(folder)
     temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("partial", "old"))
@@ -107,11 +106,10 @@ def read_torch_file(path):
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
         foreign = re.search(r"Unsupported (?:global|class|operand).*?([\w.]*\.\w+)", str(error))
-        if foreign:
-            raise ValueError(f"{path} holds {foreign[1]} besides tensors, and loading that could run any code; if you "
-                             "trust the file, save its tensors alone: torch.save(torch.load(FILE, weights_only=False)"
-                             '["model"], NEW)') from None
-        raise ValueError(f"{path} is damaged or not a PyTorch file; copy it again") from None
+        raise ValueError(f"{path} " + (
+            f"holds {foreign[1]} besides tensors, which could run any code; if you trust it, save its tensors alone: "
+            'torch.save(torch.load(FILE, weights_only=False)["model"], NEW)' if foreign else
+            "is damaged or not a PyTorch file; copy it again")) from None
 
     # official files nest their tensors in one or two dicts, beside other things
     for key in ("model", "module", "state_dict"):
@@ -145,7 +143,7 @@ def read_tensors(path):
     return dict(iter_tensors(path))
 
 def save_tensors(tensors, path):
-    """Writes {name: tensor}, views too and from any device, as .safetensors, or else as a PyTorch file, by the suffix."""
+    """Writes {name: tensor}, views too and from any device, as .safetensors or, by the suffix, as a PyTorch file."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     save = save_file if Path(path).suffix == ".safetensors" else torch.save
     try:
@@ -184,10 +182,9 @@ def check_state_dict(expected, tensors, where, fresh=(), dropped=()):
                              for n, t in expected.items() if n in tensors and tensors[n].shape != t.shape]}
 
     # of each kind the number and the first three names, at once: each attempt to load 14 GB takes minutes
-    lines = [f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-             for kind, names in problems.items() if names]
-    if lines:
-        raise ValueError(f"{where} does not fit this model: " + "; ".join(lines))
+    report = [f"{len(names)} {kind} ({', '.join(names[:3])})" for kind, names in problems.items() if names]
+    if report:
+        raise ValueError(f"{where} does not fit this model: " + "; ".join(report))
 
 def load_strict(module, tensors, where, fresh=(), dropped=()):
     """Fills module from {name: tensor} after check_state_dict; `fresh` names keep their initialisation."""

@@ -1,9 +1,8 @@
 """The frozen LLM: a folder in Hugging Face layout, read shard by shard.
 
-    config.json                        its sizes; they count, not the preset's
-    model.safetensors                  or model-00001-of-00002.safetensors ... with model.safetensors.index.json, or
-    pytorch_model.bin                  or pytorch_model-00001-of-00002.bin ... with pytorch_model.bin.index.json
-    tokenizer.model                    SentencePiece
+    config.json           its sizes; they count, not the preset's
+    model.safetensors     or pytorch_model.bin, or shards of either kind, which model.safetensors.index.json lists
+    tokenizer.model       SentencePiece
 
 It reads Vicuna, LLaMA, Mistral and every other model of LLaMA's architecture. What would change the numbers and is not
 implemented (scaled rotary embeddings, other activations) is refused by name. Memory: the model and one shard.
@@ -11,22 +10,13 @@ Not here: the network (llama.py), VideoChat2's own weights (weights/checkpoint.p
 
     pytest tests/test_hf_llama.py
 """
-import re
 import shutil
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from infra.files import (
-    check_state_dict,
-    fingerprint,
-    iter_tensors,
-    read_json,
-    save_tensors,
-    set_parameter,
-    write_json,
-)
+from infra.files import check_state_dict, fingerprint, iter_tensors, read_json, save_tensors, set_parameter, write_json
 from llama import Llama, LlamaConfig
 from tokenizer import SentencePiece
 from weights.int8 import Int8Linear, quantize_int8
@@ -37,7 +27,6 @@ HF_NAMES = {  # LlamaConfig field -> key of config.json
     "max_positions": "max_position_embeddings", "head_dim": "head_dim", "tied": "tie_word_embeddings",
     "attention_bias": "attention_bias", "mlp_bias": "mlp_bias"}
 OPTIONAL = {"kv_heads", "rope_theta", "head_dim", "tied", "attention_bias", "mlp_bias"}
-DROPPED = re.compile(r"\.rotary_emb\.inv_freq$")  # follows from rope_theta
 
 # ---------------------------------------------------------------------------------------------------------- the folder
 
@@ -51,10 +40,9 @@ def llm_config(folder):
 
     # whatever would give other numbers than llama.py computes
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
     for key, value, known in (("model_type", config.get("model_type", "llama"), ("llama", "mistral")),
                               ("hidden_act", config.get("hidden_act", "silu"), ("silu",)),
-                              ("rope_scaling", rope_type, ("default",))):
+                              ("rope_scaling", rope.get("rope_type", rope.get("type", "default")), ("default",))):
         if value not in known:
             raise ValueError(f"{path} has {key} {value!r}, which is not implemented; known: {', '.join(known)}")
 
@@ -73,11 +61,9 @@ def config_diff(config, expected):
             if getattr(config, ours) != getattr(expected, ours)}
 
 def llm_tokenizer(folder):
-    """tokenizer.model of an LLM folder -> SentencePiece."""
     path = Path(folder) / "tokenizer.model"
-    if not path.is_file() and (Path(folder) / "tokenizer.json").is_file():
-        raise FileNotFoundError(f"{path} does not exist; tokenizer.json alone is not read: use the folder of a LLaMA "
-                                "or Mistral that includes its SentencePiece model")
+    if not path.is_file() and path.with_suffix(".json").is_file():
+        raise FileNotFoundError(f"{path} does not exist, and tokenizer.json alone is not read: use a folder with both")
     return SentencePiece(str(path))
 
 def write_llm(llama, tokenizer_model, folder, tensors=None):
@@ -88,8 +74,7 @@ def write_llm(llama, tokenizer_model, folder, tensors=None):
                "head_dim": llama.cfg.head_size, "bos_token_id": 1, "eos_token_id": 2}
     write_json(config, folder / "config.json")
     parameters = dict(llama.named_parameters())                            # a tied one appears once
-    tensors = tensors or parameters
-    save_tensors({name: tensors[name] for name in parameters}, folder / "model.safetensors")
+    save_tensors({name: (tensors or parameters)[name] for name in parameters}, folder / "model.safetensors")
     shutil.copyfile(tokenizer_model, folder / "tokenizer.model")
 
 def shards(folder):
@@ -105,8 +90,7 @@ def shards(folder):
             if absent or not files:
                 raise FileNotFoundError(f"{folder} lacks {len(absent)} of its {len(files)} shards: {', '.join(absent)}")
             return [folder / file for file in files]
-    raise FileNotFoundError(f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, nor an index "
-                            "of their shards")
+    raise FileNotFoundError(f"{folder} holds no weights: neither model.safetensors, pytorch_model.bin nor shards")
 
 # ---------------------------------------------------------------------------------------------------------- its weights
 
@@ -115,7 +99,7 @@ def hf_names(llama):
     names = (n for n, _ in llama.named_parameters() if "lora_" not in n and not n.endswith(".scale"))
     return {n.replace(".base.", "."): n for n in names}
 
-def check_and_visit(folder, llama, visit):
+def read_weights(folder, llama, visit):
     """Calls visit(name, tensor) for each weight of a folder, shard by shard -> the weights' fingerprint.
 
     ValueError if their names and shapes are not those of the Llama.
@@ -125,17 +109,14 @@ def check_and_visit(folder, llama, visit):
     shapes, files = {}, shards(folder)
 
     def weights():
-        for path in tqdm(files, desc=str(folder), unit="shard", leave=False, disable=True if len(files) == 1 else None):
+        for path in tqdm(files, desc=str(folder), unit="shard", leave=False, disable=len(files) == 1 or None):
             for name, t in iter_tensors(path):
-                if DROPPED.search(name):
+                if name.endswith(".rotary_emb.inv_freq"):                  # follows from rope_theta
                     continue
-
                 # Vicuna v0 was first released as its difference to LLaMA, which is no model by itself
-                if name == "model.norm.weight" and t.float().abs().mean() < 0.2:
-                    raise ValueError(f"{folder} looks like a raw delta, not like an LLM (the weights of its last norm "
-                                     f"average {t.float().abs().mean():.3f}, a complete LLaMA's are above 1): add it "
-                                     "to the LLaMA-7B that it was made from with FastChat's apply_delta, and name the "
-                                     "folder of the sum")
+                if name == "model.norm.weight" and (mean := t.float().abs().mean()) < 0.2:
+                    raise ValueError(f"{folder} looks like a raw delta: its last norm averages {mean:.3f}, an LLM's is "
+                                     "above 1; add it to the LLaMA-7B it was made from with FastChat's apply_delta")
                 visit(name, t)
                 shapes[name] = t.to("meta")
                 yield name, t
@@ -155,7 +136,7 @@ def inspect_llm(folder, expected=None):
 
     with torch.device("meta"):
         llama = Llama(llm_config(folder))
-    return llama.cfg, check_and_visit(folder, llama, compare)
+    return llama.cfg, read_weights(folder, llama, compare)
 
 def load_llm_weights(llama, folder, dtype=torch.float32, int8=False, device="cpu"):
     """Reads an LLM folder into a Llama, whose parameters may be on the meta device -> the weights' fingerprint.
@@ -168,23 +149,22 @@ def load_llm_weights(llama, folder, dtype=torch.float32, int8=False, device="cpu
     names = hf_names(llama)
 
     def load(name, t):
-        # what does not fit is listed by check_and_visit, all at once
+        # what does not fit is listed by read_weights, all at once
         if name not in names or llama.get_parameter(names[name]).shape != t.shape:
             return
-        layer, _, leaf = names[name].rpartition(".")
-        layer, t = llama.get_submodule(layer), t.to(device, dtype)
-        if isinstance(layer, Int8Linear) and leaf == "weight":
+        layer, t = llama.get_submodule(names[name].rpartition(".")[0]), t.to(device, dtype)
+        if isinstance(layer, Int8Linear) and name.endswith(".weight"):
             layer.quantize(t)
         else:
             set_parameter(llama, names[name], t)
 
-    digits = check_and_visit(folder, llama, load)
+    digits = read_weights(folder, llama, load)
     if llama.cfg.tied:                                                     # set_parameter made two of one
         llama.tie()
     return digits
 
 def load_llm(folder, dtype=torch.float32):
-    """An LLM folder -> (Llama, SentencePiece)."""
+    """-> (Llama, SentencePiece)."""
     with torch.device("meta"):
         llama = Llama(llm_config(folder))
     load_llm_weights(llama, folder, dtype)
