@@ -1,7 +1,5 @@
 """Several processes that train one model, or answer one benchmark: their ranks, what they exchange, sharding.
 
-    torchrun --nproc_per_node 8 --nnodes 2 train.py ...
-
     DDP (default)   every process has the whole model and a part of each batch; gradients are averaged
     --shard         FSDP2: weights, gradients and optimizer state are cut into one shard per process; each block is
                     gathered just before it computes, and freed again
@@ -10,7 +8,7 @@ The result is that of one process with the joint batch. Several machines share t
 Not here: which samples a process gets (data.Sampler), the loop (train.py).
 Source: PyTorch DDP (arXiv 2006.15704), FSDP (arXiv 2304.11277); gathering with gradients: BLIP-2's official code.
 
-    pytest tests/test_distributed.py
+    torchrun --nproc_per_node 8 --nnodes 2 train.py ...
 """
 import datetime
 import os
@@ -26,14 +24,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-# ------------------------------------------------------------------------------------------------------- the processes
-
 class GatherRows(torch.autograd.Function):
-    """x (b, ...) of each process -> (b * size, ...) of all, in the order of the joint batch.
-
-    The Sampler gave process r of n the rows r, r + n, r + 2n, ..., so the processes take turns. Every process computes
-    its own loss from all rows, so the gradient of a row is the sum over all processes.
-    """
+    """x (b, ...) of each process -> (b * size, ...) of all, in the joint batch's order: process r of n has the rows r,
+    r + n, r + 2n, ... Each process computes a loss from all rows, so the gradient of a row is the sum over processes."""
     @staticmethod
     def forward(ctx, x):
         rows = [torch.empty_like(x) for _ in range(torch_dist.get_world_size())]     # size tensors (b, ...)
@@ -104,10 +97,8 @@ class Distributed:
             torch_dist.destroy_process_group()
 
 def init_distributed(device, gloo_only=False):
-    """Joins the processes that torchrun started -> Distributed; without torchrun, a single process. One GPU each.
-
-    gloo_only: the processes exchange no GPU tensors. ValueError if there are too few GPUs.
-    """
+    """Joins the processes that torchrun started, one GPU each -> Distributed; without torchrun, a single process.
+    gloo_only: the processes exchange no GPU tensors. ValueError if there are too few GPUs."""
     size, on_gpu = int(os.environ.get("WORLD_SIZE", 1)), device.startswith("cuda")
     if on_gpu and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: PyTorch finds no GPU here")
@@ -116,8 +107,7 @@ def init_distributed(device, gloo_only=False):
     if on_gpu and size > 1:
         local_rank, n_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local_rank >= n_gpus:
-            raise ValueError(f"{os.environ['LOCAL_WORLD_SIZE']} processes, but {n_gpus} GPUs here: "
-                             "start one process per GPU (--nproc_per_node)")
+            raise ValueError(f"{n_gpus} GPUs here for {os.environ['LOCAL_WORLD_SIZE']} processes (--nproc_per_node)")
         device = f"cuda:{local_rank}"
     if on_gpu and torch.device(device).index is not None:
         torch.cuda.set_device(device)

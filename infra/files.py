@@ -31,10 +31,9 @@ def flush_to_disk(path):
 
 @contextmanager
 def atomic_folder(folder, replace=True):
-    """Yields a temporary folder to fill; it becomes `folder` only if the block ends without an error.
+    """Yields a temporary folder to fill, which becomes `folder` if the block ends without an error.
 
-    replace=False: a `folder` that another process has finished meanwhile stays. subtle: files are on disk before the
-    rename, so a crash leaves the old folder (between the two renames as .NAME.PID.old) or the new one.
+    replace=False: a `folder` that another process has finished meanwhile stays.
     """
     folder = Path(folder)
     temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("partial", "old"))
@@ -45,7 +44,8 @@ def atomic_folder(folder, replace=True):
         for path in filter(Path.is_file, temporary.rglob("*")):
             flush_to_disk(path)
 
-        # a folder cannot be renamed onto one that has files: move the old one aside first
+        # a folder cannot be renamed onto one that has files, so the old one is moved aside
+        # subtle: the files are on disk by now, so a crash leaves the old folder (maybe as .NAME.PID.old) or the new one
         if folder.exists() and replace:
             folder.rename(old)
         if not folder.exists():
@@ -56,7 +56,7 @@ def atomic_folder(folder, replace=True):
 
 @contextmanager
 def atomic_file(path):
-    """Yields a temporary path to write; the file becomes `path` only if the block ends without an error."""
+    """Yields a temporary path to write, whose file becomes `path` if the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")   # save_tensors reads the suffix
@@ -72,15 +72,13 @@ def lock_folder(folder):
     """Creates the folder and locks it for this process inside the block. OSError if another process has the lock."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     with open(Path(folder) / ".lock", "w") as lock:
-        # subtle: lockf, not flock: loader workers would inherit a flock and keep it after this process is killed
-        try:
+        try:                                # subtle: loader workers would inherit a flock and outlive this process
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise OSError(f"another process is writing into {folder}: wait for it, or choose another folder") from None
         yield
 
 def save_text(text, path):
-    """Writes a text file atomically."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -100,16 +98,14 @@ def read_json(path):
 
 def read_torch_file(path):
     """A PyTorch file of somebody else -> {name: tensor}; a dict under "model", "module" or "state_dict" is unpacked."""
-    # weights_only: a pickle may run any code, so only tensors and plain Python values are accepted
+    # a pickle may run any code, so only tensors and plain values are accepted; before torch 1.6 files had no zip format
     try:
-        mmap = zipfile.is_zipfile(path)                        # files of torch before 1.6 cannot be mapped into memory
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
         foreign = re.search(r"Unsupported (?:global|class|operand).*?([\w.]*\.\w+)", str(error))
-        raise ValueError(f"{path} " + (
-            f"holds {foreign[1]} besides tensors, which could run any code; if you trust it, save its tensors alone: "
-            'torch.save(torch.load(FILE, weights_only=False)["model"], NEW)' if foreign else
-            "is damaged or not a PyTorch file; copy it again")) from None
+        raise ValueError(f"{path} holds {foreign[1]} besides tensors, which may run any code; if you trust it: "
+                         'torch.save(torch.load(FILE, weights_only=False)["model"], NEW)' if foreign else
+                         f"{path} is damaged or not a PyTorch file; copy it again") from None
 
     # official files nest their tensors in one or two dicts, beside other things
     for key in ("model", "module", "state_dict"):
@@ -122,14 +118,10 @@ def read_torch_file(path):
     return tensors
 
 def iter_tensors(path):
-    """Yields (name, tensor) one by one from .safetensors; a PyTorch file (.bin, .pth, .pt) is loaded whole first.
-
-    ValueError names a damaged or foreign file. Of a pickle, only the tensors are loaded.
-    """
-    path = Path(path)
-    if not path.is_file():
+    """Yields (name, tensor) one by one from .safetensors, or from a PyTorch file. ValueError for a damaged file."""
+    if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    if path.suffix != ".safetensors":
+    if Path(path).suffix != ".safetensors":
         yield from read_torch_file(path).items()               # mapped into memory if the format allows it
         return
     try:
@@ -159,10 +151,7 @@ def hash_file(path, digest):
     return digest
 
 def fingerprint(tensors):
-    """16 hexadecimal digits of weights: names, shapes and 16 values of each tensor, whatever the order.
-
-    tensors: {name: tensor}, or an iterable of (name, tensor), so that a large model need not be in memory.
-    """
+    """16 hexadecimal digits of {name: tensor} or an iterable of its items: names, shapes, 16 values of each tensor."""
     parts = {}
     for name, t in tensors.items() if isinstance(tensors, dict) else tensors:
         flat = t.detach().reshape(-1)
@@ -171,10 +160,8 @@ def fingerprint(tensors):
     return hashlib.sha256(b"".join(parts[name] for name in sorted(parts))).hexdigest()[:16]
 
 def check_state_dict(expected, tensors, where, fresh=(), dropped=()):
-    """Compares two {name: tensor} by names and shapes; ValueError names `where` and lists all that does not match.
-
-    Names that start with one of `fresh` may be missing in tensors, those with one of `dropped` may be left over.
-    """
+    """Compares two {name: tensor}; ValueError names `where` and lists the names and shapes that do not match.
+    Names that start with one of `fresh` may be missing, those with one of `dropped` may be left over."""
     problems = {
         "missing": [n for n in expected if n not in tensors and not n.startswith(tuple(fresh))],
         "left over": [n for n in tensors if n not in expected and not n.startswith(tuple(dropped))],
@@ -184,7 +171,7 @@ def check_state_dict(expected, tensors, where, fresh=(), dropped=()):
     # of each kind the number and the first three names, at once: each attempt to load 14 GB takes minutes
     report = [f"{len(names)} {kind} ({', '.join(names[:3])})" for kind, names in problems.items() if names]
     if report:
-        raise ValueError(f"{where} does not fit this model: " + "; ".join(report))
+        raise ValueError(f"{where} does not fit this model: {'; '.join(report)}")
 
 def load_strict(module, tensors, where, fresh=(), dropped=()):
     """Fills module from {name: tensor} after check_state_dict; `fresh` names keep their initialisation."""
@@ -194,7 +181,7 @@ def load_strict(module, tensors, where, fresh=(), dropped=()):
         for name, t in state.items():
             if name in tensors and t.is_meta:                  # has no memory to copy into
                 set_parameter(module, name, tensors[name].to(t.dtype))
-            elif name in tensors:
+            elif name in tensors:                              # optimizers may already refer to it
                 t.copy_(tensors[name])
 
 def set_parameter(module, name, tensor):

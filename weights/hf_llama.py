@@ -6,7 +6,7 @@
 
 It reads Vicuna, LLaMA, Mistral and every other model of LLaMA's architecture. What would change the numbers and is not
 implemented (scaled rotary embeddings, other activations) is refused by name. Memory: the model and one shard.
-Not here: the network (llama.py), VideoChat2's own weights (weights/checkpoint.py, weights/convert.py).
+Not here: the network (llama.py), VideoChat2's own weights (checkpoint.py, convert.py).
 
     pytest tests/test_hf_llama.py
 """
@@ -27,8 +27,6 @@ HF_NAMES = {  # LlamaConfig field -> key of config.json
     "max_positions": "max_position_embeddings", "head_dim": "head_dim", "tied": "tie_word_embeddings",
     "attention_bias": "attention_bias", "mlp_bias": "mlp_bias"}
 OPTIONAL = {"kv_heads", "rope_theta", "head_dim", "tied", "attention_bias", "mlp_bias"}
-
-# ---------------------------------------------------------------------------------------------------------- the folder
 
 def llm_config(folder):
     """config.json of an LLM folder -> LlamaConfig. ValueError names what llama.py does not implement."""
@@ -79,17 +77,16 @@ def write_llm(llama, tokenizer_model, folder, tensors=None):
 
 def shards(folder):
     """Paths of an LLM folder's weights. FileNotFoundError names what is missing."""
-    folder = Path(folder)
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).is_file():
-            return [folder / name]
-        index = folder / f"{name}.index.json"
+    for path in (Path(folder) / "model.safetensors", Path(folder) / "pytorch_model.bin"):
+        if path.is_file():
+            return [path]
+        index = path.with_name(f"{path.name}.index.json")
         if index.is_file():
-            files = sorted(set(read_json(index).get("weight_map", {}).values()))      # {tensor: file}
-            absent = [file for file in files if not (folder / file).is_file()]
-            if absent or not files:
+            files = sorted({path.with_name(file) for file in read_json(index)["weight_map"].values()})  # {tensor: file}
+            absent = [file.name for file in files if not file.is_file()]
+            if absent:
                 raise FileNotFoundError(f"{folder} lacks {len(absent)} of its {len(files)} shards: {', '.join(absent)}")
-            return [folder / file for file in files]
+            return files
     raise FileNotFoundError(f"{folder} holds no weights: neither model.safetensors, pytorch_model.bin nor shards")
 
 # ---------------------------------------------------------------------------------------------------------- its weights
@@ -100,10 +97,7 @@ def hf_names(llama):
     return {n.replace(".base.", "."): n for n in names}
 
 def read_weights(folder, llama, visit):
-    """Calls visit(name, tensor) for each weight of a folder, shard by shard -> the weights' fingerprint.
-
-    ValueError if their names and shapes are not those of the Llama.
-    """
+    """Calls visit(name, tensor) for each weight, shard by shard -> their fingerprint. ValueError if the Llama differs."""
     # subtle: listed before visit fills the Llama, because replacing a tied weight makes two parameters of it
     expected = {hf: llama.get_parameter(ours) for hf, ours in hf_names(llama).items()}
     shapes, files = {}, shards(folder)
@@ -126,10 +120,8 @@ def read_weights(folder, llama, visit):
     return digits
 
 def inspect_llm(folder, expected=None):
-    """Reads a folder without keeping the weights -> (LlamaConfig, fingerprint). ValueError if it is no complete LLaMA.
-
-    expected: {name: tensor} that the folder's weights must equal, for the names that it has.
-    """
+    """Reads a folder without keeping its weights -> (LlamaConfig, fingerprint). ValueError if it is no complete LLaMA.
+    expected: {name: tensor} that the folder's weights must equal, for the names that it has."""
     def compare(name, t):
         if expected and name in expected and not torch.equal(expected[name].float(), t.float()):
             raise ValueError(f"{folder} is another LLM than the one whose weights the checkpoint holds: {name} differs")
@@ -140,18 +132,14 @@ def inspect_llm(folder, expected=None):
 
 def load_llm_weights(llama, folder, dtype=torch.float32, int8=False, device="cpu"):
     """Reads an LLM folder into a Llama, whose parameters may be on the meta device -> the weights' fingerprint.
-
-    dtype: of all weights. int8: the layers' matrices in 8 bits, see int8.py. LoRA's weights stay as they are.
-    """
-    # the layers become Int8Linear while they are empty; each weight is rounded as it is read
-    if int8:
+    dtype: of all weights. int8: the layers' matrices in 8 bits, see int8.py. LoRA's weights stay as they are."""
+    if int8:                                   # while the layers are empty; each weight is rounded as it is read
         quantize_int8(llama)
     names = hf_names(llama)
 
     def load(name, t):
-        # what does not fit is listed by read_weights, all at once
         if name not in names or llama.get_parameter(names[name]).shape != t.shape:
-            return
+            return                             # read_weights lists all that does not fit, at once
         layer, t = llama.get_submodule(names[name].rpartition(".")[0]), t.to(device, dtype)
         if isinstance(layer, Int8Linear) and name.endswith(".weight"):
             layer.quantize(t)
