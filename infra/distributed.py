@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 class GatherRows(torch.autograd.Function):
     """x (b, ...) of each process -> (b * size, ...) of all, in the joint batch's order: process r of n has the rows r,
-    r + n, r + 2n, ... Each process computes a loss from all rows, so the gradient of a row is the sum over processes."""
+    r + n, r + 2n, ... Each process computes a loss from all rows, so the gradient of a row is the sum of theirs."""
     @staticmethod
     def forward(ctx, x):
         rows = [torch.empty_like(x) for _ in range(torch_dist.get_world_size())]     # size tensors (b, ...)
@@ -55,21 +55,16 @@ class Distributed:
         if self.size > 1:
             torch_dist.barrier(self.cpu_group)
 
-    def all_reduce_sum(self, numbers):
-        """Sums of these numbers over all processes, as a list."""
-        if self.size == 1:
-            return list(numbers)
-        sums = torch.tensor(list(numbers), dtype=torch.float64)    # exact for counts up to 2^53
-        torch_dist.all_reduce(sums, group=self.cpu_group)
-        return sums.tolist()
-
     def all_gather_object(self, obj):
         """The objects of all processes, as a list."""
-        if self.size == 1:
-            return [obj]
-        objects = [None] * self.size
-        torch_dist.all_gather_object(objects, obj, group=self.cpu_group)
+        objects = [obj] * self.size
+        if self.size > 1:
+            torch_dist.all_gather_object(objects, obj, group=self.cpu_group)
         return objects
+
+    def all_reduce_sum(self, numbers):
+        """Sums of these numbers over all processes, as a list."""
+        return [sum(column) for column in zip(*self.all_gather_object(list(numbers)), strict=True)]
 
     def broadcast(self, obj):
         """The main process's object, in all processes."""

@@ -24,10 +24,9 @@ from model import DTYPES, Config, VideoChat2
 from tokenizer import WordPiece
 from weights.hf_llama import config_diff, llm_config, llm_tokenizer, load_llm_weights
 
-LLM_PREFIX = "llama_model."  # of the parameters that come from the LLM's folder, and of LoRA's beside them
+LLM_PREFIX = "llama_model."                                    # of the LLM's parameters, and of LoRA's beside them
 
 def is_frozen_llm(name):
-    """Whether this tensor of the model comes from the LLM's folder."""
     return name.startswith(LLM_PREFIX) and "lora_" not in name
 
 def save_checkpoint(tensors, stage, cfg, folder, vocab, llm=None):
@@ -47,43 +46,32 @@ def read_config(folder):
 
 def load_checkpoint(folder, llm="", device="cpu", dtype=torch.float32, int8=False, stages=(1, 2, 3)):
     """A checkpoint of one of these stages -> (VideoChat2, WordPiece, SentencePiece or None in stage 1), ready to run.
-
-        model, qformer_tok, llm_tok = load_checkpoint("runs/toy/stage3")
-
-    llm: the LLM's folder, if it moved from where config.json says. dtype and int8: of the frozen LLM's weights.
-    """
+    llm: the LLM's folder, if it moved from where config.json says. dtype and int8: of the frozen LLM's weights."""
     folder = Path(folder)
     cfg, record = read_config(folder)
     stage, llm_tok = record["stage"], None
     if stage not in stages:
-        raise ValueError(f"{folder} is of stage {stage}{' and has no LLM' * (stage == 1)}: a checkpoint of stage "
-                         f"{' or '.join(map(str, stages))} is needed")
+        no_llm = " and has no LLM" * (stage == 1)
+        raise ValueError(f"{folder} is of stage {stage}{no_llm}; a checkpoint of stage {stages} is needed")
 
-    # on the meta device the model takes no memory until its weights are read
+    # on the meta device the model takes no memory until its weights are read; the LLM's come from its own folder
     with torch.device("meta"):
         model = VideoChat2(cfg, stage)
-    load_strict(model, read_tensors(folder / "model.safetensors"), folder, fresh=(LLM_PREFIX,))
+    frozen = tuple(filter(is_frozen_llm, model.state_dict()))
+    load_strict(model, read_tensors(folder / "model.safetensors"), folder, fresh=frozen)
     if stage > 1:
         llm_folder = Path(llm) if llm else find_llm(folder, record["llm"]["path"])
         llm_tok, _ = attach_llm(model, llm_folder, record["llm"], folder, dtype=dtype, int8=int8, device=device)
-
-    # fresh= above also accepts a file without LoRA's weights
-    missing = [name for name, t in model.state_dict().items() if t.is_meta]
-    if missing:
-        raise ValueError(f"{folder} does not fit this model: {len(missing)} missing ({', '.join(missing[:3])})")
     return model.to(device).eval(), WordPiece.load(folder / "vocab.txt"), llm_tok
 
 def attach_llm(model, llm_folder, expected, needed_by, **options):
-    """Reads an LLM folder into the model -> (its SentencePiece, {"path", "fingerprint"}).
-
-    expected: {"path", "fingerprint"} of the LLM that `needed_by` was made with, or None; another LLM is a ValueError.
-    options: of hf_llama.load_llm_weights.
-    """
+    """Reads an LLM folder into the model -> (its SentencePiece, {"path", "fingerprint"}). options: load_llm_weights's.
+    expected: {"path", "fingerprint"} of the LLM that `needed_by` was made with, or None. ValueError for another LLM."""
     # what config.json and the tokenizer tell, before gigabytes are read
     llm_tok, llama_cfg = llm_tokenizer(llm_folder), llm_config(llm_folder)
     if llm_tok.vocab_size > llama_cfg.vocab_size:
-        raise ValueError(f"{llm_folder}/tokenizer.model has {llm_tok.vocab_size} pieces, but the LLM beside it knows "
-                         f"{llama_cfg.vocab_size}: it belongs to another LLM")
+        raise ValueError(f"{llm_folder}/tokenizer.model is another LLM's: it has {llm_tok.vocab_size} pieces, the LLM "
+                         f"beside it knows {llama_cfg.vocab_size}")
     if differences := config_diff(llama_cfg, model.cfg.llama):
         raise ValueError(f"{needed_by} was made with another LLM than {llm_folder}, whose config.json says "
                          f"{', '.join(differences.values())}; name the right folder by --llm")
@@ -114,8 +102,6 @@ def checkpoint_hash(folder):
     for name in ("vocab.txt", "model.safetensors"):
         hash_file(Path(folder) / name, digest)
     return digest.hexdigest()[:16]
-
-# ------------------------------------------------------------------------------ options of every command that loads one
 
 def add_model_options(parser):
     parser.add_argument("--ckpt", required=True, metavar="DIR", help="checkpoint folder of stage 3 (or 2)")

@@ -23,12 +23,11 @@ from model import PRESETS, VideoChat2
 from tokenizer import WordPiece
 from weights.checkpoint import LLM_PREFIX, is_frozen_llm, read_config, save_checkpoint
 from weights.hf_llama import config_diff, inspect_llm, llm_config, llm_tokenizer
-from weights.official_names import OFFICIAL, TABLES, from_official, to_official
+from weights.official_names import OFFICIAL, TABLES, TIED, from_official, to_official
 
+LLMS = {"vicuna-7b": "Vicuna-7B v0, made from LLaMA-1", "mistral-7b": "Mistral-7B-Instruct-v0.2"}
 BERT_VOCAB = Path(__file__).resolve().parent.parent / "assets" / "bert_vocab.txt"  # bert-base-uncased's
 MODULE = r"qformer\.\w+\.\w+|(vision_encoder|aligner)\.\w+|\w+"  # the first part of a name, as check counts them
-
-# --------------------------------------------------------------------------------------------------------------- import
 
 @dataclass
 class OfficialFiles:
@@ -45,37 +44,17 @@ class OfficialFiles:
         """Stage of the imported checkpoint: the highest that is named; 0 is what stage 1 starts from."""
         return max((n for n in (1, 2, 3) if getattr(self, f"stage{n}")), default=0)
 
-def check_llm_config(folder, cfg, any_llm):
-    """LlamaConfig of the folder; ValueError if it differs from the preset's, except in the size of the vocabulary."""
-    llama_cfg = llm_config(folder)
-    differences = [text for field, text in config_diff(llama_cfg, cfg.llama).items() if field != "vocab_size"]
-    if differences and not any_llm:
-        llm = {"vicuna-7b": "Vicuna-7B v0, made from LLaMA-1", "mistral-7b": "Mistral-7B-Instruct-v0.2"}
-        hint = " (so do LLaMA-2 and Vicuna v1.5)" if llama_cfg.max_positions == 4096 else ""
-        raise ValueError(f"{folder} is another LLM than preset {cfg.preset}'s ({llm.get(cfg.preset, cfg.preset)}): its "
-                         f"config.json says {', '.join(differences)}{hint}. Released checkpoints give gibberish with "
-                         "it; to train with it from stage 2 on, add --any-llm")
-    return llama_cfg
-
 def read_bert(folder, cfg):
     """A BERT folder -> {BERT's name: tensor}, with a row for [DEC], and with query layers copied from the text's.
-
-    Source: blip2.py, init_Qformer: layers named _query are copied from BERT, cross-attention starts at random.
-    """
+    Source: blip2.py, init_Qformer: layers named _query are copied from BERT, cross-attention starts at random."""
     path = Path(folder) / "model.safetensors"
     tensors = read_tensors(path if path.is_file() else path.with_name("pytorch_model.bin"))
-
-    # old spellings, and the bare BertModel without its prefix
-    tensors = {n.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): t
-               for n, t in tensors.items()}
-    if not any(n.startswith("bert.") for n in tensors):
-        tensors = {f"bert.{n}": t for n, t in tensors.items()}
+    tensors = {n.replace(".gamma", ".weight").replace(".beta", ".bias"): t for n, t in tensors.items()}  # old spellings
 
     # [DEC] is one word more than BERT has
     words, bias = "bert.embeddings.word_embeddings.weight", "cls.predictions.bias"
     if words in tensors and len(tensors[words]) == cfg.qformer.vocab_size - 1:
-        row = torch.empty_like(tensors[words][:1], dtype=torch.float)
-        row.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
+        row = torch.empty(1, tensors[words].shape[1]).normal_(std=0.02, generator=torch.Generator().manual_seed(0))
         tensors[words] = torch.cat((tensors[words].float(), row))
         if bias in tensors:
             tensors[bias] = torch.cat((tensors[bias].float(), torch.zeros(1)))
@@ -95,9 +74,7 @@ def read_official(kind, path, cfg, expected, other_names):
     official = read_bert(path, cfg) if kind == "bert" else read_tensors(path)
 
     # tied copies are dropped, so they must be copies
-    cls = "qformer.cls.predictions"
-    for copy, source in ((f"{cls}.decoder.weight", "qformer.bert.embeddings.word_embeddings.weight"),
-                         (f"{cls}.decoder.bias", f"{cls}.bias")):
+    for copy, source in TIED.items():
         if copy in official and not torch.equal(official[copy], official[source]):
             raise ValueError(f"{path}: {copy} differs from {source}, to which it should be tied")
 
@@ -108,22 +85,26 @@ def read_official(kind, path, cfg, expected, other_names):
     print(f"{path}: {len(official)} tensors, {len(ours)} imported")
     for reason in dict.fromkeys(dropped.values()):
         names = [n for n, why in dropped.items() if why == reason]
-        print(f"  {len(names):4} dropped: {reason} ({names[0]}{', ...' if len(names) > 1 else ''})")
+        print(f"  {len(names):4} dropped: {reason} ({names[0]})")
     return ours
 
 def collect(files, cfg, any_llm=False):
-    """Reads OfficialFiles -> (Config, {our name: tensor}, llm, names that are missing, which only stage 0 may have).
-
-    The Config's LLM sizes are those of the folder. any_llm: accepts another LLM than the preset's. llm: {"path",
-    "fingerprint"} or None. ValueError names the file and what does not match.
-    """
+    """Reads OfficialFiles -> (Config with the sizes of the LLM's folder, {our name: tensor}, {"path", "fingerprint"} of
+    the LLM or None, names that are missing, which only stage 0 may have). ValueError names what does not match."""
     stage = files.stage
     if stage == 0 and not (files.umt and files.bert):
         raise ValueError("to start stage 1, name --umt and --bert; to import trained weights, --stage1, 2 or 3")
     if stage > 1 and not files.llm:
         raise ValueError(f"stage {stage} needs the frozen LLM, which is not in its file: name its folder by --llm")
+
+    # the LLM may differ from the preset's in the size of its vocabulary alone
     if files.llm:
-        cfg = replace(cfg, llama=check_llm_config(files.llm, cfg, any_llm))
+        preset, cfg = cfg, replace(cfg, llama=llm_config(files.llm))
+        differences = [text for field, text in config_diff(cfg.llama, preset.llama).items() if field != "vocab_size"]
+        if differences and not any_llm:
+            raise ValueError(f"{files.llm} is another LLM than preset {cfg.preset}'s ({LLMS.get(cfg.preset, '')}): its "
+                             f"config.json says {', '.join(differences)}. Released checkpoints give gibberish with it; "
+                             "to train with it from stage 2 on, add --any-llm")
 
     # later files replace tensors of earlier ones; BERT is only a start
     with torch.device("meta"):
@@ -157,8 +138,7 @@ def import_files(files, cfg, out, any_llm=False):
     out, vocab = Path(out), Path(files.bert) / "vocab.txt" if files.bert else BERT_VOCAB
     n_words = WordPiece.load(vocab).vocab_size
     if n_words != cfg.qformer.vocab_size:
-        raise ValueError(f"{vocab} has {n_words} words, [DEC] included, but the Q-Former {cfg.qformer.vocab_size}: use "
-                         "the vocabulary of bert-base-uncased")
+        raise ValueError(f"{vocab} has {n_words} words with [DEC], not {cfg.qformer.vocab_size} as bert-base-uncased's")
     present = {path.name for path in out.iterdir()} if out.is_dir() else set()
     other = sorted(present - {"config.json", "model.safetensors", "vocab.txt"})
     if other or present and "config.json" not in present:
@@ -172,8 +152,6 @@ def import_files(files, cfg, out, any_llm=False):
     with atomic_folder(out) as folder:
         save_checkpoint(tensors, files.stage, cfg, folder, vocab, llm)
     print(f"written to {out}: {f'a checkpoint of stage {files.stage}' if files.stage else 'what stage 1 starts from'}")
-
-# ----------------------------------------------------------------------------------------------------- export and check
 
 def export(ckpt, out):
     """A checkpoint folder of stage 1, 2 or 3 -> a .pth file that the official code loads."""
@@ -219,8 +197,6 @@ def check(ckpt):
             expected = VideoChat2(cfg, stage).state_dict()
         check_state_dict({n: t for n, t in expected.items() if not is_frozen_llm(n)}, tensors, ckpt)
         print("complete: every tensor of the stage is there, with the right shape")
-
-# --------------------------------------------------------------------------------------------------------- command line
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m weights.convert", description=__doc__,

@@ -82,14 +82,12 @@ def shards(folder):
             return [path]
         index = path.with_name(f"{path.name}.index.json")
         if index.is_file():
-            files = sorted({path.with_name(file) for file in read_json(index)["weight_map"].values()})  # {tensor: file}
+            files = sorted({path.with_name(file) for file in read_json(index).get("weight_map", {}).values()})
             absent = [file.name for file in files if not file.is_file()]
-            if absent:
+            if absent or not files:
                 raise FileNotFoundError(f"{folder} lacks {len(absent)} of its {len(files)} shards: {', '.join(absent)}")
             return files
     raise FileNotFoundError(f"{folder} holds no weights: neither model.safetensors, pytorch_model.bin nor shards")
-
-# ---------------------------------------------------------------------------------------------------------- its weights
 
 def hf_names(llama):
     """{name in the folder: name of the parameter}. LoRA wraps a layer, whose own weight is then called base.weight."""
@@ -97,7 +95,7 @@ def hf_names(llama):
     return {n.replace(".base.", "."): n for n in names}
 
 def read_weights(folder, llama, visit):
-    """Calls visit(name, tensor) for each weight, shard by shard -> their fingerprint. ValueError if the Llama differs."""
+    """Calls visit(name, tensor) for each weight, shard by shard -> fingerprint. ValueError if the Llama has others."""
     # subtle: listed before visit fills the Llama, because replacing a tied weight makes two parameters of it
     expected = {hf: llama.get_parameter(ours) for hf, ours in hf_names(llama).items()}
     shapes, files = {}, shards(folder)
@@ -151,9 +149,9 @@ def load_llm_weights(llama, folder, dtype=torch.float32, int8=False, device="cpu
         llama.tie()
     return digits
 
-def load_llm(folder, dtype=torch.float32):
+def load_llm(folder):
     """-> (Llama, SentencePiece)."""
     with torch.device("meta"):
         llama = Llama(llm_config(folder))
-    load_llm_weights(llama, folder, dtype)
+    load_llm_weights(llama, folder)
     return llama, llm_tokenizer(folder)

@@ -51,6 +51,9 @@ DROPPED_BERT = [
 TABLES = {  # option of weights.convert -> (names, what is dropped)
     "umt": (UMT, DROPPED_UMT), "bert": (BERT, DROPPED_BERT),
     "stage1": (OFFICIAL[1], DROPPED), "stage2": (OFFICIAL[2], DROPPED), "stage3": (OFFICIAL[3], DROPPED)}
+TIED = {  # official names of copies, which are not stored -> the tensor that they are copies of
+    "qformer.cls.predictions.decoder.weight": "qformer.bert.embeddings.word_embeddings.weight",
+    "qformer.cls.predictions.decoder.bias": "qformer.cls.predictions.bias"}
 TEXT_HALF = re.compile(  # the Q-Former's weights for text, which the official stage 2 deletes
     r"^qformer\.bert\.(embeddings\.(word|position)_embeddings|encoder\.layer\.\d+\.(intermediate|output))\.")
 
@@ -99,9 +102,7 @@ def to_official(tensors, stage, cfg):
     # the official files also hold tied weights and constants, which we do not store; Mistral's have no inv_freq
     official["qformer.bert.embeddings.position_ids"] = torch.arange(cfg.qformer.max_positions)[None]
     if stage == 1:
-        decoder = "qformer.cls.predictions.decoder"
-        official[f"{decoder}.weight"] = tensors["qformer.bert.embeddings.word_embeddings.weight"]
-        official[f"{decoder}.bias"] = tensors["qformer.cls.predictions.bias"]
+        official |= {copy: tensors[source] for copy, source in TIED.items()}
     elif cfg.prompt_style == "vicuna":
         pair = torch.arange(0, cfg.llama.head_size, 2).float()
         inv_freq = 1.0 / (cfg.llama.rope_theta ** (pair / cfg.llama.head_size))
