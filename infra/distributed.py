@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as torch_dist
-import torch.nn as nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -72,12 +71,9 @@ class Distributed:
 
     def main_process_first(self, make):
         """make() in the main process first; the others call it when the files that it writes are there."""
-        if not self.is_main:
-            self.barrier()
-        result = make()
-        if self.is_main:
-            self.barrier()
-        return result
+        result = make() if self.is_main else None
+        self.barrier()
+        return result if self.is_main else make()
 
     def all_gather(self, x):
         """x (b, ...) of each process -> (b * size, ...) of all, with gradients."""
@@ -126,24 +122,20 @@ def raise_together(problem, dist):
 
 def blocks_of(model):
     """ViT blocks, Q-Former layers, LLM layers."""
-    return [block for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
+    return [block for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)
             and name.rpartition(".")[2] in ("blocks", "layer", "layers") for block in module]
 
 def wrap_model(model, loss, dist, shard=False, find_unused=True):
-    """Moves the model to the processes' devices -> the function that computes a step's losses.
-
-    find_unused: a step may leave parts of the model unused (text without video, VTG alone at first). These must keep
-    no gradient, as in one process, so DDP has to search for them.
-    """
+    """Moves the model to its devices -> the function that computes a step's losses. find_unused: a step may leave parts
+    unused (text without video, VTG alone at first), which DDP must find to give them no gradient, as in one process."""
     if shard:                                                      # FSDP2 moves its shards itself
         shard_model(model, dist)
         return loss
     model.to(dist.device)
     if dist.size == 1:
         return loss
-
     # DDP wraps a module: one that owns the model and computes its losses
-    module = nn.Module()
+    module = torch.nn.Module()
     module.model, module.forward = model, loss
     return DistributedDataParallel(module, find_unused_parameters=find_unused)
 
@@ -158,11 +150,10 @@ def shard_model(model, dist):
         p.data = p.data.to(dist.device)                            # FSDP ignores them, and does not move them
 
     # blocks first, then the rest; losses are methods of the model, which FSDP must know as entry points
-    options = {"mesh": init_device_mesh(torch.device(dist.device).type, (dist.size,)),
-               "mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False)}
-    for block in blocks_of(model):
-        fully_shard(block, **options)
-    fully_shard(model, ignored_params=scalars, **options)
+    mesh = init_device_mesh(torch.device(dist.device).type, (dist.size,))
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    for module in (*blocks_of(model), model):
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=scalars)
     for method in ("stage1_losses", "lm_loss"):
         register_fsdp_forward_method(model, method)
 

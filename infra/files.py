@@ -15,12 +15,12 @@ import os
 import pickle
 import re
 import shutil
+import tempfile
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -32,9 +32,7 @@ def flush_to_disk(path):
 @contextmanager
 def atomic_folder(folder, replace=True):
     """Yields a temporary folder to fill, which becomes `folder` if the block ends without an error.
-
-    replace=False: a `folder` that another process has finished meanwhile stays.
-    """
+    replace=False: a `folder` that another process has finished meanwhile stays."""
     folder = Path(folder)
     temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("partial", "old"))
     shutil.rmtree(temporary, ignore_errors=True)               # of a killed process that had the same id
@@ -59,13 +57,11 @@ def atomic_file(path):
     """Yields a temporary path to write, whose file becomes `path` if the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")   # save_tensors reads the suffix
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as folder:
+        temporary = Path(folder) / path.name                   # save_tensors reads the suffix
         yield temporary
         flush_to_disk(temporary)
         temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 @contextmanager
 def lock_folder(folder):
@@ -167,10 +163,8 @@ def check_state_dict(expected, tensors, where, fresh=(), dropped=()):
         "left over": [n for n in tensors if n not in expected and not n.startswith(tuple(dropped))],
         "of another shape": [f"{n} {tuple(tensors[n].shape)} instead of {tuple(t.shape)}"
                              for n, t in expected.items() if n in tensors and tensors[n].shape != t.shape]}
-
     # of each kind the number and the first three names, at once: each attempt to load 14 GB takes minutes
-    report = [f"{len(names)} {kind} ({', '.join(names[:3])})" for kind, names in problems.items() if names]
-    if report:
+    if report := [f"{len(names)} {kind} ({', '.join(names[:3])})" for kind, names in problems.items() if names]:
         raise ValueError(f"{where} does not fit this model: {'; '.join(report)}")
 
 def load_strict(module, tensors, where, fresh=(), dropped=()):
@@ -189,4 +183,4 @@ def set_parameter(module, name, tensor):
     parent, _, leaf = name.rpartition(".")
     parent = module.get_submodule(parent)
     # subtle: a copy, because the tensor may be a view of a mapped file
-    setattr(parent, leaf, nn.Parameter(tensor.clone(), requires_grad=getattr(parent, leaf).requires_grad))
+    setattr(parent, leaf, torch.nn.Parameter(tensor.clone(), requires_grad=getattr(parent, leaf).requires_grad))

@@ -39,8 +39,7 @@ def read_config(folder):
     """config.json of a checkpoint -> (Config, the dict with "stage", "config", "llm"). ValueError if one is missing."""
     path = Path(folder) / "config.json"
     record = read_json(path)
-    missing = {"stage", "config", "llm"} - set(record)
-    if missing:
+    if missing := {"stage", "config", "llm"} - set(record):    # config.json is also what an LLM's folder has
         raise ValueError(f"{path} is not a VideoChat2 checkpoint's: it lacks {', '.join(sorted(missing))}")
     return Config.from_dict(record["config"]), record
 
@@ -51,8 +50,7 @@ def load_checkpoint(folder, llm="", device="cpu", dtype=torch.float32, int8=Fals
     cfg, record = read_config(folder)
     stage, llm_tok = record["stage"], None
     if stage not in stages:
-        no_llm = " and has no LLM" * (stage == 1)
-        raise ValueError(f"{folder} is of stage {stage}{no_llm}; a checkpoint of stage {stages} is needed")
+        raise ValueError(f"{folder} is of stage {stage}{' and has no LLM' * (stage == 1)}; this needs one of {stages}")
 
     # on the meta device the model takes no memory until its weights are read; the LLM's come from its own folder
     with torch.device("meta"):
@@ -70,8 +68,7 @@ def attach_llm(model, llm_folder, expected, needed_by, **options):
     # what config.json and the tokenizer tell, before gigabytes are read
     llm_tok, llama_cfg = llm_tokenizer(llm_folder), llm_config(llm_folder)
     if llm_tok.vocab_size > llama_cfg.vocab_size:
-        raise ValueError(f"{llm_folder}/tokenizer.model is another LLM's: it has {llm_tok.vocab_size} pieces, the LLM "
-                         f"beside it knows {llama_cfg.vocab_size}")
+        raise ValueError(f"{llm_folder}: tokenizer.model has {llm_tok.vocab_size} pieces, config.json {llama_cfg.vocab_size}")
     if differences := config_diff(llama_cfg, model.cfg.llama):
         raise ValueError(f"{needed_by} was made with another LLM than {llm_folder}, whose config.json says "
                          f"{', '.join(differences.values())}; name the right folder by --llm")
@@ -79,9 +76,8 @@ def attach_llm(model, llm_folder, expected, needed_by, **options):
     # sizes and tokenizer match: only the weights tell LLMs of the same family apart
     digits = load_llm_weights(model.llama_model, llm_folder, **options)
     if expected and digits != expected["fingerprint"]:
-        name = f"{Path(expected['path']).name} (fingerprint {expected['fingerprint']})"
-        raise ValueError(f"{needed_by} was made with the LLM {name}, but {llm_folder} is another one ({digits}), which "
-                         "would give gibberish; name the right folder by --llm")
+        raise ValueError(f"{needed_by} was made with the LLM {Path(expected['path']).name} (fingerprint "
+                         f"{expected['fingerprint']}), but {llm_folder} is another one ({digits}); name it by --llm")
     return llm_tok, {"path": str(llm_folder), "fingerprint": digits}
 
 def find_llm(folder, path):
@@ -121,5 +117,4 @@ def device_of(args):
     return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 def dtype_of(args):
-    # many CPUs have no native bfloat16
-    return args.dtype or ("bf16" if device_of(args).startswith("cuda") else "fp32")
+    return args.dtype or ("bf16" if device_of(args).startswith("cuda") else "fp32")  # few CPUs have native bfloat16

@@ -10,7 +10,6 @@ Not here: the tensors' names (official_names.py), the LLM's folder (hf_llama.py)
 """
 import argparse
 import math
-import os
 import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -25,7 +24,6 @@ from weights.checkpoint import LLM_PREFIX, is_frozen_llm, read_config, save_chec
 from weights.hf_llama import config_diff, inspect_llm, llm_config, llm_tokenizer
 from weights.official_names import OFFICIAL, TABLES, TIED, from_official, to_official
 
-LLMS = {"vicuna-7b": "Vicuna-7B v0, made from LLaMA-1", "mistral-7b": "Mistral-7B-Instruct-v0.2"}
 BERT_VOCAB = Path(__file__).resolve().parent.parent / "assets" / "bert_vocab.txt"  # bert-base-uncased's
 MODULE = r"qformer\.\w+\.\w+|(vision_encoder|aligner)\.\w+|\w+"  # the first part of a name, as check counts them
 
@@ -102,9 +100,9 @@ def collect(files, cfg, any_llm=False):
         preset, cfg = cfg, replace(cfg, llama=llm_config(files.llm))
         differences = [text for field, text in config_diff(cfg.llama, preset.llama).items() if field != "vocab_size"]
         if differences and not any_llm:
-            raise ValueError(f"{files.llm} is another LLM than preset {cfg.preset}'s ({LLMS.get(cfg.preset, '')}): its "
-                             f"config.json says {', '.join(differences)}. Released checkpoints give gibberish with it; "
-                             "to train with it from stage 2 on, add --any-llm")
+            raise ValueError(f"{files.llm} is another LLM than preset {cfg.preset}'s (Vicuna-7B v0 from LLaMA-1, or "
+                             f"Mistral-7B-Instruct-v0.2): {', '.join(differences)}. Released checkpoints give "
+                             "gibberish with it; to train with it from stage 2 on, add --any-llm")
 
     # later files replace tensors of earlier ones; BERT is only a start
     with torch.device("meta"):
@@ -119,8 +117,7 @@ def collect(files, cfg, any_llm=False):
 
     # a checkpoint must be complete; where stage 1 starts, the ViT must be, and the rest is initialised
     missing = [n for n in expected if n not in tensors and not is_frozen_llm(n)]
-    absent = [n for n in missing if stage > 0 or n.startswith("vision_encoder.")]
-    if absent:
+    if absent := [n for n in missing if stage > 0 or n.startswith("vision_encoder.")]:
         hint = "; a stage 2 file lacks the Q-Former's text half: name --stage1, too" * (stage > 1 and not files.stage1)
         raise ValueError(f"{len(absent)} tensors are in none of the files: {', '.join(absent[:3])}{hint}")
 
@@ -136,8 +133,7 @@ def import_files(files, cfg, out, any_llm=False):
     """OfficialFiles -> a checkpoint folder; prints what became of every file. cfg: the preset's Config."""
     # what can be refused before gigabytes are read: a vocabulary of another size, a folder with other things in it
     out, vocab = Path(out), Path(files.bert) / "vocab.txt" if files.bert else BERT_VOCAB
-    n_words = WordPiece.load(vocab).vocab_size
-    if n_words != cfg.qformer.vocab_size:
+    if (n_words := WordPiece.load(vocab).vocab_size) != cfg.qformer.vocab_size:
         raise ValueError(f"{vocab} has {n_words} words with [DEC], not {cfg.qformer.vocab_size} as bert-base-uncased's")
     present = {path.name for path in out.iterdir()} if out.is_dir() else set()
     other = sorted(present - {"config.json", "model.safetensors", "vocab.txt"})
@@ -154,19 +150,16 @@ def import_files(files, cfg, out, any_llm=False):
     print(f"written to {out}: {f'a checkpoint of stage {files.stage}' if files.stage else 'what stage 1 starts from'}")
 
 def export(ckpt, out):
-    """A checkpoint folder of stage 1, 2 or 3 -> a .pth file that the official code loads."""
+    """A checkpoint folder -> a .pth file that the official code loads, in stage 2 without the Q-Former's text half."""
     cfg, record = read_config(ckpt)
     stage = record["stage"]
     if stage not in OFFICIAL:
         raise ValueError(f"{ckpt} is of stage {stage}; the official code has files of stages 1, 2 and 3")
-
     # a flat dict, as umt_l16_qformer.pth has to be
     tensors = to_official(read_tensors(Path(ckpt) / "model.safetensors"), stage, cfg)
     with atomic_file(out) as temporary:
         save_tensors(tensors, temporary)
-    print(f"written to {out}: {len(tensors)} tensors of stage {stage}, {os.path.getsize(out) / 2**20:,.0f} MiB")
-    if stage == 2:
-        print("The Q-Former's text half is left out, as in the official file: stage 3 loads it from stage 1's.")
+    print(f"written to {out}: {len(tensors)} tensors of stage {stage}, {Path(out).stat().st_size / 2**20:,.0f} MiB")
 
 def check(ckpt):
     """Prints what a checkpoint folder, or an official file, holds per module; ValueError if something is missing."""
@@ -174,8 +167,8 @@ def check(ckpt):
     if ckpt.is_dir():
         cfg, record = read_config(ckpt)
         stage, llm = record["stage"], record["llm"]
-        print(f"{ckpt}: preset {cfg.preset}, stage {stage}\n  LLM: "
-              + (f"{llm['path']}, fingerprint {llm['fingerprint']}" if llm else "none yet"))
+        print(f"{ckpt}: preset {cfg.preset}, stage {stage}")
+        print(f"  LLM: {llm['path']}, fingerprint {llm['fingerprint']}" if llm else "  LLM: none yet")
     tensors = read_tensors(ckpt / "model.safetensors" if ckpt.is_dir() else ckpt)
 
     # one row per module
@@ -213,7 +206,6 @@ def main(argv=None):
     p = commands.add_parser("export", help="a checkpoint folder -> a file that the official code loads")
     p.add_argument("--ckpt", required=True, help="a checkpoint folder of stage 1, 2 or 3")
     p.add_argument("--out", required=True, help="the .pth file to write")
-
     p = commands.add_parser("check", help="what a checkpoint holds, per module: tensors, parameters, dtype, norm")
     p.add_argument("--ckpt", required=True, help="a checkpoint folder, or an official file")
 

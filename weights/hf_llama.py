@@ -32,8 +32,7 @@ def llm_config(folder):
     """config.json of an LLM folder -> LlamaConfig. ValueError names what llama.py does not implement."""
     path = Path(folder) / "config.json"
     config = read_json(path)
-    missing = [hf for ours, hf in HF_NAMES.items() if config.get(hf) is None and ours not in OPTIONAL]
-    if missing:
+    if missing := [hf for ours, hf in HF_NAMES.items() if config.get(hf) is None and ours not in OPTIONAL]:
         raise ValueError(f"{path} lacks {', '.join(missing)}: is this the folder of a LLaMA model?")
 
     # whatever would give other numbers than llama.py computes
@@ -66,11 +65,10 @@ def llm_tokenizer(folder):
 
 def write_llm(llama, tokenizer_model, folder, tensors=None):
     """Writes an LLM folder as transformers does. tensors: {name: tensor} to write instead of the Llama's parameters."""
-    config = {hf: getattr(llama.cfg, ours) for ours, hf in HF_NAMES.items()}
-    # what transformers needs besides the sizes
-    config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-               "head_dim": llama.cfg.head_size, "bos_token_id": 1, "eos_token_id": 2}
-    write_json(config, folder / "config.json")
+    # transformers needs more than the sizes
+    write_json({**{hf: getattr(llama.cfg, ours) for ours, hf in HF_NAMES.items()}, "head_dim": llama.cfg.head_size,
+                "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+                "bos_token_id": 1, "eos_token_id": 2}, folder / "config.json")
     parameters = dict(llama.named_parameters())                            # a tied one appears once
     save_tensors({name: (tensors or parameters)[name] for name in parameters}, folder / "model.safetensors")
     shutil.copyfile(tokenizer_model, folder / "tokenizer.model")

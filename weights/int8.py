@@ -1,12 +1,9 @@
 """Frozen weights in 8 bits: a 7B LLM takes 7 GB instead of 13.5, so stage 3 fits smaller GPUs.
 
-Each row of a weight (out, in), one output channel, is divided by its scale, its largest magnitude / 127, and rounded:
-
-    W (out, in)  ->  weight int8 (out, in), scale (out,)        W is nearly weight * scale
-
-Inputs, sums and gradients keep their dtype. This saves memory, not time: a weight is converted back each time it is
-used. lm_head and the embeddings would lose most, and stay as they are.
-Not here: reading folders (weights/hf_llama.py), LoRA, which trains beside these layers (lora.py).
+Each row of a weight (out, in), one output channel, is divided by its scale, the row's largest magnitude / 127, and
+rounded. Inputs, sums and gradients keep their dtype. This saves memory, not time: a weight is converted back each time
+it is used. lm_head and the embeddings would lose most, and stay as they are.
+Not here: reading folders (hf_llama.py), LoRA, which trains beside these layers (lora.py).
 Source: ours; LLM.int8 (arXiv 2208.07339) treats outliers apart, which plain rounding per channel does not.
 
     pytest tests/test_int8.py
@@ -22,11 +19,8 @@ def dequantize(weight, scale, dtype):
     return (weight * scale[:, None]).to(dtype)
 
 class Int8MatMul(torch.autograd.Function):
-    """x @ W.T with a gradient for x alone.
-
-    subtle: autograd would keep every layer's dequantized weight until the backward pass, which costs more than int8
-    saves. This keeps the int8 weight and dequantizes it a second time.
-    """
+    """x @ W.T with a gradient for x alone. subtle: autograd would keep each layer's dequantized weight for the backward
+    pass, which costs more than int8 saves. This keeps the int8 weight and dequantizes it a second time."""
     @staticmethod
     def forward(ctx, x, weight, scale):                                # (..., in), (out, in), (out,)
         ctx.save_for_backward(weight, scale)

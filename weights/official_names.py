@@ -26,10 +26,7 @@ STAGE1 = [
     ("text_proj.*", "aligner.text_proj.*"),
     ("itm_head.*", "aligner.itm_head.*"),
 ]
-STAGE2 = [
-    ("extra_query_tokens", "extra_query_tokens"),
-    ("LLM_proj.*", "llama_proj.*"),
-]
+STAGE2 = [("extra_query_tokens", "extra_query_tokens"), ("LLM_proj.*", "llama_proj.*")]
 LORA = [  # as peft names them
     ("LLM_model.base_model.model.*.lora_A.default.weight", "llama_model.*.lora_A.weight"),
     ("LLM_model.base_model.model.*.lora_B.default.weight", "llama_model.*.lora_B.weight"),
@@ -46,8 +43,10 @@ DROPPED = [  # (pattern of official names, why they are not imported)
 ]
 DROPPED_UMT = [(r"^(?!(vision_encoder\.)?encoder\.(patch_embed|blocks)\.)", "not part of the ViT's blocks")]
 DROPPED_BERT = [
+    *DROPPED,
     (r"token_type_embeddings", "the Q-Former has one type of text"),
-    (r"^bert\.pooler\.|^cls\.seq_relationship\.", "BERT's head for sentence pairs"), *DROPPED]
+    (r"^bert\.pooler\.|^cls\.seq_relationship\.", "BERT's head for sentence pairs"),
+]
 TABLES = {  # option of weights.convert -> (names, what is dropped)
     "umt": (UMT, DROPPED_UMT), "bert": (BERT, DROPPED_BERT),
     "stage1": (OFFICIAL[1], DROPPED), "stage2": (OFFICIAL[2], DROPPED), "stage3": (OFFICIAL[3], DROPPED)}
@@ -58,10 +57,7 @@ TEXT_HALF = re.compile(  # the Q-Former's weights for text, which the official s
     r"^qformer\.bert\.(embeddings\.(word|position)_embeddings|encoder\.layer\.\d+\.(intermediate|output))\.")
 
 def rename_key(name, table, prompt_style="vicuna", reverse=False):
-    """Renames by the first row of the table that matches, from official to ours or in reverse; None if no row does.
-
-        rename_key("mistral_proj.bias", STAGE2, "mistral") == "llama_proj.bias"
-    """
+    """Renames by the first row of the table that matches, from official to ours or in reverse; None if no row does."""
     llm = "mistral" if prompt_style == "mistral" else "llama"
     for row in table:
         source, target = (re.sub("^LLM", llm, pattern) for pattern in (reversed(row) if reverse else row))
@@ -70,11 +66,8 @@ def rename_key(name, table, prompt_style="vicuna", reverse=False):
     return None
 
 def from_official(tensors, where, table, names, prompt_style="vicuna", drop_rules=(), other_names=()):
-    """Official {name: tensor} -> ({our name: tensor}, {official name: why it is dropped}).
-
-    names: of our model in this stage; other_names: in other stages, which are dropped. drop_rules: rows like DROPPED's.
-    ValueError names `where` and lists the names that nothing explains.
-    """
+    """Official {name: tensor} -> ({our name: tensor}, {official name: why it is dropped}). ValueError for other names.
+    names: of our model in this stage; other_names: in other stages, to be dropped. drop_rules: rows like DROPPED's."""
     ours, dropped, unknown = {}, {}, []
     for name, t in tensors.items():
         # LoRA wraps a layer, whose own weight we then call base.weight
@@ -104,8 +97,7 @@ def to_official(tensors, stage, cfg):
     if stage == 1:
         official |= {copy: tensors[source] for copy, source in TIED.items()}
     elif cfg.prompt_style == "vicuna":
-        pair = torch.arange(0, cfg.llama.head_size, 2).float()
-        inv_freq = 1.0 / (cfg.llama.rope_theta ** (pair / cfg.llama.head_size))
+        inv_freq = 1.0 / cfg.llama.rope_theta ** (torch.arange(0, cfg.llama.head_size, 2).float() / cfg.llama.head_size)
         for i in range(cfg.llama.depth):
             name = f"llama_model.model.layers.{i}.self_attn.rotary_emb.inv_freq"
             official[rename_key(name, LLM[stage], reverse=True)] = inv_freq
