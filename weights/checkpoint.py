@@ -68,7 +68,7 @@ def attach_llm(model, llm_folder, expected, needed_by, **options):
     # what config.json and the tokenizer tell, before gigabytes are read
     llm_tok, llama_cfg = llm_tokenizer(llm_folder), llm_config(llm_folder)
     if llm_tok.vocab_size > llama_cfg.vocab_size:
-        raise ValueError(f"{llm_folder}: tokenizer.model has {llm_tok.vocab_size} pieces, config.json {llama_cfg.vocab_size}")
+        raise ValueError(f"{llm_folder}: its tokenizer has {llm_tok.vocab_size} pieces, its LLM {llama_cfg.vocab_size}")
     if differences := config_diff(llama_cfg, model.cfg.llama):
         raise ValueError(f"{needed_by} was made with another LLM than {llm_folder}, whose config.json says "
                          f"{', '.join(differences.values())}; name the right folder by --llm")
