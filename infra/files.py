@@ -94,7 +94,7 @@ def read_json(path):
 
 def read_torch_file(path):
     """A PyTorch file of somebody else -> {name: tensor}; a dict under "model", "module" or "state_dict" is unpacked."""
-    # a pickle may run any code, so only tensors and plain values are accepted; before torch 1.6 files had no zip format
+    # a pickle may run any code, so only tensors and plain values are accepted; only zip archives can be memory-mapped
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
