@@ -14,17 +14,15 @@ import torch
 from infra import cli
 from prompt import chat_prompt, decode_answer, is_finished, pad_batch
 from video import load_eval_clip
-from weights.checkpoint import add_model_options, load_checkpoint, load_from_args
+from weights.checkpoint import add_model_options, load_from_args
 
 INSTRUCTION = "Watch the video and answer the question.\n"
 
 class Chat:
     """A conversation about a video, image or folder of frames."""
-
     def __init__(self, model, qformer_tok, llm_tok, media, temperature=0.0, max_new_tokens=100, autocast=None):
         self.model, self.llm_tok, self.autocast = model, llm_tok, autocast or nullcontext()
         self.temperature, self.max_new_tokens, self.history = temperature, max_new_tokens, []
-
         # the video is encoded once for all questions: the Q-Former reads the instruction, not the question
         video = load_eval_clip(media, model.cfg)[None].to(model.device)                              # (1, T, 3, H, W)
         ids = torch.tensor([qformer_tok.encode(INSTRUCTION, sep=True)], device=model.device)         # (1, S)
@@ -32,32 +30,22 @@ class Chat:
             vision = model.encode_video(video)                                                       # (1, N, C)
             self.video_tokens = model.video_tokens(vision, ids, torch.ones_like(ids))                # (1, Q, D)
 
-    @classmethod
-    def load(cls, ckpt, media, **options):
-        """Chat.load("runs/toy/stage3", "clip.gif").ask("What happens?"); options: load_checkpoint's."""
-        model, qformer_tok, llm_tok = load_checkpoint(ckpt, **options)
-        if llm_tok is None:
-            raise ValueError(f"{ckpt} is of stage 1 and has no LLM: a checkpoint of stage 2 or 3 is needed")
-        return cls(model, qformer_tok, llm_tok, media)
-
     @torch.no_grad()
     def ask(self, question):
         """A question -> the answer. Both become part of the prompt of the next question."""
-        model, n_video = self.model, self.video_tokens.shape[1]
-        prompt = chat_prompt(self.llm_tok, self.history, question, n_video, INSTRUCTION,
-                             prompt_style=model.cfg.prompt_style)
-        ids, _, mask = (t.to(model.device) for t in pad_batch([prompt], self.llm_tok.eos_id, side="left"))   # (1, S)
+        model, tok, n_video = self.model, self.llm_tok, self.video_tokens.shape[1]
+        prompt = chat_prompt(tok, self.history, question, n_video, INSTRUCTION, prompt_style=model.cfg.prompt_style)
+        ids, _, mask = (t.to(model.device) for t in pad_batch([prompt], tok.eos_id, side="left"))    # (1, S)
         with self.autocast:
             embeds = model.insert_video_tokens(ids, self.video_tokens)                               # (1, S, D)
-            rows = model.llama_model.generate(embeds, mask, self.max_new_tokens, partial(is_finished, self.llm_tok),
+            rows = model.llama_model.generate(embeds, mask, self.max_new_tokens, partial(is_finished, tok),
                                               temperature=self.temperature)
-        answer = decode_answer(self.llm_tok, rows[0])
+        answer = decode_answer(tok, rows[0])
         self.history.append((question, answer))
         return answer
 
 def main(argv=None):
-    p = argparse.ArgumentParser(prog="chat.py", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser("chat.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_options(p)
     p.add_argument("--video", required=True, metavar="PATH", help="a video, GIF, image, or folder of frames")
     p.add_argument("--ask", default="", metavar="TEXT", help="one question; without it, asks until an empty line")
@@ -65,8 +53,8 @@ def main(argv=None):
     p.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="longest answer (default %(default)s)")
     args = p.parse_args(argv)
 
-    model, qformer_tok, llm_tok, autocast = load_from_args(args)
-    chat = Chat(model, qformer_tok, llm_tok, args.video, args.temperature, args.max_new_tokens, autocast)
+    *model, autocast = load_from_args(args)
+    chat = Chat(*model, args.video, args.temperature, args.max_new_tokens, autocast)
     if args.ask:
         print(chat.ask(args.ask))
         return

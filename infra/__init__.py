@@ -1,4 +1,1 @@
-"""What no paper mentions: files that are written whole, processes that work together, command lines.
-
-Everyone may import this room; it imports nothing of ours.
-"""
+"""Files that are written whole, processes that work together, command lines. Imports nothing of ours."""

@@ -1,13 +1,10 @@
 """Command lines: options made from a dataclass, exit codes, and signals in loader processes.
 
-    option(default, help)   a dataclass field that is also an option of the command line
-    add_options             a dataclass -> options of an argparse parser, in groups
-    read_options            what was typed -> (instance of the dataclass, names of the options that were typed)
-    run                     main() with one-line errors and the usual exit codes
-    ignore_signals          for DataLoader workers: only their own process may stop them
+    option, add_options, read_options   a dataclass whose fields are options of an argparse parser, in groups
+    run                                 main() with one-line errors and the usual exit codes
+    ignore_signals                      for DataLoader workers: only their own process may stop them
 
-Not here: what the options are (train.py, mvbench.py and the commands of the rooms). A progress bar needs no helper:
-tqdm(..., disable=None) draws one only on a terminal.
+Not here: what the options are (train.py, mvbench.py and the commands of the rooms).
 
     pytest tests/test_cli.py
 """
@@ -18,22 +15,15 @@ import sys
 import threading
 from dataclasses import MISSING, field, fields
 
-def option(default, help, group="options", choices=None, aliases=(), factory=None):
-    """A field of an options dataclass. aliases: further spellings ("--accumulate"), kept for old command lines.
-
-    factory: makes the default (field's default_factory) for one that must not be shared.
-    """
-    metadata = {"help": help, "group": group, "choices": choices, "aliases": aliases}
-    return field(default_factory=factory, metadata=metadata) if factory else field(default=default, metadata=metadata)
+def option(default, help, group="options", choices=None, aliases=()):
+    """A field of an options dataclass. aliases: further spellings ("--accumulate"), for old command lines."""
+    return field(default=default, metadata={"help": help, "group": group, "choices": choices, "aliases": aliases})
 
 def add_options(parser, config_class):
-    """Adds an option for each field of config_class that option() made: grad_accum -> --grad-accum.
-
-    A bool becomes --name and --no-name. The help text ends in the default where there is one.
-    """
+    """Adds an option for each field that option() made: grad_accum -> --grad-accum, a bool -> --name and --no-name."""
     groups = {}                                                # title: argparse group, in the order of the fields
     for f in fields(config_class):
-        if "help" not in f.metadata:
+        if "help" not in f.metadata:                           # a plain field
             continue
         title = f.metadata["group"]
         group = groups.setdefault(title, parser.add_argument_group(title))
@@ -59,16 +49,14 @@ def run(main, name, stopped="stopped"):
         sys.exit(main())
     except KeyboardInterrupt:
         print(f"\n{stopped}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(130)                                          # 128 + SIGINT, as shells have it
     except (ValueError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
 
 def ignore_signals(worker_id):
-    """worker_init_fn of a DataLoader: Ctrl-C and SIGTERM reach the workers too, but only their parent may stop them.
-
-    Otherwise a worker would die in the middle of a step that its parent still means to finish and save.
-    """
+    """worker_init_fn of a DataLoader: Ctrl-C and SIGTERM reach the workers too, but only their parent may stop them, or
+    a worker would die in the middle of a step that its parent still means to finish and save."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):                         # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -77,7 +65,7 @@ def ignore_signals(worker_id):
     sys.excepthook = lambda *error: None
 
 def exit_with_parent():
-    """Ends this process when a SIGTERM comes from the process that started it, as multiprocessing sends it."""
+    """Ends this process when the process that started it sends a SIGTERM, as multiprocessing does."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)

@@ -1,7 +1,5 @@
 """Several processes that train one model, or answer one benchmark: their ranks, what they exchange, sharding.
 
-    torchrun --nproc_per_node 8 --nnodes 2 train.py ...
-
     DDP (default)   every process has the whole model and a part of each batch; gradients are averaged
     --shard         FSDP2: weights, gradients and optimizer state are cut into one shard per process; each block is
                     gathered just before it computes, and freed again
@@ -10,32 +8,24 @@ The result is that of one process with the joint batch. Several machines share t
 Not here: which samples a process gets (data.Sampler), the loop (train.py).
 Source: PyTorch DDP (arXiv 2006.15704), FSDP (arXiv 2304.11277); gathering with gradients: BLIP-2's official code.
 
-    pytest tests/test_distributed.py
+    torchrun --nproc_per_node 8 --nnodes 2 train.py ...
 """
 import datetime
 import os
 import sys
 import warnings
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.distributed as torch_dist
-import torch.nn as nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-# ------------------------------------------------------------------------------------------------------- the processes
-
 class GatherRows(torch.autograd.Function):
-    """x (b, ...) of each process -> (b * size, ...) of all, in the order of the joint batch.
-
-    The Sampler gave process r of n the rows r, r + n, r + 2n, ..., so the processes take turns. Every process computes
-    its own loss from all rows; the gradient of a row is the sum of the gradients in all processes.
-    """
-
+    """x (b, ...) of each process -> (b * size, ...) of all, in the joint batch's order: process r of n has the rows r,
+    r + n, r + 2n, ... Each process computes a loss from all rows, so the gradient of a row is the sum of theirs."""
     @staticmethod
     def forward(ctx, x):
         rows = [torch.empty_like(x) for _ in range(torch_dist.get_world_size())]     # size tensors (b, ...)
@@ -64,38 +54,26 @@ class Distributed:
         if self.size > 1:
             torch_dist.barrier(self.cpu_group)
 
+    def all_gather_object(self, obj):
+        """The objects of all processes, as a list."""
+        objects = [obj] * self.size
+        if self.size > 1:
+            torch_dist.all_gather_object(objects, obj, group=self.cpu_group)
+        return objects
+
     def all_reduce_sum(self, numbers):
         """Sums of these numbers over all processes, as a list."""
-        if self.size == 1:
-            return list(numbers)
-        sums = torch.tensor(list(numbers), dtype=torch.float64)    # exact for counts up to 2^53
-        torch_dist.all_reduce(sums, group=self.cpu_group)
-        return sums.tolist()
+        return [sum(column) for column in zip(*self.all_gather_object(list(numbers)), strict=True)]
 
     def broadcast(self, obj):
         """The main process's object, in all processes."""
-        if self.size == 1:
-            return obj
-        objects = [obj]
-        torch_dist.broadcast_object_list(objects, 0, group=self.cpu_group)
-        return objects[0]
-
-    def all_gather_object(self, obj):
-        """The objects of all processes, as a list."""
-        if self.size == 1:
-            return [obj]
-        objects = [None] * self.size
-        torch_dist.all_gather_object(objects, obj, group=self.cpu_group)
-        return objects
+        return self.all_gather_object(obj)[0]
 
     def main_process_first(self, make):
         """make() in the main process first; the others call it when the files that it writes are there."""
-        if not self.is_main:
-            self.barrier()
-        result = make()
-        if self.is_main:
-            self.barrier()
-        return result
+        result = make() if self.is_main else None
+        self.barrier()
+        return result if self.is_main else make()
 
     def all_gather(self, x):
         """x (b, ...) of each process -> (b * size, ...) of all, with gradients."""
@@ -110,27 +88,22 @@ class Distributed:
             torch_dist.destroy_process_group()
 
 def init_distributed(device, gloo_only=False):
-    """Joins the processes that torchrun started -> Distributed; without torchrun, a single process. One GPU each.
-
-    gloo_only: the processes exchange no GPU tensors. ValueError if there are too few GPUs.
-    """
-    # torchrun sets WORLD_SIZE, LOCAL_WORLD_SIZE and LOCAL_RANK
+    """Joins the processes that torchrun started, one GPU each -> Distributed; without torchrun, a single process.
+    gloo_only: the processes exchange no GPU tensors. ValueError if there are too few GPUs."""
     size, on_gpu = int(os.environ.get("WORLD_SIZE", 1)), device.startswith("cuda")
     if on_gpu and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: PyTorch finds no GPU here")
-    if size == 1:
-        if on_gpu and torch.device(device).index is not None:
-            torch.cuda.set_device(device)
-        return Distributed(device=device)
 
     # each process of a machine takes the GPU of its local rank
-    if on_gpu:
-        local_rank = int(os.environ["LOCAL_RANK"])
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"{os.environ['LOCAL_WORLD_SIZE']} processes, but {torch.cuda.device_count()} GPUs here: "
-                             "start one process per GPU (--nproc_per_node)")
+    if on_gpu and size > 1:
+        local_rank, n_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local_rank >= n_gpus:
+            raise ValueError(f"{n_gpus} GPUs here for {os.environ['LOCAL_WORLD_SIZE']} processes (--nproc_per_node)")
         device = f"cuda:{local_rank}"
+    if on_gpu and torch.device(device).index is not None:
         torch.cuda.set_device(device)
+    if size == 1:
+        return Distributed(device=device)
 
     # subtle: others may wait for hours while the main process indexes annotations or caches features
     timeout = datetime.timedelta(days=2)
@@ -138,45 +111,35 @@ def init_distributed(device, gloo_only=False):
     return Distributed(torch_dist.get_rank(), size, device, torch_dist.new_group(backend="gloo", timeout=timeout))
 
 def raise_together(problem, dist):
-    """Raises the main process's problem there, once; the other processes exit with code 2."""
-    # n processes would print the same message n times
-    stop = dist.broadcast(problem is not None)
-    if problem and (dist.is_main or not stop):
+    """Raises the main process's problem there, once instead of n times; the other processes exit with code 2."""
+    main_fails = dist.broadcast(problem is not None)
+    if problem and (dist.is_main or not main_fails):
         raise problem
-    if stop:
+    if main_fails:
         sys.exit(2)
 
 # --------------------------------------------------------------------------------------- one model in several processes
 
-class LossModule(nn.Module):
-    """loss(batch, progress) as a module that owns the model, which is what DDP wraps."""
-
-    def __init__(self, model, loss):
-        super().__init__()
-        self.model, self.loss = model, loss
-
-    def forward(self, batch, progress):
-        return self.loss(batch, progress)
-
 def blocks_of(model):
     """ViT blocks, Q-Former layers, LLM layers."""
-    return [block for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
+    return [block for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)
             and name.rpartition(".")[2] in ("blocks", "layer", "layers") for block in module]
 
 def wrap_model(model, loss, dist, shard=False, find_unused=True):
-    """Moves the model to the processes' devices -> the function that computes a step's losses.
-
-    find_unused: a step may leave parts of the model unused (text without video, VTG alone at first). These must keep
-    no gradient, as in one process, so DDP has to search for them.
-    """
-    if shard:
-        return wrap_fsdp(model, loss, dist)
-    model.to(dist.device)                                          # FSDP2 moves its shards itself
+    """Moves the model to its devices -> the function that computes a step's losses. find_unused: a step may leave parts
+    unused (text without video, VTG alone at first), which DDP must find to give them no gradient, as in one process."""
+    if shard:                                                      # FSDP2 moves its shards itself
+        shard_model(model, dist)
+        return loss
+    model.to(dist.device)
     if dist.size == 1:
         return loss
-    return DistributedDataParallel(LossModule(model, loss), find_unused_parameters=find_unused)
+    # DDP wraps a module: one that owns the model and computes its losses
+    module = torch.nn.Module()
+    module.model, module.forward = model, loss
+    return DistributedDataParallel(module, find_unused_parameters=find_unused)
 
-def wrap_fsdp(model, loss, dist):
+def shard_model(model, dist):
     """FSDP2: each block is a unit, a frozen one too; the layers outside of blocks form the root unit."""
     # FSDP2 warns that Q-Former layers return views (keys and values); nothing here writes into them
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
@@ -188,13 +151,11 @@ def wrap_fsdp(model, loss, dist):
 
     # blocks first, then the rest; losses are methods of the model, which FSDP must know as entry points
     mesh = init_device_mesh(torch.device(dist.device).type, (dist.size,))
-    shard = partial(fully_shard, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-    for block in blocks_of(model):
-        shard(block)
-    shard(model, ignored_params=scalars)
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    for module in (*blocks_of(model), model):
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=scalars)
     for method in ("stage1_losses", "lm_loss"):
         register_fsdp_forward_method(model, method)
-    return loss
 
 def set_gradient_sync(forward, model, last):
     """Whether the next backward pass exchanges gradients: only the last micro-batch of a step does."""

@@ -15,39 +15,35 @@ import os
 import pickle
 import re
 import shutil
+import tempfile
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 def flush_to_disk(path):
-    """Waits until the bytes of a file are on the disk. Folders are skipped."""
-    if path.is_file():
-        with open(path, "rb+") as f:
-            os.fsync(f.fileno())
+    """Waits until the bytes of a file are on the disk."""
+    with open(path, "rb+") as f:
+        os.fsync(f.fileno())
 
 @contextmanager
 def atomic_folder(folder, replace=True):
-    """Yields a temporary folder to fill; it becomes `folder` only if the block ends without an error.
-
-    replace=False: if another process has finished `folder` meanwhile, that one stays.
-    subtle: every file is flushed to the disk before the rename, so a crash leaves the old folder or the new one. In the
-    moment between the two renames the old one is called .NAME.PID.old.
-    """
+    """Yields a temporary folder to fill, which becomes `folder` if the block ends without an error.
+    replace=False: a `folder` that another process has finished meanwhile stays."""
     folder = Path(folder)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("partial", "old"))
     shutil.rmtree(temporary, ignore_errors=True)               # of a killed process that had the same id
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        for path in temporary.rglob("*"):
+        for path in filter(Path.is_file, temporary.rglob("*")):
             flush_to_disk(path)
 
-        # a folder cannot be renamed onto one that has files: move the old one aside first
+        # a folder cannot be renamed onto one that has files, so the old one is moved aside
+        # subtle: the files are on disk by now, so a crash leaves the old folder (maybe as .NAME.PID.old) or the new one
         if folder.exists() and replace:
             folder.rename(old)
         if not folder.exists():
@@ -58,90 +54,70 @@ def atomic_folder(folder, replace=True):
 
 @contextmanager
 def atomic_file(path):
-    """Yields a temporary path to write; the file becomes `path` only if the block ends without an error."""
+    """Yields a temporary path to write, whose file becomes `path` if the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")   # save_tensors reads the suffix
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as folder:
+        temporary = Path(folder) / path.name                   # save_tensors reads the suffix
         yield temporary
         flush_to_disk(temporary)
         temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 @contextmanager
 def lock_folder(folder):
     """Creates the folder and locks it for this process inside the block. OSError if another process has the lock."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        # subtle: lockf, not flock: loader workers would inherit a flock and keep it after this process is killed
-        try:
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder) / ".lock", "w") as lock:
+        try:                                # subtle: loader workers would inherit a flock and outlive this process
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise OSError(f"another process is writing into {folder}: wait for it, or choose another folder") from None
         yield
 
 def save_text(text, path):
-    """Writes a text file atomically."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
-def write_json(value, path, indent=2):
-    """Writes a JSON file atomically."""
-    save_text(json.dumps(value, indent=indent) + "\n", path)
+def write_json(value, path):
+    save_text(json.dumps(value, indent=2) + "\n", path)
 
 def read_json(path):
     """FileNotFoundError or ValueError name the file, in one line."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
     try:
-        return json.loads(path.read_text())
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
 
-# ------------------------------------------------------------------------------------------------------ named tensors
+# ------------------------------------------------------------------------------------------------------- named tensors
 
 def read_torch_file(path):
     """A PyTorch file of somebody else -> {name: tensor}; a dict under "model", "module" or "state_dict" is unpacked."""
-    # files of torch before 1.6 are not zip archives and cannot be mapped into memory: read those the plain way
-    errors = []
-    for mmap in (True, False):
-        try:
-            # weights_only: a pickle may run any code, so only tensors and plain Python values are accepted
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-            break
-        except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-            errors.append(str(error))
-    else:
-        foreign = re.search(r"Unsupported (?:global|class|operand).*?([\w.]*\.\w+)", " ".join(errors))
-        if foreign:
-            raise ValueError(f"{path} holds {foreign[1]} besides tensors, and loading that could run any code; if you "
-                             "trust the file, save its tensors alone: torch.save(torch.load(FILE, weights_only=False)"
-                             '["model"], NEW)')
-        raise ValueError(f"{path} is damaged or not a PyTorch file; copy it again")
+    # a pickle may run any code, so only tensors and plain values are accepted; only zip archives can be memory-mapped
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+        foreign = re.search(r"Unsupported (?:global|class|operand).*?([\w.]*\.\w+)", str(error))
+        raise ValueError(f"{path} holds {foreign[1]} besides tensors, which may run any code; if you trust it: "
+                         'torch.save(torch.load(FILE, weights_only=False)["model"], NEW)' if foreign else
+                         f"{path} is damaged or not a PyTorch file; copy it again") from None
 
     # official files nest their tensors in one or two dicts, beside other things
     for key in ("model", "module", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path} holds a {type(content).__name__}, not named tensors")
-    tensors = {name: t for name, t in content.items() if isinstance(name, str) and torch.is_tensor(t)}
+    named = content if isinstance(content, dict) else {}
+    tensors = {name: t for name, t in named.items() if isinstance(name, str) and torch.is_tensor(t)}
     if not tensors:
-        raise ValueError(f"{path} holds {', '.join(map(str, list(content)[:4]))}, but no tensors by those names")
+        raise ValueError(f"{path} holds {list(named)[:4] or type(content).__name__}, but no tensors by name")
     return tensors
 
 def iter_tensors(path):
-    """Yields (name, tensor) one by one from .safetensors; a PyTorch file (.bin, .pth, .pt) is loaded whole first.
-
-    ValueError names a damaged or foreign file. Of a pickle, only the tensors are loaded.
-    """
-    path = Path(path)
-    if not path.is_file():
+    """Yields (name, tensor) one by one from .safetensors, or from a PyTorch file. ValueError for a damaged file."""
+    if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    if path.suffix != ".safetensors":
+    if Path(path).suffix != ".safetensors":
         yield from read_torch_file(path).items()               # mapped into memory if the format allows it
         return
     try:
@@ -152,14 +128,10 @@ def iter_tensors(path):
         raise ValueError(f"{path} is damaged or not a safetensors file ({error}); copy or make it again") from None
 
 def read_tensors(path):
-    """Reads a file of iter_tensors's kinds -> {name: tensor}."""
     return dict(iter_tensors(path))
 
 def save_tensors(tensors, path):
-    """Writes {name: tensor}, views too and from any device, as .safetensors, or else as a PyTorch file, by the suffix.
-
-    OSError names the file.
-    """
+    """Writes {name: tensor}, views too and from any device, as .safetensors or, by the suffix, as a PyTorch file."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     save = save_file if Path(path).suffix == ".safetensors" else torch.save
     try:
@@ -175,10 +147,7 @@ def hash_file(path, digest):
     return digest
 
 def fingerprint(tensors):
-    """16 hexadecimal digits of weights: names, shapes and 16 values of each tensor, whatever the order.
-
-    tensors: {name: tensor}, or an iterable of (name, tensor), so that a large model need not be in memory.
-    """
+    """16 hexadecimal digits of {name: tensor} or an iterable of its items: names, shapes, 16 values of each tensor."""
     parts = {}
     for name, t in tensors.items() if isinstance(tensors, dict) else tensors:
         flat = t.detach().reshape(-1)
@@ -187,34 +156,26 @@ def fingerprint(tensors):
     return hashlib.sha256(b"".join(parts[name] for name in sorted(parts))).hexdigest()[:16]
 
 def check_state_dict(expected, tensors, where, fresh=(), dropped=()):
-    """Compares two {name: tensor} by names and shapes; ValueError names `where` and lists what does not match.
-
-    Names that start with one of `fresh` may be missing in tensors, those with one of `dropped` may be left over.
-    """
-    # everything at once, because each attempt to load 14 GB takes minutes
-    missing = [n for n in expected if n not in tensors and not n.startswith(tuple(fresh))]
-    extra = [n for n in tensors if n not in expected and not n.startswith(tuple(dropped))]
-    shapes = [f"{n} {tuple(tensors[n].shape)} instead of {tuple(t.shape)}"
-              for n, t in expected.items() if n in tensors and tensors[n].shape != t.shape]
-
-    # of each kind the number and the first three names
-    problems = [f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-                for what, names in (("missing", missing), ("left over", extra), ("of another shape", shapes)) if names]
-    if problems:
-        raise ValueError(f"{where} does not fit this model: " + "; ".join(problems))
+    """Compares two {name: tensor}; ValueError names `where` and lists the names and shapes that do not match.
+    Names that start with one of `fresh` may be missing, those with one of `dropped` may be left over."""
+    problems = {
+        "missing": [n for n in expected if n not in tensors and not n.startswith(tuple(fresh))],
+        "left over": [n for n in tensors if n not in expected and not n.startswith(tuple(dropped))],
+        "of another shape": [f"{n} {tuple(tensors[n].shape)} instead of {tuple(t.shape)}"
+                             for n, t in expected.items() if n in tensors and tensors[n].shape != t.shape]}
+    # of each kind the number and the first three names, at once: each attempt to load 14 GB takes minutes
+    if report := [f"{len(names)} {kind} ({', '.join(names[:3])})" for kind, names in problems.items() if names]:
+        raise ValueError(f"{where} does not fit this model: {'; '.join(report)}")
 
 def load_strict(module, tensors, where, fresh=(), dropped=()):
-    """Fills module from {name: tensor}. Names starting with `fresh` keep their initialisation, `dropped` are not used.
-
-    Every other name must exist on both sides with the same shape, or ValueError lists what does not match.
-    """
+    """Fills module from {name: tensor} after check_state_dict; `fresh` names keep their initialisation."""
     state = module.state_dict()
     check_state_dict(state, tensors, where, fresh, dropped)
     with torch.no_grad():
         for name, t in state.items():
             if name in tensors and t.is_meta:                  # has no memory to copy into
                 set_parameter(module, name, tensors[name].to(t.dtype))
-            elif name in tensors:
+            elif name in tensors:                              # optimizers may already refer to it
                 t.copy_(tensors[name])
 
 def set_parameter(module, name, tensor):
@@ -222,4 +183,4 @@ def set_parameter(module, name, tensor):
     parent, _, leaf = name.rpartition(".")
     parent = module.get_submodule(parent)
     # subtle: a copy, because the tensor may be a view of a mapped file
-    setattr(parent, leaf, nn.Parameter(tensor.clone(), requires_grad=getattr(parent, leaf).requires_grad))
+    setattr(parent, leaf, torch.nn.Parameter(tensor.clone(), requires_grad=getattr(parent, leaf).requires_grad))

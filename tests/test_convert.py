@@ -113,9 +113,9 @@ def test_mistral_in_and_out_at_tiny_size(tmp_path):
     assert found.keys() == wanted.keys() and all(torch.equal(found[n], t) for n, t in wanted.items())
     ours = Engine(*checkpoint.load_checkpoint(tmp_path / "run"), Protocol(max_new_tokens=2))
     q = {"question": "What?", "candidates": ["This.", "That."], "answer": "This."}
-    tokens = ours.read(ours.look(torch.randn(1, 4, 3, 32, 32)), [q])
+    tokens = ours.video_tokens(ours.encode_clips(torch.randn(1, 4, 3, 32, 32), "", [0]), "", [0], [q])
     (answer,) = ours.answer([q], tokens)
-    assert answer.said.startswith("(") and len(answer.letters) == 2
+    assert answer.text.startswith("(") and len(answer.letters) == 2
 
 def test_every_row_of_every_table_is_read_both_ways():
     for table in (*official_names.OFFICIAL.values(), official_names.UMT):

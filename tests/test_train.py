@@ -116,10 +116,10 @@ def test_chat_answers_the_same_question_with_the_same_words(world, runs):
     model = checkpoint.load_checkpoint(runs / "stage3")
     said = [chat.Chat(*model, clip, max_new_tokens=8).ask("What happens?") for _ in range(2)]
     assert said[0] == said[1]
-    loaded = chat.Chat.load(runs / "stage3", clip)                         # as README shows it
+    loaded = chat.Chat(*model, clip)                                       # as README shows it
     assert loaded.ask("What happens?").startswith(said[0]) and len(loaded.history) == 1
     with pytest.raises(ValueError, match="stage1 is of stage 1 and has no LLM"):
-        chat.Chat.load(runs / "stage1", clip)
+        chat.main(["--ckpt", str(runs / "stage1"), "--video", str(clip)])
 
 def test_a_conversation_ends_quietly(world, runs, monkeypatch, capsys):
     """By an empty line, by Ctrl-D or Ctrl-C, and after answers to every question so far."""

@@ -1,16 +1,8 @@
 """The official files <-> our checkpoints: every tensor is accounted for, none is skipped in silence.
 
-    l16_25m.pth                   UMT-L, the video ViT                               --umt
-    bert-base-uncased/            what the Q-Former starts from; its vocab.txt       --bert
-    umt_l16_qformer.pth           after stage 1                                      --stage1
-    videochat2_7b_stage2.pth      after stage 2                                      --stage2
-    videochat2_7b_stage3.pth      after stage 3                                      --stage3
-    Vicuna-7B v0, Mistral-7B      the frozen LLM, in Hugging Face layout             --llm
-
-The result is a checkpoint of the highest stage named, or what stage 1 starts from (--umt and --bert alone). Tensors
-of a later file replace those of an earlier one, as in the official code.
-Not here: the names of the tensors (weights/official_names.py), reading files (infra/files.py), the LLM's folder
-(weights/hf_llama.py), our checkpoints (weights/checkpoint.py).
+OfficialFiles lists what can be imported. The result is a checkpoint of the highest stage named, or what stage 1 starts
+from (--umt and --bert alone). Tensors of a later file replace those of an earlier one, as in the official code.
+Not here: the tensors' names (official_names.py), the LLM's folder (hf_llama.py), our checkpoints (checkpoint.py).
 
     python -m weights.convert import --preset vicuna-7b --llm vicuna-7b-v0 --umt l16_25m.pth --bert bert-base-uncased \\
                                      --out runs/vicuna-7b/init
@@ -18,79 +10,52 @@ Not here: the names of the tensors (weights/official_names.py), reading files (i
 """
 import argparse
 import math
-import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 
-from infra import cli
+from infra.cli import option, run
 from infra.files import atomic_file, atomic_folder, check_state_dict, read_tensors, save_tensors
 from model import PRESETS, VideoChat2
 from tokenizer import WordPiece
-from weights.checkpoint import LLM_PREFIX, find_llm, is_frozen_llm, read_config, save_checkpoint
+from weights.checkpoint import LLM_PREFIX, is_frozen_llm, read_config, save_checkpoint
 from weights.hf_llama import config_diff, inspect_llm, llm_config, llm_tokenizer
-from weights.official_names import OFFICIAL, TABLES, from_official, to_official
+from weights.official_names import OFFICIAL, TABLES, TIED, from_official, to_official
 
 BERT_VOCAB = Path(__file__).resolve().parent.parent / "assets" / "bert_vocab.txt"  # bert-base-uncased's
 MODULE = r"qformer\.\w+\.\w+|(vision_encoder|aligner)\.\w+|\w+"  # the first part of a name, as check counts them
 
-# --------------------------------------------------------------------------------------------------------------- import
-
 @dataclass
 class OfficialFiles:
     """What to import: paths, or "" for none."""
-    llm: str = ""
-    umt: str = ""
-    bert: str = ""
-    stage1: str = ""
-    stage2: str = ""
-    stage3: str = ""
+    llm: str = option("", "folder of the frozen LLM: Vicuna-7B v0 (delta applied), or Mistral-7B")
+    umt: str = option("", "l16_25m.pth: UMT-L, the ViT that stage 1 starts from")
+    bert: str = option("", "folder of bert-base-uncased: the Q-Former that stage 1 starts from")
+    stage1: str = option("", "umt_l16_qformer.pth: what stage 1 trained")
+    stage2: str = option("", "videochat2_7b_stage2.pth: what stage 2 trained")
+    stage3: str = option("", "videochat2_7b_stage3.pth: what stage 3 trained")
 
     @property
     def stage(self):
         """Stage of the imported checkpoint: the highest that is named; 0 is what stage 1 starts from."""
         return max((n for n in (1, 2, 3) if getattr(self, f"stage{n}")), default=0)
 
-def check_llm_config(folder, cfg, any_llm):
-    """LlamaConfig of the folder; ValueError if it differs from the preset's, except in the size of the vocabulary."""
-    llama_cfg = llm_config(folder)
-    differences = [text for field, text in config_diff(llama_cfg, cfg.llama).items() if field != "vocab_size"]
-    if differences and not any_llm:
-        llm = {"vicuna-7b": "Vicuna-7B v0, made from LLaMA-1", "mistral-7b": "Mistral-7B-Instruct-v0.2"}
-        hint = ", as those of LLaMA-2 and Vicuna v1.5 do" if llama_cfg.max_positions == 4096 else ""
-        raise ValueError(f"{folder} is another LLM than preset {cfg.preset}'s ({llm.get(cfg.preset, cfg.preset)}): its "
-                         f"config.json says {', '.join(differences)}{hint}. Released checkpoints give gibberish with "
-                         "it; to train with it from stage 2 on, add --any-llm")
-    return llama_cfg
-
 def read_bert(folder, cfg):
     """A BERT folder -> {BERT's name: tensor}, with a row for [DEC], and with query layers copied from the text's.
+    Source: blip2.py, init_Qformer: layers named _query are copied from BERT, cross-attention starts at random."""
+    path = Path(folder) / "model.safetensors"
+    tensors = read_tensors(path if path.is_file() else path.with_name("pytorch_model.bin"))
+    tensors = {n.replace(".gamma", ".weight").replace(".beta", ".bias"): t for n, t in tensors.items()}  # old spellings
 
-    Source: blip2.py, init_Qformer: layers named _query are copied from BERT, cross-attention starts at random.
-    """
-    folder = Path(folder)
-    files = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()]
-    if not files:
-        raise FileNotFoundError(f"{folder} holds neither model.safetensors nor pytorch_model.bin of bert-base-uncased")
-
-    # old spellings, and the bare BertModel without its prefix
-    tensors = {n.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): t
-               for n, t in read_tensors(files[0]).items()}
-    if not any(n.startswith("bert.") for n in tensors):
-        tensors = {f"bert.{n}": t for n, t in tensors.items()}
-
-    # [DEC] is one word more than BERT has; the decoder is tied to the words and would now be a row short
+    # [DEC] is one word more than BERT has
     words, bias = "bert.embeddings.word_embeddings.weight", "cls.predictions.bias"
     if words in tensors and len(tensors[words]) == cfg.qformer.vocab_size - 1:
-        generator = torch.Generator().manual_seed(0)
-        row = torch.empty(1, tensors[words].shape[1]).normal_(std=0.02, generator=generator)
+        row = torch.empty(1, tensors[words].shape[1]).normal_(std=0.02, generator=torch.Generator().manual_seed(0))
         tensors[words] = torch.cat((tensors[words].float(), row))
         if bias in tensors:
             tensors[bias] = torch.cat((tensors[bias].float(), torch.zeros(1)))
-        tensors.pop("cls.predictions.decoder.weight", None)
-        tensors.pop("cls.predictions.decoder.bias", None)
 
     # "layer.3.output." is also "layer.3.output_query."
     for name in list(tensors):
@@ -98,83 +63,78 @@ def read_bert(folder, cfg):
         tensors.setdefault(query, tensors[name].clone())
     return tensors
 
-def read_official(kind, path, cfg, expected, other_names, replaced):
+def read_official(kind, path, cfg, expected, other_names):
     """Reads one file -> {our name: tensor}; prints what was dropped and why. ValueError names what does not match."""
     table, drop_rules = TABLES[kind]
     if kind == "umt":                                          # VideoChat2 leaves out UMT's last block
-        unused = "|".join(str(i) for i in range(cfg.vit.depth, 100))
-        drop_rules = [*drop_rules, (rf"\.blocks\.({unused})\.", "after the last block that VideoChat2 uses")]
+        used = "|".join(map(str, range(cfg.vit.depth)))
+        drop_rules = [*drop_rules, (rf"\.blocks\.(?!({used})\.)", "after the last block that VideoChat2 uses")]
     official = read_bert(path, cfg) if kind == "bert" else read_tensors(path)
 
     # tied copies are dropped, so they must be copies
-    cls = "qformer.cls.predictions"
-    for copy, source in ((f"{cls}.decoder.weight", "qformer.bert.embeddings.word_embeddings.weight"),
-                         (f"{cls}.decoder.bias", f"{cls}.bias")):
-        if copy in official and not official[copy].is_meta and not torch.equal(official[copy], official[source]):
+    for copy, source in TIED.items():
+        if copy in official and not torch.equal(official[copy], official[source]):
             raise ValueError(f"{path}: {copy} differs from {source}, to which it should be tied")
 
     ours, dropped = from_official(official, path, table, expected, cfg.prompt_style, drop_rules, other_names)
     check_state_dict({n: expected[n] for n in ours}, ours, path)
 
     # the report: how many tensors were used, and for each reason how many were not
-    n_again = len(ours.keys() & replaced.keys())
-    print(f"{path}: {len(official)} tensors, {len(ours)} imported"
-          + (f", {n_again} of which replace an earlier file's" if n_again else ""))
+    print(f"{path}: {len(official)} tensors, {len(ours)} imported")
     for reason in dict.fromkeys(dropped.values()):
         names = [n for n, why in dropped.items() if why == reason]
-        print(f"  {len(names):4} dropped: {reason} ({names[0]}{', ...' if len(names) > 1 else ''})")
+        print(f"  {len(names):4} dropped: {reason} ({names[0]})")
     return ours
 
 def collect(files, cfg, any_llm=False):
-    """Reads OfficialFiles -> (Config, {our name: tensor}, llm, names that are missing, which only stage 0 may have).
-
-    The Config's LLM sizes are those of the folder. any_llm: accepts another LLM than the preset's. llm: {"path",
-    "fingerprint"} or None. ValueError names the file and what does not match.
-    """
+    """Reads OfficialFiles -> (Config with the sizes of the LLM's folder, {our name: tensor}, {"path", "fingerprint"} of
+    the LLM or None, names that are missing, which only stage 0 may have). ValueError names what does not match."""
     stage = files.stage
     if stage == 0 and not (files.umt and files.bert):
         raise ValueError("to start stage 1, name --umt and --bert; to import trained weights, --stage1, 2 or 3")
     if stage > 1 and not files.llm:
         raise ValueError(f"stage {stage} needs the frozen LLM, which is not in its file: name its folder by --llm")
+
+    # the LLM may differ from the preset's in the size of its vocabulary alone
     if files.llm:
-        cfg = replace(cfg, llama=check_llm_config(files.llm, cfg, any_llm))
+        preset, cfg = cfg, replace(cfg, llama=llm_config(files.llm))
+        differences = [text for field, text in config_diff(cfg.llama, preset.llama).items() if field != "vocab_size"]
+        if differences and not any_llm:
+            raise ValueError(f"{files.llm} is another LLM than preset {cfg.preset}'s (Vicuna-7B v0 from LLaMA-1, or "
+                             f"Mistral-7B-Instruct-v0.2): {', '.join(differences)}. Released checkpoints give "
+                             "gibberish with it; to train with it from stage 2 on, add --any-llm")
 
     # later files replace tensors of earlier ones; BERT is only a start
     with torch.device("meta"):
         models = {n: VideoChat2(cfg, n).state_dict() for n in (1, 2, 3)}
-    expected, tensors, llm_weights = models[max(stage, 1)], {}, {}
+    expected, tensors = models[max(stage, 1)], {}
     for kind in TABLES:
         path = getattr(files, kind)
         if path and not (kind == "bert" and stage > 0):
-            ours = read_official(kind, path, cfg, expected, models[1] | models[3], replaced=tensors)
-            llm_weights |= {n: t for n, t in ours.items() if is_frozen_llm(n)}
-            tensors |= {n: t.float() for n, t in ours.items() if not is_frozen_llm(n)}
+            tensors |= read_official(kind, path, cfg, expected, models[1] | models[3])
+    llm_weights = {n.removeprefix(LLM_PREFIX).replace(".base.", "."): tensors.pop(n)
+                   for n in list(tensors) if is_frozen_llm(n)}
 
     # a checkpoint must be complete; where stage 1 starts, the ViT must be, and the rest is initialised
     missing = [n for n in expected if n not in tensors and not is_frozen_llm(n)]
-    absent = missing if stage > 0 else [n for n in missing if n.startswith("vision_encoder.")]
-    if absent:
-        hint = " (a stage 2 file lacks the Q-Former's text half: name --stage1, too)" * (stage > 1 and not files.stage1)
-        raise ValueError(f"{len(absent)} tensors are in none of the files: {', '.join(absent[:3])}"
-                         f"{', ...' if len(absent) > 3 else ''}{hint}")
-    if not files.llm:
-        return cfg, tensors, None, missing
+    if absent := [n for n in missing if stage > 0 or n.startswith("vision_encoder.")]:
+        hint = "; a stage 2 file lacks the Q-Former's text half: name --stage1, too" * (stage > 1 and not files.stage1)
+        raise ValueError(f"{len(absent)} tensors are in none of the files: {', '.join(absent[:3])}{hint}")
 
     # the LLM stays where it is; where official files hold its weights, too, they must be the folder's
-    llm_tokenizer(files.llm)
-    same = {n.removeprefix(LLM_PREFIX).replace(".base.", "."): t for n, t in llm_weights.items()}
-    llm = {"path": str(Path(files.llm).resolve()), "fingerprint": inspect_llm(files.llm, same)[1]}
-    print(f"{files.llm}: the frozen LLM, fingerprint {llm['fingerprint']}; it stays where it is")
-    return cfg, tensors, llm, missing
+    llm = None
+    if files.llm:
+        llm_tokenizer(files.llm)
+        llm = {"path": str(Path(files.llm).resolve()), "fingerprint": inspect_llm(files.llm, llm_weights)[1]}
+        print(f"{files.llm}: the frozen LLM, fingerprint {llm['fingerprint']}; it stays where it is")
+    return cfg, {n: t.float() for n, t in tensors.items()}, llm, missing
 
 def import_files(files, cfg, out, any_llm=False):
     """OfficialFiles -> a checkpoint folder; prints what became of every file. cfg: the preset's Config."""
     # what can be refused before gigabytes are read: a vocabulary of another size, a folder with other things in it
     out, vocab = Path(out), Path(files.bert) / "vocab.txt" if files.bert else BERT_VOCAB
-    n_words = WordPiece.load(vocab).vocab_size
-    if n_words != cfg.qformer.vocab_size:
-        raise ValueError(f"{vocab} has {n_words} words, [DEC] included, but the Q-Former {cfg.qformer.vocab_size}: use "
-                         "the vocabulary of bert-base-uncased")
+    if (n_words := WordPiece.load(vocab).vocab_size) != cfg.qformer.vocab_size:
+        raise ValueError(f"{vocab} has {n_words} words with [DEC], not {cfg.qformer.vocab_size} as bert-base-uncased's")
     present = {path.name for path in out.iterdir()} if out.is_dir() else set()
     other = sorted(present - {"config.json", "model.safetensors", "vocab.txt"})
     if other or present and "config.json" not in present:
@@ -189,39 +149,27 @@ def import_files(files, cfg, out, any_llm=False):
         save_checkpoint(tensors, files.stage, cfg, folder, vocab, llm)
     print(f"written to {out}: {f'a checkpoint of stage {files.stage}' if files.stage else 'what stage 1 starts from'}")
 
-# ----------------------------------------------------------------------------------------------------- export and check
-
 def export(ckpt, out):
-    """A checkpoint folder of stage 1, 2 or 3 -> a .pth file that the official code loads."""
+    """A checkpoint folder -> a .pth file that the official code loads, in stage 2 without the Q-Former's text half."""
     cfg, record = read_config(ckpt)
     stage = record["stage"]
     if stage not in OFFICIAL:
         raise ValueError(f"{ckpt} is of stage {stage}; the official code has files of stages 1, 2 and 3")
-
     # a flat dict, as umt_l16_qformer.pth has to be
     tensors = to_official(read_tensors(Path(ckpt) / "model.safetensors"), stage, cfg)
     with atomic_file(out) as temporary:
         save_tensors(tensors, temporary)
-    print(f"written to {out}: {len(tensors)} tensors of stage {stage}, {os.path.getsize(out) / 2**20:,.0f} MiB")
-    if stage == 2:
-        print("The Q-Former's text half is left out, as in the official file: stage 3 loads it from stage 1's.")
+    print(f"written to {out}: {len(tensors)} tensors of stage {stage}, {Path(out).stat().st_size / 2**20:,.0f} MiB")
 
 def check(ckpt):
     """Prints what a checkpoint folder, or an official file, holds per module; ValueError if something is missing."""
-    ckpt, stage = Path(ckpt), None
-    if not ckpt.exists():
-        raise FileNotFoundError(f"{ckpt}: no such checkpoint folder or file")
-    if ckpt.is_file():                                         # an official one: its own names, no config
-        tensors = read_tensors(ckpt)
-    else:
+    ckpt, stage = Path(ckpt), None                             # an official file has no config that names its stage
+    if ckpt.is_dir():
         cfg, record = read_config(ckpt)
-        tensors, stage, llm = read_tensors(ckpt / "model.safetensors"), record["stage"], record["llm"]
+        stage, llm = record["stage"], record["llm"]
         print(f"{ckpt}: preset {cfg.preset}, stage {stage}")
-        try:
-            place = os.path.normpath(find_llm(ckpt, llm["path"])) if llm else ""
-        except FileNotFoundError as error:
-            place = error
-        print(f"  LLM: {place}, fingerprint {llm['fingerprint']}" if llm else "  LLM: none yet")
+        print(f"  LLM: {llm['path']}, fingerprint {llm['fingerprint']}" if llm else "  LLM: none yet")
+    tensors = read_tensors(ckpt / "model.safetensors" if ckpt.is_dir() else ckpt)
 
     # one row per module
     modules = {}
@@ -243,34 +191,27 @@ def check(ckpt):
         check_state_dict({n: t for n, t in expected.items() if not is_frozen_llm(n)}, tensors, ckpt)
         print("complete: every tensor of the stage is there, with the right shape")
 
-# --------------------------------------------------------------------------------------------------------- command line
-
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m weights.convert", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="import|export|check")
 
-    p = commands.add_parser("import", help="official files -> a checkpoint folder",
-                            description="Official files -> a checkpoint folder of the highest stage that is named.")
+    p = commands.add_parser("import", help="official files -> a checkpoint folder of the highest stage that is named")
     p.add_argument("--preset", choices=tuple(PRESETS), default="vicuna-7b", help="(default %(default)s)")
-    p.add_argument("--llm", default="", help="folder of the frozen LLM: Vicuna-7B v0 (delta applied), or Mistral-7B")
-    p.add_argument("--umt", default="", help="l16_25m.pth: the ViT that stage 1 starts from")
-    p.add_argument("--bert", default="", help="folder of bert-base-uncased: the Q-Former that stage 1 starts from")
-    for stage, file in ((1, "umt_l16_qformer.pth"), (2, "videochat2_7b_stage2.pth"), (3, "videochat2_7b_stage3.pth")):
-        p.add_argument(f"--stage{stage}", default="", help=f"{file}: what stage {stage} trained")
+    for f in fields(OfficialFiles):
+        p.add_argument(f"--{f.name}", default="", help=f.metadata["help"])
     p.add_argument("--any-llm", action="store_true", help="accept another LLM than the preset's")
     p.add_argument("--out", required=True, help="the folder to write")
 
     p = commands.add_parser("export", help="a checkpoint folder -> a file that the official code loads")
     p.add_argument("--ckpt", required=True, help="a checkpoint folder of stage 1, 2 or 3")
     p.add_argument("--out", required=True, help="the .pth file to write")
-
     p = commands.add_parser("check", help="what a checkpoint holds, per module: tensors, parameters, dtype, norm")
     p.add_argument("--ckpt", required=True, help="a checkpoint folder, or an official file")
 
     args = parser.parse_args(argv)
     if args.command == "import":
-        files = OfficialFiles(args.llm, args.umt, args.bert, args.stage1, args.stage2, args.stage3)
+        files = OfficialFiles(**{f.name: getattr(args, f.name) for f in fields(OfficialFiles)})
         import_files(files, PRESETS[args.preset](), args.out, args.any_llm)
     elif args.command == "export":
         export(args.ckpt, args.out)
@@ -278,4 +219,4 @@ def main(argv=None):
         check(args.ckpt)
 
 if __name__ == "__main__":
-    cli.run(main, "python -m weights.convert", stopped="stopped; nothing was written")
+    run(main, "python -m weights.convert", stopped="stopped; nothing was written")

@@ -1,32 +1,22 @@
 """The frozen LLM: a folder in Hugging Face layout, read shard by shard.
 
-    config.json                        its sizes; they count, not the preset's
-    model.safetensors                  or model-00001-of-00002.safetensors ... with model.safetensors.index.json, or
-    pytorch_model.bin                  or pytorch_model-00001-of-00002.bin ... with pytorch_model.bin.index.json
-    tokenizer.model                    SentencePiece
+    config.json           its sizes; they count, not the preset's
+    model.safetensors     or pytorch_model.bin, or shards of either kind, which model.safetensors.index.json lists
+    tokenizer.model       SentencePiece
 
 It reads Vicuna, LLaMA, Mistral and every other model of LLaMA's architecture. What would change the numbers and is not
 implemented (scaled rotary embeddings, other activations) is refused by name. Memory: the model and one shard.
-Not here: the network (llama.py), VideoChat2's own weights (weights/checkpoint.py, weights/convert.py).
+Not here: the network (llama.py), VideoChat2's own weights (checkpoint.py, convert.py).
 
     pytest tests/test_hf_llama.py
 """
-import re
 import shutil
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from infra.files import (
-    check_state_dict,
-    fingerprint,
-    iter_tensors,
-    read_json,
-    save_tensors,
-    set_parameter,
-    write_json,
-)
+from infra.files import check_state_dict, fingerprint, iter_tensors, read_json, save_tensors, set_parameter, write_json
 from llama import Llama, LlamaConfig
 from tokenizer import SentencePiece
 from weights.int8 import Int8Linear, quantize_int8
@@ -37,24 +27,19 @@ HF_NAMES = {  # LlamaConfig field -> key of config.json
     "max_positions": "max_position_embeddings", "head_dim": "head_dim", "tied": "tie_word_embeddings",
     "attention_bias": "attention_bias", "mlp_bias": "mlp_bias"}
 OPTIONAL = {"kv_heads", "rope_theta", "head_dim", "tied", "attention_bias", "mlp_bias"}
-DROPPED = re.compile(r"\.rotary_emb\.inv_freq$")  # follows from rope_theta
-
-# ---------------------------------------------------------------------------------------------------------- the folder
 
 def llm_config(folder):
     """config.json of an LLM folder -> LlamaConfig. ValueError names what llama.py does not implement."""
     path = Path(folder) / "config.json"
     config = read_json(path)
-    missing = [hf for ours, hf in HF_NAMES.items() if config.get(hf) is None and ours not in OPTIONAL]
-    if missing:
+    if missing := [hf for ours, hf in HF_NAMES.items() if config.get(hf) is None and ours not in OPTIONAL]:
         raise ValueError(f"{path} lacks {', '.join(missing)}: is this the folder of a LLaMA model?")
 
     # whatever would give other numbers than llama.py computes
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
     for key, value, known in (("model_type", config.get("model_type", "llama"), ("llama", "mistral")),
                               ("hidden_act", config.get("hidden_act", "silu"), ("silu",)),
-                              ("rope_scaling", rope_type, ("default",))):
+                              ("rope_scaling", rope.get("rope_type", rope.get("type", "default")), ("default",))):
         if value not in known:
             raise ValueError(f"{path} has {key} {value!r}, which is not implemented; known: {', '.join(known)}")
 
@@ -73,69 +58,55 @@ def config_diff(config, expected):
             if getattr(config, ours) != getattr(expected, ours)}
 
 def llm_tokenizer(folder):
-    """tokenizer.model of an LLM folder -> SentencePiece."""
     path = Path(folder) / "tokenizer.model"
-    if not path.is_file() and (Path(folder) / "tokenizer.json").is_file():
-        raise FileNotFoundError(f"{path} does not exist; tokenizer.json alone is not read: use the folder of a LLaMA "
-                                "or Mistral that includes its SentencePiece model")
+    if not path.is_file() and path.with_suffix(".json").is_file():
+        raise FileNotFoundError(f"{path} does not exist, and tokenizer.json alone is not read: use a folder with both")
     return SentencePiece(str(path))
 
 def write_llm(llama, tokenizer_model, folder, tensors=None):
     """Writes an LLM folder as transformers does. tensors: {name: tensor} to write instead of the Llama's parameters."""
-    config = {hf: getattr(llama.cfg, ours) for ours, hf in HF_NAMES.items()}
-    # what transformers needs besides the sizes
-    config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-               "head_dim": llama.cfg.head_size, "bos_token_id": 1, "eos_token_id": 2}
-    write_json(config, folder / "config.json")
+    # transformers needs more than the sizes
+    write_json({**{hf: getattr(llama.cfg, ours) for ours, hf in HF_NAMES.items()}, "head_dim": llama.cfg.head_size,
+                "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+                "bos_token_id": 1, "eos_token_id": 2}, folder / "config.json")
     parameters = dict(llama.named_parameters())                            # a tied one appears once
-    tensors = tensors or parameters
-    save_tensors({name: tensors[name] for name in parameters}, folder / "model.safetensors")
+    save_tensors({name: (tensors or parameters)[name] for name in parameters}, folder / "model.safetensors")
     shutil.copyfile(tokenizer_model, folder / "tokenizer.model")
 
 def shards(folder):
     """Paths of an LLM folder's weights. FileNotFoundError names what is missing."""
-    folder = Path(folder)
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).is_file():
-            return [folder / name]
-        index = folder / f"{name}.index.json"
+    for path in (Path(folder) / "model.safetensors", Path(folder) / "pytorch_model.bin"):
+        if path.is_file():
+            return [path]
+        index = path.with_name(f"{path.name}.index.json")
         if index.is_file():
-            files = sorted(set(read_json(index).get("weight_map", {}).values()))      # {tensor: file}
-            absent = [file for file in files if not (folder / file).is_file()]
+            files = sorted({path.with_name(file) for file in read_json(index).get("weight_map", {}).values()})
+            absent = [file.name for file in files if not file.is_file()]
             if absent or not files:
                 raise FileNotFoundError(f"{folder} lacks {len(absent)} of its {len(files)} shards: {', '.join(absent)}")
-            return [folder / file for file in files]
-    raise FileNotFoundError(f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, nor an index "
-                            "of their shards")
-
-# ---------------------------------------------------------------------------------------------------------- its weights
+            return files
+    raise FileNotFoundError(f"{folder} holds no weights: neither model.safetensors, pytorch_model.bin nor shards")
 
 def hf_names(llama):
     """{name in the folder: name of the parameter}. LoRA wraps a layer, whose own weight is then called base.weight."""
     names = (n for n, _ in llama.named_parameters() if "lora_" not in n and not n.endswith(".scale"))
     return {n.replace(".base.", "."): n for n in names}
 
-def check_and_visit(folder, llama, visit):
-    """Calls visit(name, tensor) for each weight of a folder, shard by shard -> the weights' fingerprint.
-
-    ValueError if their names and shapes are not those of the Llama.
-    """
+def read_weights(folder, llama, visit):
+    """Calls visit(name, tensor) for each weight, shard by shard -> fingerprint. ValueError if the Llama has others."""
     # subtle: listed before visit fills the Llama, because replacing a tied weight makes two parameters of it
     expected = {hf: llama.get_parameter(ours) for hf, ours in hf_names(llama).items()}
     shapes, files = {}, shards(folder)
 
     def weights():
-        for path in tqdm(files, desc=str(folder), unit="shard", leave=False, disable=True if len(files) == 1 else None):
+        for path in tqdm(files, desc=str(folder), unit="shard", leave=False, disable=len(files) == 1 or None):
             for name, t in iter_tensors(path):
-                if DROPPED.search(name):
+                if name.endswith(".rotary_emb.inv_freq"):                  # follows from rope_theta
                     continue
-
                 # Vicuna v0 was first released as its difference to LLaMA, which is no model by itself
-                if name == "model.norm.weight" and t.float().abs().mean() < 0.2:
-                    raise ValueError(f"{folder} looks like a raw delta, not like an LLM (the weights of its last norm "
-                                     f"average {t.float().abs().mean():.3f}, a complete LLaMA's are above 1): add it "
-                                     "to the LLaMA-7B that it was made from with FastChat's apply_delta, and name the "
-                                     "folder of the sum")
+                if name == "model.norm.weight" and (mean := t.float().abs().mean()) < 0.2:
+                    raise ValueError(f"{folder} looks like a raw delta: its last norm averages {mean:.3f}, an LLM's is "
+                                     "above 1; add it to the LLaMA-7B it was made from with FastChat's apply_delta")
                 visit(name, t)
                 shapes[name] = t.to("meta")
                 yield name, t
@@ -145,47 +116,40 @@ def check_and_visit(folder, llama, visit):
     return digits
 
 def inspect_llm(folder, expected=None):
-    """Reads a folder without keeping the weights -> (LlamaConfig, fingerprint). ValueError if it is no complete LLaMA.
-
-    expected: {name: tensor} that the folder's weights must equal, for the names that it has.
-    """
+    """Reads a folder without keeping its weights -> (LlamaConfig, fingerprint). ValueError if it is no complete LLaMA.
+    expected: {name: tensor} that the folder's weights must equal, for the names that it has."""
     def compare(name, t):
         if expected and name in expected and not torch.equal(expected[name].float(), t.float()):
             raise ValueError(f"{folder} is another LLM than the one whose weights the checkpoint holds: {name} differs")
 
     with torch.device("meta"):
         llama = Llama(llm_config(folder))
-    return llama.cfg, check_and_visit(folder, llama, compare)
+    return llama.cfg, read_weights(folder, llama, compare)
 
 def load_llm_weights(llama, folder, dtype=torch.float32, int8=False, device="cpu"):
     """Reads an LLM folder into a Llama, whose parameters may be on the meta device -> the weights' fingerprint.
-
-    dtype: of all weights. int8: the layers' matrices in 8 bits, see int8.py. LoRA's weights stay as they are.
-    """
-    # the layers become Int8Linear while they are empty; each weight is rounded as it is read
-    if int8:
+    dtype: of all weights. int8: the layers' matrices in 8 bits, see int8.py. LoRA's weights stay as they are."""
+    if int8:                                   # while the layers are empty; each weight is rounded as it is read
         quantize_int8(llama)
     names = hf_names(llama)
 
     def load(name, t):
-        # what does not fit is listed by check_and_visit, all at once
         if name not in names or llama.get_parameter(names[name]).shape != t.shape:
-            return
-        layer, _, leaf = names[name].rpartition(".")
-        layer, t = llama.get_submodule(layer), t.to(device, dtype)
-        if isinstance(layer, Int8Linear) and leaf == "weight":
+            return                             # read_weights lists all that does not fit, at once
+        layer, t = llama.get_submodule(names[name].rpartition(".")[0]), t.to(device, dtype)
+        if isinstance(layer, Int8Linear) and name.endswith(".weight"):
             layer.quantize(t)
         else:
             set_parameter(llama, names[name], t)
 
-    digits = check_and_visit(folder, llama, load)
+    digits = read_weights(folder, llama, load)
     if llama.cfg.tied:                                                     # set_parameter made two of one
         llama.tie()
     return digits
 
-def load_llm(folder, dtype=torch.float32):
-    """An LLM folder -> (Llama, SentencePiece)."""
+def load_llm(folder):
+    """-> (Llama, SentencePiece)."""
     with torch.device("meta"):
         llama = Llama(llm_config(folder))
-    load_llm_weights(llama, folder, dtype)
+    load_llm_weights(llama, folder)
     return llama, llm_tokenizer(folder)
