@@ -5,19 +5,17 @@
 
 25 million captions as Python objects take many GB in every process. So each file is read once, and the place of each
 entry is written to an index next to it, which all processes share: opening takes no time, an entry is two small reads.
-Not here: media, samples, batches (data.py).
-Source of the formats: the official dataset/__init__.py, pt_dataset.py and it_dataset.py.
+Not here: media, samples, batches (data.py). Source of the formats: the official dataset/, {pt,it}_dataset.py.
 
     pytest tests/test_annotations.py
 """
-import codecs
 import hashlib
 import json
 import os
 import re
 import struct
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -63,9 +61,8 @@ def load_corpus(corpus):
         try:
             source = Source(*item) if is_short else Source(**item)
         except TypeError:
-            known = ", ".join(sorted(f.name for f in fields(Source)))
-            raise ValueError(f"{name}: entry {i}: expected [anno, root], [anno, root, medium] or an object of {known}, "
-                             f"found {str(item)[:80]}") from None
+            raise ValueError(f"{name}: entry {i}: expected [anno, root], [anno, root, medium] or an object of "
+                             f"{', '.join(Source.__annotations__)}, found {str(item)[:80]}") from None
         if source.media not in ("video", "image", "text"):
             raise ValueError(f"{name}: entry {i}: media {source.media!r}: expected video, image or text")
         if source.on_error not in ("raise", "skip"):
@@ -116,15 +113,16 @@ def text_length(entry):
     """Characters of an entry's text: of its longest caption, or of its conversation."""
     if "QA" in entry:
         return sum(len(turn.get(key) or "") for turn in entry["QA"] for key in "iqa")
-    captions = entry["caption"]
-    return len(captions) if isinstance(captions, str) else max(map(len, captions))
+    return max(map(len, entry["caption"])) if isinstance(entry["caption"], list) else len(entry["caption"])
 
 # ---- reading a long list, entry by entry -----------------------------------------------------------------------------
 
 CHUNK = 1 << 22            # bytes per read
 LONGEST = 1 << 26          # bytes; a longer entry means that the file is no list of entries
 SCAN = json.JSONDecoder().raw_decode
-NEXT = re.compile(r"[ \t\n\r]*([^ \t\n\r]?)")  # white space, then the character after it, if any
+NEXT = re.compile(r"[ \t\n\r]*([^ \t\n\r]?)")              # white space, then the character after it, if any
+EDGE = 1 << 16             # bytes that are read for what comes before the first entry and after the last
+OPENING = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:(\[)\s*(\]?))?")  # a byte order mark, [ and perhaps ]
 
 def each_entry(path):
     """Yields (first byte, number of bytes, entry) of a JSON list, with a few MB in memory. ValueError if it is none."""
@@ -132,22 +130,19 @@ def each_entry(path):
         raise FileNotFoundError(f"{path}: no such annotation file")
     with open(path, "rb") as f:
         # the opening bracket; a closing one right after it makes an empty list
-        f.seek(3 if f.read(3) == codecs.BOM_UTF8 else 0)
-        is_list = peek_char(f) == b"["
-        f.read(is_list)
-        done = is_list and peek_char(f) == b"]"
-        f.read(done)
+        opening = OPENING.match(f.read(EDGE))
+        is_list, done, base = opening[1] == b"[", opening[2] == b"]", opening.end()
+        f.seek(base)
 
         # subtle: Latin-1 makes one character of each byte, so text[at] is byte base + at of the file, and the signs of
         # JSON are the same; a value with other characters is decoded again, as UTF-8
-        base, text, at, number = f.tell(), "", 0, 0
+        text, at, number = "", 0, 0
         while not done:
             at, problem = NEXT.match(text, at).start(1), ""
             try:
                 value, end = SCAN(text, at)
-                if not text[at:end].isascii():
-                    value = json.loads(text[at:end].encode("latin-1").decode())
-                after = NEXT.match(text, end)
+                raw, after = text[at:end], NEXT.match(text, end)
+                value = value if raw.isascii() else json.loads(raw.encode("latin-1").decode())
             except ValueError as error:
                 problem = getattr(error, "msg", "not UTF-8")         # of a JSONDecodeError, or a UnicodeDecodeError
 
@@ -162,18 +157,14 @@ def each_entry(path):
             elif not is_list:
                 raise ValueError(f"{path}: expected a JSON list, found {type(value).__name__}")
             else:
-                raise ValueError(f"{path}: not JSON: expected , or ] after entry {number}, at byte {base + after.start(1)}")
+                where = f"after entry {number}, at byte {base + after.start(1)}"
+                raise ValueError(f"{path}: not JSON: expected , or ] {where}")
 
         # nothing may come after the closing bracket
         f.seek(base + at)
-        if peek_char(f):
-            raise ValueError(f"{path}: not JSON: more text after the list, at byte {f.tell()}")
-
-def peek_char(f):
-    """Skips white space -> the next byte, which stays unread; b"" at the end of the file."""
-    while (byte := f.peek(1)[:1]) and byte in b" \t\n\r":
-        f.read(1)
-    return byte
+        rest = f.read(EDGE)
+        if more := rest.lstrip():
+            raise ValueError(f"{path}: not JSON: more text after the list, at byte {base + at + len(rest) - len(more)}")
 
 # ---- the index -------------------------------------------------------------------------------------------------------
 

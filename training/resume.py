@@ -5,8 +5,8 @@
         trainer.safetensors                 the optimizers' moments, the states of each process's random generators
         trainer.json                        step, options, and size and hash of every file in the folder
 
-A folder appears complete or not at all; if it is damaged later, its hashes show it, and the one before it is used.
-The position in the data and the learning rate follow from the step. Not here: a checkpoint's files (weights/checkpoint.py).
+If a folder is damaged, its hashes show it, and the one before it is used. The position in the data and the learning
+rate follow from the step. Not here: what the files of a checkpoint are (weights/checkpoint.py).
 
     pytest tests/test_resume.py
 """
@@ -14,13 +14,13 @@ import hashlib
 import json
 import shutil
 import threading
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from infra.distributed import full_tensor, raise_together, shard_like
+from infra.distributed import full_tensor, shard_like
 from infra.files import atomic_folder, hash_file, load_strict, lock_folder, read_json, read_tensors, save_tensors
 from weights import checkpoint
 
@@ -45,16 +45,12 @@ def size_and_hash(path):
 def verify(folder, names=None):
     """What is wrong with a checkpoint's files, or with those in `names`, in one line; "" if nothing is."""
     try:
-        for name, expected in read_json(folder / TRAINER)["files"].items():
-            path = folder / name
-            if names and name not in names:
-                continue
+        expected = read_json(folder / TRAINER)["files"]
+        for path in (folder / name for name in names or expected):
             if not path.is_file():
                 return f"{path} is missing"
-            if (size := path.stat().st_size) != expected[0]:
-                return f"{path} has {size:,} bytes instead of {expected[0]:,}"
-            if size_and_hash(path) != expected:
-                return f"{path} has changed since it was written: its hash differs"
+            if size_and_hash(path) != expected[path.name]:
+                return f"{path} has changed since it was written: its size or hash differs"
     except (ValueError, OSError, KeyError, TypeError) as error:
         return f"{folder / TRAINER} cannot be read ({error})"
     return ""
@@ -62,24 +58,15 @@ def verify(folder, names=None):
 def latest(folder, report=print, names=None):
     """The last checkpoint that verify accepts, or None; reports each damaged one. names: of the files that matter."""
     for path in reversed(saved_steps(folder).values()):
-        problem = verify(path, names)
-        if not problem:
+        if not (problem := verify(path, names)):
             return path
         report(f"damaged: {problem}; using the checkpoint before it, if there is one")
     return None
 
 @contextmanager
 def locked(stage, cfg, dist):
-    """Within it, no other run writes into the folder of the unfinished run, which is cleared first."""
-    with ExitStack() as stack:
-        problem = None
-        try:
-            if dist.is_main:
-                stack.enter_context(lock_folder(stage.unfinished))
-        except OSError as error:
-            problem = error
-        raise_together(problem, dist)                          # or the other processes would wait for this one
-
+    """Within it, no other run writes into the folder of the unfinished run."""
+    with lock_folder(stage.unfinished) if dist.is_main else nullcontext():
         # what a killed process has left half-written and, with --no-resume, the checkpoints too
         for path in list(stage.unfinished.iterdir()) if dist.is_main else ():
             if path.is_dir() and (not cfg.resume or path.name.startswith(".")):
@@ -88,18 +75,16 @@ def locked(stage, cfg, dist):
 
 def init_checkpoint(cfg):
     """Folder of the checkpoint that a stage starts from. FileNotFoundError names the command that makes it."""
-    # --init, OUT/init, OUT/stage1 or OUT/stage2
     folder = Path(cfg.init or Path(cfg.out) / ("init" if cfg.stage == 1 else f"stage{cfg.stage - 1}"))
     if is_finished(folder):
         return folder
-
-    # the command that makes it
     command = f"python -m weights.convert import --preset {cfg.preset} --out {folder} ... (see --help)"
     if cfg.stage > 1:
         command = f"python train.py --stage {cfg.stage - 1} --preset {cfg.preset} --out {cfg.out}"
     elif cfg.preset in TOY_PRESETS:
         command = f"python -m toy.pretrain --preset {cfg.preset} --out {cfg.out}"
     if cfg.stage == 1 and (Path(cfg.out) / "stage0").is_dir():
+        # an older version trained the toy's ViT and LLM there
         command += f", or copy an older version's {cfg.out}/stage0/vit to init and {cfg.out}/stage0/llm to llm"
     state = "is not finished" if folder.is_dir() else "is missing"
     raise FileNotFoundError(f"stage {cfg.stage} starts from {folder}, which {state}; run: {command}")
@@ -122,11 +107,11 @@ def load_weights(stage, cfg, folder):
 def load_trainer(stage, optimizers, scaler, folder, dist):
     """Fills optimizers, generators and gradient scaler from a checkpoint. ValueError if other parameters train now."""
     tensors, parameters = read_tensors(folder / "trainer.safetensors"), dict(stage.model.named_parameters())
-    optimizer_of = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups
-                    for p in group["params"]}
-    for name in [name for name in tensors if name.startswith("optimizer.")]:
-        t, (name, _, key) = tensors[name], name.removeprefix("optimizer.").rpartition(".")
-        p = parameters.get(name)                               # None if the model has no such parameter
+    optimizer_of = {p: optimizer for optimizer in optimizers
+                    for group in optimizer.param_groups for p in group["params"]}
+    for entry in [entry for entry in tensors if entry.startswith("optimizer.")]:
+        name, _, key = entry.removeprefix("optimizer.").rpartition(".")
+        p, t = parameters.get(name), tensors[entry]            # None if the model has no such parameter
         if p not in optimizer_of:
             raise ValueError(f"{folder} was trained with other options: {name} does not train now; resume with those "
                              "options, or start again with --restart")
@@ -204,7 +189,7 @@ class AsyncSaver:
             for old in list(saved_steps(self.stage.unfinished).values())[:-self.cfg.keep_checkpoints]:
                 shutil.rmtree(old, ignore_errors=True)
         except Exception as error:                             # most likely a full disk: no reason to stop training
-            self.error = f"{type(error).__name__}: {error}"
+            self.error = str(error)
             print(f"{error}; the checkpoints before it are intact, and training continues", flush=True)
 
     def wait(self):
