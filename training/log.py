@@ -35,10 +35,9 @@ class TrainLog:
         self.bad_steps = self.overflows = 0                    # in a row
         self.path = Path(cfg.out) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        processes = f" in {dist.size} processes" if dist.size > 1 else ""
-        resumed = f", resuming from step {first_step}" if first_step else ""
         self.print_main(f"{stage.name}: {cfg.steps} steps of {cfg.batch} from {len(stage.dataset):,} samples, "
-                        f"{cfg.dtype} on {dist.device}{processes}{resumed}", *stage.notes)
+                        f"{cfg.dtype} on {dist.device}" + f" in {dist.size} processes" * (dist.size > 1)
+                        + f", resuming from step {first_step}" * (first_step > 0), *stage.notes)
 
     def print_main(self, *lines):
         if self.dist.is_main:
@@ -100,24 +99,19 @@ class TrainLog:
     def report_bad_step(self, step, losses, grad_norm, micro_batches):
         """Prints where the first non-finite value was, and the step's files. ValueError if it is one too many."""
         # every process has other files, and perhaps another module
-        self.bad_steps += 1
         files = sorted({path for batch in micro_batches for path in batch.get("paths", ()) if path})
         module = first_nonfinite_module(self.stage, micro_batches, step / self.cfg.steps, self.dist.device)
         values = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
         line = (f"step {step + 1} skipped: gradient {grad_norm}, loss {values}; first not finite: {module}; "
                 f"files of the step: {', '.join(files) or 'none'}")
         self.print_main(*self.dist.all_gather_object(line))
+        self.bad_steps += 1
         if self.bad_steps >= self.cfg.max_bad_steps:
             raise ValueError(f"{self.bad_steps} steps in a row without a finite gradient (--max-bad-steps); the last "
                              "checkpoint is intact. Lower --lr, or check the files named above")
 
     def write_line(self, step, grad_norm, now, data_seconds):
-        # seconds per step since the last line, and the share of them that went into waiting for data
-        elapsed, waited = now - self.last_line[0], data_seconds - self.last_line[1]
-        seconds = elapsed / min(self.cfg.log_every, step + 1 - self.first_step)
-        self.last_line = now, data_seconds
-
-        # means over the steps since then (a loss may be missing in some of them) and over the processes
+        # means over the steps since the last line (a loss may be missing in some of them) and over the processes
         sums = self.dist.all_reduce_sum([sum(column) / len(column) for column in self.recent.values()])
         means = {name: total / self.dist.size for name, total in zip(self.recent, sums, strict=True)}
         self.recent.clear()
@@ -125,6 +119,9 @@ class TrainLog:
             return
 
         # one row of metrics.jsonl; a full disk does not end the run
+        elapsed, waited = now - self.last_line[0], data_seconds - self.last_line[1]
+        seconds = elapsed / min(self.cfg.log_every, step + 1 - self.first_step)                # of one step
+        self.last_line = now, data_seconds
         row = {"stage": self.stage.name, "step": step + 1, "loss": sum(means.values()) if means else None, **means,
                "lr": get_lr(step, self.cfg), "grad": grad_norm if math.isfinite(grad_norm) else None,
                "ms": round(1000 * seconds, 1), "clips_per_s": round(self.cfg.batch / seconds, 1),
@@ -136,8 +133,8 @@ class TrainLog:
             self.print_main(f"{self.path} lacks this line: {error}")
 
         # the same for people
-        parts = "".join(f" | {name} {mean:.3f}" for name, mean in means.items()) if len(means) > 1 else ""
         loss = f"{row['loss']:.3f}" if means else "-"
+        parts = "".join(f" | {name} {mean:.3f}" for name, mean in means.items()) if len(means) > 1 else ""
         eta = (now - self.start) / (step + 1 - self.first_step) * (self.cfg.steps - step - 1)
         self.print_main(f"{self.stage.name} | step {step + 1}/{self.cfg.steps} | loss {loss}{parts} "
                         f"| lr {row['lr']:.1e} | grad {grad_norm:.2f} | {row['ms']:.0f} ms, {row['waiting']:.0%} "
@@ -152,6 +149,7 @@ def first_nonfinite_module(stage, micro_batches, progress, device):
     The state of all generators is restored. All processes must call it together, for some modules exchange rows.
     """
     names = []                                                 # of modules, in the order in which they compute
+
     def check_output(name, _module, _args, output):
         tensors = output if isinstance(output, tuple | list) else (output,)
         if not all(t.isfinite().all() for t in tensors if torch.is_tensor(t) and t.is_floating_point()):
@@ -175,8 +173,7 @@ def first_nonfinite_module(stage, micro_batches, progress, device):
 class GracefulStop:
     """Within it, Ctrl-C and SIGTERM only set signal_number, so that the step is finished and saved.
 
-    A second Ctrl-C interrupts at once, but only a single process: to several, torchrun passes on signals that they have
-    already received.
+    A second Ctrl-C interrupts a single process at once; torchrun passes signals on twice, so of several it does not.
     """
 
     def __init__(self, single_process=True):

@@ -122,12 +122,9 @@ def load_trainer(stage, optimizers, scaler, folder, dist):
 
 def generators(stage):
     """{name: (get, set)} of the states of this process's random generators."""
-    states = {"torch": (torch.get_rng_state, torch.set_rng_state)}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state, torch.cuda.set_rng_state   # of the device set by init_distributed
-    if stage.generator:
-        states["loss"] = stage.generator.get_state, stage.generator.set_state
-    return states
+    cuda = {"cuda": (torch.cuda.get_rng_state, torch.cuda.set_rng_state)} if torch.cuda.is_available() else {}
+    loss = {"loss": (stage.generator.get_state, stage.generator.set_state)} if stage.generator else {}
+    return {"torch": (torch.get_rng_state, torch.set_rng_state), **cuda, **loss}
 
 def rng_state(stage):
     return {name: get_state() for name, (get_state, _) in generators(stage).items()}
@@ -145,7 +142,7 @@ def model_state(model):
     return {n: full_tensor(t).detach().to("cpu", copy=True) for n, t in model.state_dict().items()
             if not checkpoint.is_frozen_llm(n)}
 
-def write_checkpoint(stage, folder, weights, record, tensors=None):
+def write_checkpoint(stage, folder, weights, record, tensors=None, hint=""):
     """Writes a folder, whole or not at all. tensors: what only a run that resumes needs. OSError on a full disk."""
     try:
         with atomic_folder(folder) as temporary:
@@ -156,9 +153,9 @@ def write_checkpoint(stage, folder, weights, record, tensors=None):
                 record["files"] = {path.name: size_and_hash(path) for path in sorted(temporary.iterdir())}
             (temporary / TRAINER).write_text(json.dumps(record, indent=2))
     except OSError as error:
-        size = sum(t.nbytes for t in [*weights.values(), *(tensors or {}).values()])
+        size, free = sum(t.nbytes for t in (weights | (tensors or {})).values()), shutil.disk_usage(folder.parent).free
         raise OSError(f"{folder} cannot be written ({error}): it needs {size / 2 ** 20:,.1f} MiB, "
-                      f"{shutil.disk_usage(folder.parent).free / 2 ** 20:,.1f} MiB are free") from None
+                      f"{free / 2 ** 20:,.1f} MiB are free{hint}") from None
 
 class AsyncSaver:
     """Writes checkpoints in a thread, one at a time, and deletes all but the last keep_checkpoints."""
@@ -168,8 +165,7 @@ class AsyncSaver:
 
     def save(self, step, optimizers, scaler):
         """All processes call it, to put together what is sharded; the main one writes."""
-        # copies, which the thread can write while training changes the originals; moments by their parameter's name,
-        # because its index depends on what else trains
+        # copies, which the thread writes while training continues; moments by name: indices depend on what else trains
         self.wait()
         names = {p: name for name, p in self.stage.model.named_parameters()}
         weights = model_state(self.stage.model)
@@ -208,11 +204,10 @@ def finish(stage, cfg, dist):
     """Writes the finished checkpoint and removes the unfinished run. OSError on a full disk."""
     weights = model_state(stage.model)                         # all processes: it puts together what is sharded
     if dist.is_main:
+        # first makes room; if there still is too little, the run can resume from the last one
         for old in list(saved_steps(stage.unfinished).values())[:-1]:
-            shutil.rmtree(old)                                 # makes room; writing may still need the last one
-        try:
-            write_checkpoint(stage, stage.folder, weights, {"done": True, "options": asdict(cfg)})
-        except OSError as error:
-            raise OSError(f"{error}; make room, and the same command resumes from the last checkpoint") from None
+            shutil.rmtree(old)
+        write_checkpoint(stage, stage.folder, weights, {"done": True, "options": asdict(cfg)},
+                         hint="; make room, and the same command resumes from the last checkpoint")
         shutil.rmtree(stage.unfinished, ignore_errors=True)
     dist.barrier()                                             # nobody starts the next stage before it is written
