@@ -37,7 +37,6 @@ class Source:
     on_error: str = "raise" # or "skip": leave faulty entries out instead of refusing the file
 
     def path(self, entry):
-        """Path of the entry's medium."""
         return str(Path(self.root) / (entry[self.media_key] + self.suffix))
 
 def load_corpus(corpus):
@@ -199,11 +198,10 @@ def index_path(source):
 def make_index(source, path):
     """Reads the annotation file once and writes its index, whole or not at all -> its header."""
     header = {"index_key": index_key(source), "entries": 0, "qa": 0, "has_bounds": 0, "kinds": Counter(), "first": []}
-    entries = tqdm(each_entry(source.anno), f"index of {Path(source.anno).name}", leave=False, disable=None, delay=1)
-    faulty = []
+    bar, faulty = tqdm(each_entry(source.anno), f"index of {Path(source.anno).name}", leave=False, disable=None), []
     with atomic_file(path) as temporary, open(temporary, "wb") as f:
         f.seek(HEADER)
-        for number, (start, length, entry) in enumerate(entries):
+        for number, (start, length, entry) in enumerate(bar):
             # a faulty entry is counted and gets no row
             if error := entry_error(entry, source):
                 kind, text = error

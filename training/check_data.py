@@ -21,6 +21,8 @@ from infra.cli import run
 from training.annotations import AnnotationFile, load_corpus
 from video import MediaError, read_media
 
+SHOWN = 10    # faults of a source that are printed
+
 def media_errors(entries, decode, indices):
     """[(entry's number in the file, kind, text)] of the media that are missing or, with decode, cannot be read."""
     errors, source = [], entries.source
@@ -37,18 +39,18 @@ def media_errors(entries, decode, indices):
             errors.append((entries.entry_number(i), "undecodable", str(error)))
     return errors
 
-def check(corpus, decode=False, workers=0, show=10):
-    """Prints for each source how many entries are faulty, of which kinds, and the first `show` -> how many in all."""
-    total = 0
+def check(corpus, decode=False, workers=0):
+    """Prints for each source how many entries are faulty, of which kinds, and the first of them -> how many in all."""
+    total = 0                                                                  # of all sources
     for source in load_corpus(corpus):
         # what the index knows; then the media, 64 at a time, in the loader's processes; texts have none
         entries = AnnotationFile(source)
-        kinds, lines = Counter(entries.header["kinds"]), entries.header["first"][:show]
+        kinds, lines = Counter(entries.header["kinds"]), entries.header["first"][:SHOWN]
         loader = DataLoader(range(len(entries) if source.media != "text" else 0), 64, num_workers=workers,
                             collate_fn=partial(media_errors, entries, decode))
         for errors in tqdm(loader, Path(source.anno).name, unit="file", unit_scale=64, leave=False, disable=None):
             kinds.update(kind for _, kind, _ in errors)
-            lines += [f"entry {number}: {text}" for number, _, text in errors][:max(0, show - len(lines))]
+            lines += [f"entry {number}: {text}" for number, _, text in errors][:SHOWN - len(lines)]
 
         # one line for the source, one for each of the first faults
         faulty, n = kinds.total(), len(entries) + entries.header["faulty"]
@@ -59,14 +61,12 @@ def check(corpus, decode=False, workers=0, show=10):
     return total
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m training.check_data", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser("python -m training.check_data", description=__doc__.splitlines()[0])
     parser.add_argument("corpus", help="JSON list of [annotation file, media root, medium]")
     parser.add_argument("--decode", action="store_true", help="also open every medium and decode some of its frames")
     parser.add_argument("--workers", type=int, default=1, help="processes that read media (default %(default)s)")
-    parser.add_argument("--show", type=int, default=10, help="faults to print per source (default %(default)s)")
     args = parser.parse_args(argv)
-    return 1 if check(args.corpus, args.decode, args.workers, args.show) else 0
+    return int(check(args.corpus, args.decode, args.workers) > 0)              # 1: there are faults
 
 if __name__ == "__main__":
     run(main, "check_data")

@@ -54,8 +54,7 @@ def cache_features(vit, dataset, folder, device, workers=0, batch=32):
     is_random = dataset.sampling in ("rand", "official") or dataset.transform.crop or dataset.transform.flip
     has_parts = any(entries.header["has_bounds"] for entries in dataset.entries)
     if is_random or has_parts or any(source.media != "video" for source in dataset.sources):
-        raise ValueError("--cache-features is for whole videos whose frames and crops are the same each time; "
-                         "leave it out")
+        raise ValueError("leave out --cache-features: it needs whole videos, with the same frames and crops each time")
 
     # what features depend on: ViT, frames and pixels; and of each clip its file's size and time, None if it is missing
     key = {"vit": fingerprint(vit.state_dict()), "frames": dataset.num_frames, "sampling": dataset.sampling,
@@ -64,8 +63,8 @@ def cache_features(vit, dataset, folder, device, workers=0, batch=32):
     stats = {path: os.stat(path) if os.path.exists(path) else None for path in index_of}
     stamps = {path: stat and [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
     info = read_json(Path(folder) / "info.json") if (Path(folder) / "info.json").is_file() else {}
-    if info.get("cache_key") == key and all(info["clips"].get(path, {}).get("stamp", ()) == stamp
-                                            for path, stamp in stamps.items()):
+    clips = info["clips"] if info.get("cache_key") == key else {}
+    if all(path in clips and clips[path]["stamp"] == stamps[path] for path in stamps):
         return Features(folder)
 
     # encode batch by batch, straight into a file on disk; an unreadable clip gets its error instead of a row
@@ -77,8 +76,8 @@ def cache_features(vit, dataset, folder, device, workers=0, batch=32):
         features = np.lib.format.open_memmap(temporary / "features.npy", "w+", np.float16, shape)
         for samples in tqdm(loader, desc="features", unit="batch", disable=None):
             for row, (path, sample, error) in enumerate(samples, len(clips)):
-                result = {"row": row, "seconds": sample["seconds"]} if sample else {"bad": error}
-                clips[path] = {"stamp": stamps[path]} | result
+                clip = {"row": row, "seconds": sample["seconds"]} if sample else {"bad": error}
+                clips[path] = clip | {"stamp": stamps[path]}
             readable = [(clips[path]["row"], sample["video"]) for path, sample, _ in samples if sample]
             if readable:
                 rows, videos = zip(*readable, strict=True)

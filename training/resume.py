@@ -84,7 +84,6 @@ def init_checkpoint(cfg):
     elif cfg.preset in TOY_PRESETS:
         command = f"python -m toy.pretrain --preset {cfg.preset} --out {cfg.out}"
     if cfg.stage == 1 and (Path(cfg.out) / "stage0").is_dir():
-        # an older version trained the toy's ViT and LLM there
         command += f", or copy an older version's {cfg.out}/stage0/vit to init and {cfg.out}/stage0/llm to llm"
     state = "is not finished" if folder.is_dir() else "is missing"
     raise FileNotFoundError(f"stage {cfg.stage} starts from {folder}, which {state}; run: {command}")
@@ -99,22 +98,19 @@ def load_weights(stage, cfg, folder):
     differing = [f"{name} {saved[name]} instead of {current[name]}" for name in MUST_MATCH
                  if name in saved and saved[name] != current[name]]
     if differing:
-        raise ValueError(f"{folder} belongs to a run with {', '.join(differing)}; resume with its options, or start "
-                         "again with --restart")
+        raise ValueError(f"{folder} belongs to a run with {', '.join(differing)}; resume with these, or use --restart")
     load_strict(stage.model, read_tensors(folder / "model.safetensors"), folder, fresh=(checkpoint.LLM_PREFIX,))
     return record["step"]
 
 def load_trainer(stage, optimizers, scaler, folder, dist):
     """Fills optimizers, generators and gradient scaler from a checkpoint. ValueError if other parameters train now."""
     tensors, parameters = read_tensors(folder / "trainer.safetensors"), dict(stage.model.named_parameters())
-    optimizer_of = {p: optimizer for optimizer in optimizers
-                    for group in optimizer.param_groups for p in group["params"]}
+    optimizer_of = {p: opt for opt in optimizers for group in opt.param_groups for p in group["params"]}
     for entry in [entry for entry in tensors if entry.startswith("optimizer.")]:
         name, _, key = entry.removeprefix("optimizer.").rpartition(".")
-        p, t = parameters.get(name), tensors[entry]            # None if the model has no such parameter
+        p, t = parameters.get(name), tensors[entry]            # p: None if the model has no such parameter
         if p not in optimizer_of:
-            raise ValueError(f"{folder} was trained with other options: {name} does not train now; resume with those "
-                             "options, or start again with --restart")
+            raise ValueError(f"{folder}: {name} does not train now; resume with that run's options, or use --restart")
         # subtle: fused AdamW counts its steps on the device
         optimizer_of[p].state[p][key] = t.to(p.device) if key == "step" else shard_like(t.to(p.device, p.dtype), p)
     load_rng_state(stage, tensors, dist.rank)
@@ -192,7 +188,6 @@ class AsyncSaver:
         """Until the last checkpoint is written."""
         if self.thread:
             self.thread.join()
-            self.thread = None
 
     def close(self):
         """wait, and OSError if the last checkpoint could not be written."""
