@@ -34,7 +34,6 @@ class TrainLog:
         self.recent, self.pending = defaultdict(list), None    # losses since that line; the step that is not read yet
         self.bad_steps = self.overflows = 0                    # in a row
         self.path = Path(cfg.out) / "metrics.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.print_main(f"{stage.name}: {cfg.steps} steps of {cfg.batch} from {len(stage.dataset):,} samples, "
                         f"{cfg.dtype} on {dist.device}" + f" in {dist.size} processes" * (dist.size > 1)
                         + f", resuming from step {first_step}" * (first_step > 0), *stage.notes)
@@ -57,9 +56,8 @@ class TrainLog:
         """Takes the results of a step, {name: tensor} and a tensor, and reads those of the step before."""
         self.read_pending()
         results = {n: t.detach().to("cpu", non_blocking=True) for n, t in {**losses, "grad_norm": grad_norm}.items()}
-        event = torch.cuda.Event() if self.dist.device.startswith("cuda") else None
-        if event:
-            event.record()                                     # after this step's work and before the next one's
+        on_gpu = self.dist.device.startswith("cuda")           # event: after this step's work, before the next one's
+        event = torch.cuda.current_stream().record_event() if on_gpu else None
         self.pending = step, results, micro_batches, (time.time(), self.data_seconds), event
 
     def close(self):
@@ -120,7 +118,7 @@ class TrainLog:
 
         # one row of metrics.jsonl; a full disk does not end the run
         elapsed, waited = now - self.last_line[0], data_seconds - self.last_line[1]
-        seconds = elapsed / min(self.cfg.log_every, step + 1 - self.first_step)                # of one step
+        seconds = elapsed / min(self.cfg.log_every, step + 1 - self.first_step)                # per step
         self.last_line = now, data_seconds
         row = {"stage": self.stage.name, "step": step + 1, "loss": sum(means.values()) if means else None, **means,
                "lr": get_lr(step, self.cfg), "grad": grad_norm if math.isfinite(grad_norm) else None,

@@ -78,10 +78,12 @@ def make_optimizers(model, cfg):
     """[AdamW], or with cfg.muon_lr_scale [AdamW, Muon], where Muon trains the matrices of the layers except LoRA's."""
     matrices, lora, layers, no_decay = [], [], [], []
     for name, p in [(name, p) for name, p in model.named_parameters() if p.requires_grad]:
-        is_layer = cfg.muon_lr_scale and p.ndim == 2 and LAYER_MATRIX.search(name)
-        is_matrix = p.ndim > 1 and "query_tokens" not in name and not name.endswith("temp")
-        group = no_decay if not is_matrix else lora if "lora_" in name else layers if is_layer else matrices
-        group.append(p)
+        if p.ndim < 2 or "query_tokens" in name or name.endswith("temp"):
+            no_decay.append(p)
+        elif "lora_" in name:
+            lora.append(p)
+        else:
+            (layers if cfg.muon_lr_scale and p.ndim == 2 and LAYER_MATRIX.search(name) else matrices).append(p)
 
     # "scale": a group's learning rate as a multiple of cfg.lr
     groups = [{"params": matrices, "scale": 1.0}, {"params": lora, "scale": cfg.lora_lr_scale},
