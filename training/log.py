@@ -11,7 +11,7 @@ import math
 import signal
 import time
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -75,12 +75,23 @@ class TrainLog:
         for line in (line for batch in micro_batches for line in batch["bad"]):    # by every process, of its own clips
             print(f"unreadable, replaced by another sample: {line}", flush=True)
 
-        # a step whose gradient is not finite has changed nothing (optim.optimizer_step)
+        # a step whose gradient is not finite has changed nothing (optim.optimizer_step): the log names the first module
+        # where a value was not, and the step's files; every process has other files, and perhaps another module
         if math.isfinite(grad_norm):
             self.bad_steps = self.overflows = 0
         elif not self.is_scaler_overflow(losses):
-            self.report_bad_step(step, losses, grad_norm, micro_batches)
-            losses = {}
+            files = sorted({path for batch in micro_batches for path in batch.get("paths", ()) if path})
+            module = first_nonfinite_module(self.stage, micro_batches, step / self.cfg.steps, self.dist.device)
+            values = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+            self.print_main(*self.dist.all_gather_object(
+                f"step {step + 1} skipped: gradient {grad_norm}, loss {values}; first not finite: {module}; "
+                f"files of the step: {', '.join(files) or 'none'}"))
+            self.bad_steps, losses = self.bad_steps + 1, {}
+            if self.bad_steps >= self.cfg.max_bad_steps:
+                raise ValueError(f"{self.bad_steps} steps in a row without a finite gradient (--max-bad-steps); the "
+                                 "last checkpoint is intact. Lower --lr, or check the files named above")
+
+        # a line has the means of several steps
         for name, loss in losses.items():
             self.recent[name].append(loss)
         if (step + 1) % self.cfg.log_every == 0 or step + 1 == self.cfg.steps:
@@ -93,20 +104,6 @@ class TrainLog:
         (n_nonfinite,) = self.dist.all_reduce_sum([sum(not math.isfinite(loss) for loss in losses.values())])
         self.overflows += n_nonfinite == 0
         return n_nonfinite == 0 and self.overflows <= MAX_OVERFLOWS
-
-    def report_bad_step(self, step, losses, grad_norm, micro_batches):
-        """Prints where the first non-finite value was, and the step's files. ValueError if it is one too many."""
-        # every process has other files, and perhaps another module
-        files = sorted({path for batch in micro_batches for path in batch.get("paths", ()) if path})
-        module = first_nonfinite_module(self.stage, micro_batches, step / self.cfg.steps, self.dist.device)
-        values = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
-        line = (f"step {step + 1} skipped: gradient {grad_norm}, loss {values}; first not finite: {module}; "
-                f"files of the step: {', '.join(files) or 'none'}")
-        self.print_main(*self.dist.all_gather_object(line))
-        self.bad_steps += 1
-        if self.bad_steps >= self.cfg.max_bad_steps:
-            raise ValueError(f"{self.bad_steps} steps in a row without a finite gradient (--max-bad-steps); the last "
-                             "checkpoint is intact. Lower --lr, or check the files named above")
 
     def write_line(self, step, grad_norm, now, data_seconds):
         # means over the steps since the last line (a loss may be missing in some of them) and over the processes
@@ -168,24 +165,19 @@ def first_nonfinite_module(stage, micro_batches, progress, device):
         stage.generator.set_state(generator_state)
     return names[0] if names else "the backward pass"
 
-class GracefulStop:
-    """Within it, Ctrl-C and SIGTERM only set signal_number, so that the step is finished and saved.
+class GracefulStop(ExitStack):
+    """Until it exits, Ctrl-C and SIGTERM only set signal_number, so that the step is finished and saved.
 
     A second Ctrl-C interrupts a single process at once; torchrun passes signals on twice, so of several it does not.
     """
 
     def __init__(self, single_process=True):
+        super().__init__()
         self.signal_number, self.single_process = 0, single_process
-
-    def __enter__(self):
-        self.handlers = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.callback(signal.signal, number, signal.signal(number, self.note))      # the old handler returns
 
     def note(self, number, _frame):
         if self.signal_number and self.single_process:
             raise KeyboardInterrupt
         self.signal_number = number
-
-    def __exit__(self, *_):
-        for s, handler in self.handlers.items():
-            signal.signal(s, handler)

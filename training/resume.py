@@ -83,7 +83,7 @@ def init_checkpoint(cfg):
         command = f"python train.py --stage {cfg.stage - 1} --preset {cfg.preset} --out {cfg.out}"
     elif cfg.preset in TOY_PRESETS:
         command = f"python -m toy.pretrain --preset {cfg.preset} --out {cfg.out}"
-    if cfg.stage == 1 and (Path(cfg.out) / "stage0").is_dir():
+    if cfg.stage == 1 and (Path(cfg.out) / "stage0").is_dir():             # older versions had a stage 0
         command += f", or copy an older version's {cfg.out}/stage0/vit to init and {cfg.out}/stage0/llm to llm"
     state = "is not finished" if folder.is_dir() else "is missing"
     raise FileNotFoundError(f"stage {cfg.stage} starts from {folder}, which {state}; run: {command}")
@@ -168,6 +168,7 @@ class AsyncSaver:
         tensors = {f"optimizer.{names[p]}.{key}": full_tensor(t).cpu().clone() for optimizer in optimizers
                    for p, state in optimizer.state.items() for key, t in state.items()}
         for rank, state in enumerate(self.dist.all_gather_object(rng_state(self.stage))):
+            # every process draws its own dropout
             tensors |= {f"random.{rank}.{name}": t for name, t in state.items()}
         if self.dist.is_main:
             record = {"step": step, "done": False, "options": asdict(self.cfg), "scaler": scaler.state_dict()}
@@ -181,7 +182,7 @@ class AsyncSaver:
             for old in list(saved_steps(self.stage.unfinished).values())[:-self.cfg.keep_checkpoints]:
                 shutil.rmtree(old, ignore_errors=True)
         except Exception as error:                             # most likely a full disk: no reason to stop training
-            self.error = str(error)
+            self.error = str(error)                            # close raises it
             print(f"{error}; the checkpoints before it are intact, and training continues", flush=True)
 
     def wait(self):
