@@ -4,22 +4,19 @@
     captions.json    [{"video": "0.mp4", "caption": "A cat."}, ...]     load_annotations(source) -> AnnotationFile
 
 25 million captions as Python objects take many GB in every process. So each file is read once, and the place of each
-entry is written next to it, in NAME.index: a header (JSON, 64 KiB), a row for each good entry, and the numbers of the
-faulty ones. From then on opening takes no time, an entry is two small reads, and all processes share the index. An
-index that is torn or does not fit its annotation file is made again. Not here: media, samples, batches (data.py).
-Source of the formats: the official dataset/__init__.py, pt_dataset.py and it_dataset.py.
+entry is written to an index next to it, which all processes share: opening takes no time, an entry is two small reads.
+Not here: media, samples, batches (data.py). Source of the formats: the official dataset/, {pt,it}_dataset.py.
 
     pytest tests/test_annotations.py
 """
-import codecs
 import hashlib
 import json
 import os
 import re
+import struct
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -40,7 +37,6 @@ class Source:
     on_error: str = "raise" # or "skip": leave faulty entries out instead of refusing the file
 
     def path(self, entry):
-        """Path of the entry's medium."""
         return str(Path(self.root) / (entry[self.media_key] + self.suffix))
 
 def load_corpus(corpus):
@@ -48,27 +44,24 @@ def load_corpus(corpus):
 
     Paths in a file are relative to the file's folder. Two items mean images, as in the official configs.
     """
-    name, folder = "corpus", Path()
+    name, folder, sources = "corpus", Path(), []
     if not isinstance(corpus, list | tuple):
         name, folder, corpus = corpus, Path(corpus).parent, [item for *_, item in each_entry(corpus)]
     if not corpus:
         raise ValueError(f"{name}: the corpus has no sources")
-
-    known = {f.name for f in fields(Source)}
-    sources = []
     for i, item in enumerate(corpus):
-        # a short form is the first fields in their order; on_error was once called faulty, and its "raise" "stop"
-        if isinstance(item, list | tuple) and 2 <= len(item) <= 3:
-            item = dict(zip(("anno", "root", "media"), item, strict=False))
+        # on_error was once called faulty, and its "raise" "stop"
         if isinstance(item, dict) and "faulty" in item:
             item = {"on_error": "raise" if item["faulty"] == "stop" else item["faulty"], **item}
             del item["faulty"]
 
-        # every field is known, and so is its value
-        if not isinstance(item, dict) or "anno" not in item or set(item) - known:
+        # a short form is the first fields in their order; in the long form, every field is known, and so is its value
+        is_short = isinstance(item, list | tuple) and 2 <= len(item) <= 3
+        try:
+            source = Source(*item) if is_short else Source(**item)
+        except TypeError:
             raise ValueError(f"{name}: entry {i}: expected [anno, root], [anno, root, medium] or an object of "
-                             f"{', '.join(sorted(known))}, found {str(item)[:80]}")
-        source = Source(**item)
+                             f"{', '.join(Source.__annotations__)}, found {str(item)[:80]}") from None
         if source.media not in ("video", "image", "text"):
             raise ValueError(f"{name}: entry {i}: media {source.media!r}: expected video, image or text")
         if source.on_error not in ("raise", "skip"):
@@ -80,58 +73,55 @@ def load_corpus(corpus):
 
 # ---- checks of an entry ----------------------------------------------------------------------------------------------
 
-class EntryError(NamedTuple):
-    kind: str      # "malformed" or "empty text"; check_data.py adds "missing" and "undecodable"
-    text: str
+def is_text(value):
+    return isinstance(value, str) and value.strip() != ""
 
 def entry_error(entry, source):
-    """What is wrong with an entry -> EntryError or None."""
+    """What is wrong with an entry -> (kind, text), of kind "malformed" or "empty text", or None."""
     # the medium, and the part of it that the text is about
     if not isinstance(entry, dict):
-        return EntryError("malformed", f"expected an object, found {type(entry).__name__}")
+        return "malformed", f"expected an object, found {type(entry).__name__}"
     if source.media != "text" and not is_text(entry.get(source.media_key)):
-        return EntryError("malformed", f'no "{source.media_key}" with the path of its {source.media}; '
-                                       f'it has {", ".join(entry) or "nothing"}')
+        keys = ", ".join(entry) or "nothing"
+        return "malformed", f'no "{source.media_key}" with the path of its {source.media}; it has {keys}'
     start, end = entry.get("start"), entry.get("end")
     are_seconds = isinstance(start, int | float) and isinstance(end, int | float) and 0 <= start < end
     if (start, end) != (None, None) and not are_seconds:
-        return EntryError("malformed", f'"start" and "end" must be seconds, start before end; found {start} and {end}')
+        return "malformed", f'"start" and "end" must be seconds, start before end; found {start} and {end}'
 
     # captions: one, or several of which each sample draws one
     if "QA" not in entry:
         if "caption" not in entry:
-            return EntryError("malformed", f'neither "caption" nor "QA"; it has {", ".join(entry) or "nothing"}')
+            return "malformed", f'neither "caption" nor "QA"; it has {", ".join(entry) or "nothing"}'
         captions = entry["caption"] if isinstance(entry["caption"], list) else [entry["caption"]]
         valid = captions and all(map(is_text, captions))
-        return None if valid else EntryError("empty text", 'an empty "caption", or one that is not text')
+        return None if valid else ("empty text", 'an empty "caption", or one that is not text')
 
     # a conversation: every turn needs an answer, may have a question, and the first an instruction
     turns = entry["QA"]
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        return EntryError("malformed", '"QA" must be a list of {"i", "q", "a"}')
+        return "malformed", '"QA" must be a list of {"i", "q", "a"}'
     for n, turn in enumerate(turns):
         if not is_text(turn.get("a")):
-            return EntryError("empty text", f'QA {n} has no answer "a"')
+            return "empty text", f'QA {n} has no answer "a"'
         if not all(isinstance(turn.get(key) or "", str) for key in "iq"):
-            return EntryError("malformed", f'QA {n} has an "i" or "q" that is not text')
+            return "malformed", f'QA {n} has an "i" or "q" that is not text'
     return None
-
-def is_text(value):
-    return isinstance(value, str) and value.strip() != ""
 
 def text_length(entry):
     """Characters of an entry's text: of its longest caption, or of its conversation."""
     if "QA" in entry:
         return sum(len(turn.get(key) or "") for turn in entry["QA"] for key in "iqa")
-    captions = entry["caption"]
-    return len(captions) if isinstance(captions, str) else max(map(len, captions))
+    return max(map(len, entry["caption"])) if isinstance(entry["caption"], list) else len(entry["caption"])
 
 # ---- reading a long list, entry by entry -----------------------------------------------------------------------------
 
 CHUNK = 1 << 22            # bytes per read
 LONGEST = 1 << 26          # bytes; a longer entry means that the file is no list of entries
 SCAN = json.JSONDecoder().raw_decode
-NEXT = re.compile(r"[ \t\n\r]*([^ \t\n\r]?)")  # white space, then the character after it, if any
+NEXT = re.compile(r"[ \t\n\r]*([^ \t\n\r]?)")              # white space, then the character after it, if any
+EDGE = 1 << 16             # bytes that are read for what comes before the first entry and after the last
+OPENING = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:(\[)\s*(\]?))?")  # a byte order mark, [ and perhaps ]
 
 def each_entry(path):
     """Yields (first byte, number of bytes, entry) of a JSON list, with a few MB in memory. ValueError if it is none."""
@@ -139,67 +129,47 @@ def each_entry(path):
         raise FileNotFoundError(f"{path}: no such annotation file")
     with open(path, "rb") as f:
         # the opening bracket; a closing one right after it makes an empty list
-        f.seek(3 if f.read(3) == codecs.BOM_UTF8 else 0)
-        first = next_char(f)
-        if first != "[":
-            base = f.tell() - len(first)
-            value, *_, problem = scan_value(first + f.read(LONGEST).decode("latin-1"), 0)
-            raise ValueError(f"{path}: not JSON: entry 0, at byte {base}: {problem}" if problem else
-                             f"{path}: expected a JSON list, found {type(value).__name__}")
-        delimiter = next_char(f)
-        if delimiter not in ("", "]"):
-            f.seek(-1, os.SEEK_CUR)                        # it is the first value's
-        base, text, at, number = f.tell(), "", 0, 0
+        opening = OPENING.match(f.read(EDGE))
+        is_list, done, base = opening[1] == b"[", opening[2] == b"]", opening.end()
+        f.seek(base)
 
-        # subtle: Latin-1 makes one character of each byte, so text[at] is byte base + at of the file; only the , or ]
-        # after a value shows that it is complete, because "12" at the end of a chunk may become "1234"
-        while delimiter != "]":
-            at = NEXT.match(text, at).start(1)
-            value, end, after, problem = scan_value(text, at)
-            complete = after and after[1] in (",", "]")
-            chunk = "" if complete or len(text) - at > LONGEST else f.read(CHUNK).decode("latin-1")
-            if complete:
+        # subtle: Latin-1 makes one character of each byte, so text[at] is byte base + at of the file, and the signs of
+        # JSON are the same; a value with other characters is decoded again, as UTF-8
+        text, at, number = "", 0, 0
+        while not done:
+            at, problem = NEXT.match(text, at).start(1), ""
+            try:
+                value, end = SCAN(text, at)
+                raw, after = text[at:end], NEXT.match(text, end)
+                value = value if raw.isascii() else json.loads(raw.encode("latin-1").decode())
+            except ValueError as error:
+                problem = getattr(error, "msg", "not UTF-8")         # of a JSONDecodeError, or a UnicodeDecodeError
+
+            # only , or ] shows that a value is complete: "12" at the end of a chunk may become "1234"
+            if is_list and not problem and after[1] in (",", "]"):
                 yield base + at, end - at, value
-                at, delimiter, number = after.end(), after[1], number + 1
-            elif chunk:
-                base, text, at = base + at, text[at:] + chunk, 0
+                at, number, done = after.end(), number + 1, after[1] == "]"
+            elif len(text) - at <= LONGEST and (chunk := f.read(CHUNK)):
+                base, text, at = base + at, text[at:] + chunk.decode("latin-1"), 0
+            elif problem:
+                raise ValueError(f"{path}: not JSON: entry {number}, at byte {base + at}: {problem}")
+            elif not is_list:
+                raise ValueError(f"{path}: expected a JSON list, found {type(value).__name__}")
             else:
-                problem = (f"entry {number}, at byte {base + at}: {problem}" if problem else
-                           f"expected , or ] after entry {number}, at byte {base + after.start(1)}")
-                raise ValueError(f"{path}: not JSON: {problem}")
+                where = f"after entry {number}, at byte {base + after.start(1)}"
+                raise ValueError(f"{path}: not JSON: expected , or ] {where}")
 
         # nothing may come after the closing bracket
         f.seek(base + at)
-        if next_char(f):
-            raise ValueError(f"{path}: not JSON: more text after the list, at byte {f.tell() - 1}")
-
-def next_char(f):
-    """Reads past white space -> the next character, "" at the end of the file."""
-    while (byte := f.read(1)) and byte in b" \t\n\r":
-        pass
-    return byte.decode("latin-1")
-
-def scan_value(text, at):
-    """-> the JSON value at text[at], where it ends, the match of NEXT there; what is wrong, if there is no value.
-
-    JSON's own signs are ASCII, so a value's end is right in Latin-1; other words are decoded again, as UTF-8.
-    """
-    try:
-        value, end = SCAN(text, at)
-        if not (raw := text[at:end]).isascii():
-            value, _ = SCAN(raw.encode("latin-1").decode(), 0)
-        return value, end, NEXT.match(text, end), ""
-    except UnicodeDecodeError as error:
-        return None, at, None, f"not UTF-8 ({error.reason})"
-    except json.JSONDecodeError as error:
-        return None, at, None, error.msg
+        rest = f.read(EDGE)
+        if more := rest.lstrip():
+            raise ValueError(f"{path}: not JSON: more text after the list, at byte {base + at + len(rest) - len(more)}")
 
 # ---- the index -------------------------------------------------------------------------------------------------------
 
-HEADER = 1 << 16           # bytes
-ROW = np.dtype([("start", "<i8"), ("length", "<i4"), ("chars", "<i4")])  # first byte, bytes, characters of the text
-BLOCK = 1 << 16            # rows per write
-SHOWN = 100                # faulty entries whose text is in the header
+HEADER = 1 << 16               # bytes of JSON; then a row for each good entry, then the faulty ones' numbers ("<i8")
+ROW = struct.Struct("<qii")    # first byte and number of bytes of the entry, characters of its text
+SHOWN = 60                     # faulty entries whose text is in the header: 160 characters of up to 6 bytes each
 
 def index_key(source):
     """What an index is made of: this version of the file, read in this way. With another key it is made again."""
@@ -212,7 +182,7 @@ def read_header(path, source):
     try:
         with open(path, "rb") as f:
             header = json.loads(f.read(HEADER))
-        size = HEADER + header["entries"] * ROW.itemsize + header["faulty"] * 8
+        size = HEADER + header["entries"] * ROW.size + header["faulty"] * 8
         return header if header["index_key"] == index_key(source) and os.path.getsize(path) == size else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -223,45 +193,32 @@ def index_path(source):
     if os.access(path.parent, os.W_OK) or read_header(path, source):
         return path
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "videochat2"
-    cache.mkdir(parents=True, exist_ok=True)
     return cache / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}.index"
 
 def make_index(source, path):
     """Reads the annotation file once and writes its index, whole or not at all -> its header."""
-    key = index_key(source)
-    header = {"index_key": key, "entries": 0, "faulty": 0, "qa": 0, "has_bounds": 0, "kinds": Counter(), "first": []}
-    rows, faulty = [], []
-    bar = tqdm(total=key["bytes"], unit="B", unit_scale=True, desc=f"index of {Path(source.anno).name}", leave=False,
-               disable=key["bytes"] < 1e7 or None)
-    with bar, atomic_file(path) as temporary, open(temporary, "wb") as f:
+    header = {"index_key": index_key(source), "entries": 0, "qa": 0, "has_bounds": 0, "kinds": Counter(), "first": []}
+    bar, faulty = tqdm(each_entry(source.anno), f"index of {Path(source.anno).name}", leave=False, disable=None), []
+    with atomic_file(path) as temporary, open(temporary, "wb") as f:
         f.seek(HEADER)
-        for number, (start, length, entry) in enumerate(each_entry(source.anno)):
+        for number, (start, length, entry) in enumerate(bar):
             # a faulty entry is counted and gets no row
-            error = entry_error(entry, source)
-            if error and len(faulty) < SHOWN:
-                header["first"].append(f"entry {number}: {error.text[:160]}")
-            if error:
+            if error := entry_error(entry, source):
+                kind, text = error
+                header["kinds"][kind] += 1
+                header["first"] += [f"entry {number}: {text[:160]}"] * (len(faulty) < SHOWN)
                 faulty.append(number)
-                header["kinds"][error.kind] += 1
                 continue
-
-            # a row for a good one, written in blocks so that memory does not grow with the file
             header["entries"] += 1
             header["qa"] += "QA" in entry
             header["has_bounds"] += entry.get("start") is not None
-            rows.append((start, length, text_length(entry)))
-            if len(rows) == BLOCK:
-                f.write(np.array(rows, ROW).tobytes())
-                rows.clear()
-                bar.update(start - bar.n)
-        f.write(np.array(rows, ROW).tobytes() + np.array(faulty, "<i8").tobytes())
+            f.write(ROW.pack(start, length, text_length(entry)))
 
-        # the header comes last, when all is counted; it holds as many of the faults' texts as fit
-        header["faulty"] = len(faulty)
-        while len(text := json.dumps(header, ensure_ascii=False).encode()) > HEADER:
-            header["first"].pop()
+        # the header comes last, when all is counted
+        f.write(np.array(faulty, "<i8").tobytes())
         f.seek(0)
-        f.write(text.ljust(HEADER))
+        header["faulty"] = len(faulty)
+        f.write(json.dumps(header, ensure_ascii=False).encode().ljust(HEADER))
     return header
 
 class AnnotationFile:
@@ -272,13 +229,11 @@ class AnnotationFile:
     """
 
     def __init__(self, source):
-        if not Path(source.anno).is_file():
-            raise FileNotFoundError(f"{source.anno}: no such annotation file")
         self.source, self.index = source, index_path(source)
         self.header = read_header(self.index, source) or make_index(source, self.index)
         self.files = [open(self.index, "rb"), open(source.anno, "rb")]
-        rows = np.memmap(self.index, ROW, "r", HEADER, (len(self),)) if len(self) else np.empty(0, ROW)
-        self.chars = rows["chars"]
+        n = self.header["entries"]
+        self.chars = np.memmap(self.index, "<i4", "r", HEADER, (n, 4))[:, 3] if n else np.empty(0, "<i4")
 
     def __reduce__(self):
         return AnnotationFile, (self.source,)              # a spawned process opens the files itself
@@ -287,19 +242,17 @@ class AnnotationFile:
         return self.header["entries"]
 
     def __getitem__(self, i):
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"{self.source.anno} has {len(self)} entries, not entry {i}")
-        # pread has no file position, so processes can share the open files
+        i = range(len(self))[i]                            # a negative one counts from the end; IndexError
         index, anno = (f.fileno() for f in self.files)
-        row = np.frombuffer(os.pread(index, ROW.itemsize, HEADER + i % len(self) * ROW.itemsize), ROW)[0]
+        start, length, _ = ROW.unpack(os.pread(index, ROW.size, HEADER + i * ROW.size))
         try:
-            return json.loads(os.pread(anno, row["length"], row["start"]))
+            return json.loads(os.pread(anno, length, start))
         except ValueError:
             raise ValueError(f"{self.source.anno} has changed: entry {i} is no longer where it was") from None
 
     def entry_number(self, i):
         """Position in the file of good entry i, with the faulty ones counted."""
-        faulty = np.fromfile(self.index, "<i8", -1, "", HEADER + len(self) * ROW.itemsize)
+        faulty = np.fromfile(self.index, "<i8", -1, "", HEADER + len(self) * ROW.size)
         return i + int(np.searchsorted(faulty - np.arange(len(faulty)), i, side="right"))
 
 def load_annotations(source):

@@ -4,68 +4,53 @@
       entry 1: an empty "caption", or one that is not text
       entry 2: videos/none.gif: no such file
 
-The exit code is 1 where there is a fault, else 0. The entries are checked by annotations.py when it makes the index;
-only the media are read here. Not here: what a training run does about faults ("on_error" of a Source, data.py).
+The exit code is 1 where there is a fault, else 0. Not here: the check of the entries, which annotations.py makes with
+the index; what a training run does about faults ("on_error" of a Source, data.py).
 
     python -m training.check_data corpus.json --decode --workers 8
 """
 import argparse
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from infra.cli import run
-from training.annotations import AnnotationFile, EntryError, load_corpus
+from training.annotations import AnnotationFile, load_corpus
 from video import MediaError, read_media
 
-class MediaCheck(torch.utils.data.Dataset):
-    """What is wrong with the medium of each good entry: (i, EntryError or None)."""
+SHOWN = 10    # faults of a source that are printed
 
-    def __init__(self, entries, decode):
-        self.entries, self.decode = entries, decode
-
-    def __len__(self):
-        return len(self.entries)
-
-    def __getitem__(self, i):
-        source = self.entries.source
-        path = source.path(self.entries[i])
-        if not Path(path).exists():
-            return i, EntryError("missing", f"{path}: no such file")
+def media_errors(entries, decode, indices):
+    """[(entry's number in the file, kind, text)] of the media that are missing or, with decode, cannot be read."""
+    errors, source = [], entries.source
+    for i in indices:
+        path = source.path(entries[i])
         try:
-            if self.decode:
+            if not Path(path).exists():
+                errors.append((entries.entry_number(i), "missing", f"{path}: no such file"))
+            elif decode:
                 # the first frame, the last and six between: a truncated file lacks its end
-                read_media(path, lambda first, last, fps: np.linspace(first, last, 8).round().astype(int).tolist(),
+                read_media(path, lambda first, last, fps: [first + (last - first) * k // 7 for k in range(8)],
                            as_image=source.media == "image")
         except MediaError as error:
-            return i, EntryError("undecodable", str(error))
-        return i, None
+            errors.append((entries.entry_number(i), "undecodable", str(error)))
+    return errors
 
-def media_errors(entries, decode, workers):
-    """Yields (number in the file, EntryError) of every medium that is missing or, with decode, cannot be read."""
-    # lists of 64, because one at a time would spend more on sending than on a file that is only looked up
-    loader = torch.utils.data.DataLoader(MediaCheck(entries, decode), 64, num_workers=workers, collate_fn=list)
-    name = Path(entries.source.anno).name
-    with tqdm(total=len(entries), desc=name, unit="file", leave=False, disable=None) as bar:
-        for batch in loader:
-            yield from ((entries.entry_number(i), error) for i, error in batch if error)
-            bar.update(len(batch))
-
-def check(corpus, decode=False, workers=0, show=10):
-    """Prints for each source how many entries are faulty, of which kinds, and the first `show` -> how many in all."""
-    total = 0                                              # of all sources
+def check(corpus, decode=False, workers=0):
+    """Prints for each source how many entries are faulty, of which kinds, and the first of them -> how many in all."""
+    total = 0                                                                  # of all sources
     for source in load_corpus(corpus):
-        # what the index knows, then the media; texts have none
+        # what the index knows; then the media, 64 at a time, in the loader's processes; texts have none
         entries = AnnotationFile(source)
-        kinds, lines = Counter(entries.header["kinds"]), entries.header["first"][:show]
-        has_media = source.media != "text" and len(entries)
-        for number, error in media_errors(entries, decode, workers) if has_media else ():    # "missing", "undecodable"
-            kinds[error.kind] += 1
-            if len(lines) < show:
-                lines.append(f"entry {number}: {error.text}")
+        kinds, lines = Counter(entries.header["kinds"]), entries.header["first"][:SHOWN]
+        loader = DataLoader(range(len(entries) if source.media != "text" else 0), 64, num_workers=workers,
+                            collate_fn=partial(media_errors, entries, decode))
+        for errors in tqdm(loader, Path(source.anno).name, unit="file", unit_scale=64, leave=False, disable=None):
+            kinds.update(kind for _, kind, _ in errors)
+            lines += [f"entry {number}: {text}" for number, _, text in errors][:SHOWN - len(lines)]
 
         # one line for the source, one for each of the first faults
         faulty, n = kinds.total(), len(entries) + entries.header["faulty"]
@@ -76,14 +61,12 @@ def check(corpus, decode=False, workers=0, show=10):
     return total
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m training.check_data", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser("python -m training.check_data", description=__doc__.splitlines()[0])
     parser.add_argument("corpus", help="JSON list of [annotation file, media root, medium]")
     parser.add_argument("--decode", action="store_true", help="also open every medium and decode some of its frames")
     parser.add_argument("--workers", type=int, default=1, help="processes that read media (default %(default)s)")
-    parser.add_argument("--show", type=int, default=10, help="faults to print per source (default %(default)s)")
     args = parser.parse_args(argv)
-    return 1 if check(args.corpus, args.decode, args.workers, args.show) else 0
+    return int(check(args.corpus, args.decode, args.workers) > 0)              # 1: there are faults
 
 if __name__ == "__main__":
     run(main, "check_data")

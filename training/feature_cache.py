@@ -11,11 +11,12 @@ frames the features are made again. Not here: the ViT (vit_video.py), reading (v
 """
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from infra.files import atomic_folder, fingerprint, read_json
@@ -36,36 +37,15 @@ class Features:
         features = np.load(self.path, mmap_mode="r")[clip["row"]].astype(np.float32)     # (T, L, C)
         return {"features": torch.from_numpy(features), "seconds": clip["seconds"]}
 
-class UniqueClips(Dataset):
-    """Each clip of a VideoTextDataset once, an unreadable one not replaced: (path, sample or None, error)."""
-
-    def __init__(self, dataset, index_of):
-        self.dataset, self.clips = dataset, list(index_of.items())             # (path, index of a sample with it)
-
-    def __len__(self):
-        return len(self.clips)
-
-    def __getitem__(self, i):
-        path, index = self.clips[i]
+def read_clips(dataset, clips):
+    """[(path, index of a sample with it)] -> [(path, sample or None, error)]; an unreadable clip is not replaced."""
+    results = []
+    for path, index in clips:
         try:
-            return path, self.dataset.sample(index), ""
+            results.append((path, dataset.sample(index), ""))
         except MediaError as error:
-            return path, None, str(error)
-
-def stamp(path):
-    """Size and time of a file, None if it is missing; a file that has changed is another clip."""
-    return [os.stat(path).st_size, os.stat(path).st_mtime_ns] if os.path.exists(path) else None
-
-def cache_key(vit, dataset):
-    """What the features of a clip depend on besides its file, as JSON."""
-    return {"vit": fingerprint(vit.state_dict()), "frames": dataset.num_frames, "sampling": dataset.sampling,
-            "pixels": dataset.transform.size, "mean": dataset.transform.mean.flatten().tolist()}
-
-def is_valid(folder, key, stamps):
-    """Whether the folder has the features of all these clips (path -> stamp), made from the same."""
-    info = read_json(Path(folder) / "info.json") if (Path(folder) / "info.json").is_file() else {}
-    return info.get("cache_key") == key and all(
-        info["clips"].get(path, {}).get("stamp", ()) == stamps[path] for path in stamps)
+            results.append((path, None, str(error)))
+    return results
 
 @torch.no_grad()
 def cache_features(vit, dataset, folder, device, workers=0, batch=32):
@@ -74,25 +54,30 @@ def cache_features(vit, dataset, folder, device, workers=0, batch=32):
     is_random = dataset.sampling in ("rand", "official") or dataset.transform.crop or dataset.transform.flip
     has_parts = any(entries.header["has_bounds"] for entries in dataset.entries)
     if is_random or has_parts or any(source.media != "video" for source in dataset.sources):
-        raise ValueError("--cache-features is for whole videos whose frames and crops are the same each time; "
-                         "leave it out")
+        raise ValueError("leave out --cache-features: it needs whole videos, with the same frames and crops each time")
+
+    # what features depend on: ViT, frames and pixels; and of each clip its file's size and time, None if it is missing
+    key = {"vit": fingerprint(vit.state_dict()), "frames": dataset.num_frames, "sampling": dataset.sampling,
+           "pixels": dataset.transform.size, "mean": dataset.transform.mean.flatten().tolist()}
     index_of = {dataset.path(index): index for index in reversed(range(len(dataset)))}   # the first sample with a path
-    stamps, key = {path: stamp(path) for path in index_of}, cache_key(vit, dataset)
-    if is_valid(folder, key, stamps):
+    stats = {path: os.stat(path) if os.path.exists(path) else None for path in index_of}
+    stamps = {path: stat and [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
+    info = read_json(Path(folder) / "info.json") if (Path(folder) / "info.json").is_file() else {}
+    clips = info["clips"] if info.get("cache_key") == key else {}
+    if all(path in clips and clips[path]["stamp"] == stamps[path] for path in stamps):
         return Features(folder)
 
     # encode batch by batch, straight into a file on disk; an unreadable clip gets its error instead of a row
-    vit = vit.to(device).eval()
+    vit, clips = vit.to(device).eval(), {}                                               # path -> what info.json says
     print(f"the ViT encodes {len(index_of):,} clips once; their features are written to {folder}", flush=True)
-    loader = DataLoader(UniqueClips(dataset, index_of), batch, collate_fn=list, num_workers=workers)
-    clips = {}                                                                           # path -> what info.json says
+    loader = DataLoader(list(index_of.items()), batch, collate_fn=partial(read_clips, dataset), num_workers=workers)
     with atomic_folder(folder) as temporary:
         shape = len(index_of), dataset.num_frames, vit.cfg.grid ** 2, vit.cfg.width      # (clips, T, L, C)
         features = np.lib.format.open_memmap(temporary / "features.npy", "w+", np.float16, shape)
         for samples in tqdm(loader, desc="features", unit="batch", disable=None):
             for row, (path, sample, error) in enumerate(samples, len(clips)):
-                result = {"row": row, "seconds": sample["seconds"]} if sample else {"bad": error}
-                clips[path] = {"stamp": stamps[path]} | result
+                clip = {"row": row, "seconds": sample["seconds"]} if sample else {"bad": error}
+                clips[path] = clip | {"stamp": stamps[path]}
             readable = [(clips[path]["row"], sample["video"]) for path, sample, _ in samples if sample]
             if readable:
                 rows, videos = zip(*readable, strict=True)

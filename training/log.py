@@ -1,9 +1,5 @@
 """What a training run reports, and how it stops: a line every few steps, metrics.jsonl, Ctrl-C.
 
-    TrainLog                 the printed line and the same numbers in OUT/metrics.jsonl; steps that are not finite
-    GracefulStop             Ctrl-C and SIGTERM set a flag, so that the current step is finished and saved
-    first_nonfinite_module   where the first NaN or infinity comes from
-
     stage 1 | step 200/3000 | loss 4.213 | vtc 0.871 | vtm 0.520 | vtg 2.822 | lr 3.0e-04 | grad 1.92 | 98 ms, 3% ...
 
 Not here: the loop (train.py), what an interrupted run resumes from (training/resume.py).
@@ -13,13 +9,13 @@ Not here: the loop (train.py), what an interrupted run resumes from (training/re
 import json
 import math
 import signal
-import sys
 import time
-from contextlib import contextmanager
+from collections import defaultdict
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from training.optim import get_lr
 
@@ -28,31 +24,23 @@ MAX_OVERFLOWS = 24    # in a row: GradScaler halves its scale of 2 ** 16 each ti
 class TrainLog:
     """Prints a line every log_every steps with the mean losses since the last one, and appends it to metrics.jsonl.
 
-    subtle: the results of a step are read one step later, when the GPU already has the next step to compute. So
-    logging never syncs the GPU.
+    subtle: a step's results are read one step later, when the GPU has the next one to compute: no log syncs the GPU.
     """
 
     def __init__(self, stage, cfg, dist, first_step):
         self.stage, self.cfg, self.dist, self.first_step = stage, cfg, dist, first_step
-        self.start = time.time()
-        self.data_seconds = 0.0                                # waiting for batches, since the start
+        self.start, self.data_seconds = time.time(), 0.0       # data_seconds: waiting for batches, since the start
         self.last_line = self.start, 0.0                       # time and data_seconds at the last printed line
-        self.recent, self.pending = [], None                   # losses since that line; the step that is not read yet
+        self.recent, self.pending = defaultdict(list), None    # losses since that line; the step that is not read yet
         self.bad_steps = self.overflows = 0                    # in a row
-        self.bar = tqdm(total=cfg.steps, initial=first_step, leave=False, disable=None if dist.is_main else True)
         self.path = Path(cfg.out) / "metrics.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-
-        processes = f" in {dist.size} processes" if dist.size > 1 else ""
-        resumed = f", resuming from step {first_step}" if first_step else ""
         self.print_main(f"{stage.name}: {cfg.steps} steps of {cfg.batch} from {len(stage.dataset):,} samples, "
-                        f"{cfg.dtype} on {dist.device}{processes}{resumed}", *stage.notes)
+                        f"{cfg.dtype} on {dist.device}" + f" in {dist.size} processes" * (dist.size > 1)
+                        + f", resuming from step {first_step}" * (first_step > 0), *stage.notes)
 
     def print_main(self, *lines):
-        """In the main process, above the progress bar."""
         if self.dist.is_main:
-            self.bar.write("\n".join(lines), file=sys.stdout)
-            sys.stdout.flush()
+            print(*lines, sep="\n", flush=True)
 
     def minutes(self):
         return (time.time() - self.start) / 60
@@ -68,37 +56,44 @@ class TrainLog:
         """Takes the results of a step, {name: tensor} and a tensor, and reads those of the step before."""
         self.read_pending()
         results = {n: t.detach().to("cpu", non_blocking=True) for n, t in {**losses, "grad_norm": grad_norm}.items()}
-        event = torch.cuda.Event() if self.dist.device.startswith("cuda") else None
-        if event:
-            event.record()                                     # after this step's work and before the next one's
+        on_gpu = self.dist.device.startswith("cuda")           # event: after this step's work, before the next one's
+        event = torch.cuda.current_stream().record_event() if on_gpu else None
         self.pending = step, results, micro_batches, (time.time(), self.data_seconds), event
 
     def close(self):
         self.read_pending()
-        self.bar.close()
 
     def read_pending(self):
         """Reads the last step's results and prints what is due. ValueError after max_bad_steps bad ones in a row."""
         if self.pending is None:
             return
-        step, losses, micro_batches, clock, event = self.pending
-        self.pending = None
+        (step, results, micro_batches, clock, event), self.pending = self.pending, None
         if event:
             event.synchronize()                                # waits for this step, not for the one after it
+        losses = {name: t.item() for name, t in results.items()}
         grad_norm = losses.pop("grad_norm")
         for line in (line for batch in micro_batches for line in batch["bad"]):    # by every process, of its own clips
-            self.bar.write(f"unreadable, replaced by another sample: {line}")
+            print(f"unreadable, replaced by another sample: {line}", flush=True)
 
-        # a step whose gradient is not finite has changed nothing (optim.optimizer_step)
-        if grad_norm.isfinite():
+        # a step whose gradient is not finite has changed nothing (optim.optimizer_step): the log names the first module
+        # where a value was not, and the step's files; every process has other files, and perhaps another module
+        if math.isfinite(grad_norm):
             self.bad_steps = self.overflows = 0
-            self.recent.append(losses)
-        elif self.is_scaler_overflow(losses):
-            self.recent.append(losses)
-        else:
-            self.report_bad_step(step, losses, grad_norm, micro_batches)
+        elif not self.is_scaler_overflow(losses):
+            files = sorted({path for batch in micro_batches for path in batch.get("paths", ()) if path})
+            module = first_nonfinite_module(self.stage, micro_batches, step / self.cfg.steps, self.dist.device)
+            values = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+            self.print_main(*self.dist.all_gather_object(
+                f"step {step + 1} skipped: gradient {grad_norm}, loss {values}; first not finite: {module}; "
+                f"files of the step: {', '.join(files) or 'none'}"))
+            self.bad_steps, losses = self.bad_steps + 1, {}
+            if self.bad_steps >= self.cfg.max_bad_steps:
+                raise ValueError(f"{self.bad_steps} steps in a row without a finite gradient (--max-bad-steps); the "
+                                 "last checkpoint is intact. Lower --lr, or check the files named above")
 
-        self.bar.update()
+        # a line has the means of several steps
+        for name, loss in losses.items():
+            self.recent[name].append(loss)
         if (step + 1) % self.cfg.log_every == 0 or step + 1 == self.cfg.steps:
             self.write_line(step, grad_norm, *clock)
 
@@ -106,45 +101,26 @@ class TrainLog:
         """Whether fp16 gradients overflowed, with finite losses everywhere, because GradScaler's scale is too large."""
         if self.cfg.dtype != "fp16":
             return False
-        (n_nonfinite,) = self.dist.all_reduce_sum([sum(not math.isfinite(loss.item()) for loss in losses.values())])
+        (n_nonfinite,) = self.dist.all_reduce_sum([sum(not math.isfinite(loss) for loss in losses.values())])
         self.overflows += n_nonfinite == 0
         return n_nonfinite == 0 and self.overflows <= MAX_OVERFLOWS
 
-    def report_bad_step(self, step, losses, grad_norm, micro_batches):
-        """Prints where the first non-finite value was, and the step's files. ValueError if it is one too many."""
-        # every process has other files, and perhaps another module
-        self.bad_steps += 1
-        files = sorted({path for batch in micro_batches for path in batch.get("paths", ()) if path})
-        module = first_nonfinite_module(self.stage, micro_batches, step / self.cfg.steps, self.dist.device)
-        values = ", ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
-        line = (f"step {step + 1} skipped: gradient {grad_norm.item()}, loss {values}; first not finite: {module}; "
-                f"files of the step: {', '.join(files) or 'none'}")
-        self.print_main(*self.dist.all_gather_object(line))
-        if self.bad_steps >= self.cfg.max_bad_steps:
-            raise ValueError(f"{self.bad_steps} steps in a row without a finite gradient (--max-bad-steps); the last "
-                             "checkpoint is intact. Lower --lr, or check the files named above")
-
     def write_line(self, step, grad_norm, now, data_seconds):
-        # seconds per step, and the share of them that went into waiting for data
-        n_steps = min(self.cfg.log_every, step + 1 - self.first_step)
-        elapsed, waited = now - self.last_line[0], data_seconds - self.last_line[1]
-        self.last_line = now, data_seconds
-        seconds, data_share = elapsed / n_steps, waited / elapsed
-
         # means over the steps since the last line (a loss may be missing in some of them) and over the processes
-        names = list(dict.fromkeys(name for losses in self.recent for name in losses))
-        columns = [[losses[name].item() for losses in self.recent if name in losses] for name in names]
-        sums = self.dist.all_reduce_sum([sum(column) / len(column) for column in columns])
-        means = {name: total / self.dist.size for name, total in zip(names, sums, strict=True)}
-        self.recent = []
+        sums = self.dist.all_reduce_sum([sum(column) / len(column) for column in self.recent.values()])
+        means = {name: total / self.dist.size for name, total in zip(self.recent, sums, strict=True)}
+        self.recent.clear()
         if not self.dist.is_main:
             return
 
         # one row of metrics.jsonl; a full disk does not end the run
+        elapsed, waited = now - self.last_line[0], data_seconds - self.last_line[1]
+        seconds = elapsed / min(self.cfg.log_every, step + 1 - self.first_step)                # per step
+        self.last_line = now, data_seconds
         row = {"stage": self.stage.name, "step": step + 1, "loss": sum(means.values()) if means else None, **means,
-               "lr": get_lr(step, self.cfg), "grad": grad_norm.item() if grad_norm.isfinite() else None,
+               "lr": get_lr(step, self.cfg), "grad": grad_norm if math.isfinite(grad_norm) else None,
                "ms": round(1000 * seconds, 1), "clips_per_s": round(self.cfg.batch / seconds, 1),
-               "waiting": round(data_share, 3)}
+               "waiting": round(waited / elapsed, 3)}
         try:
             with open(self.path, "a") as f:
                 f.write(json.dumps(row) + "\n")
@@ -152,11 +128,11 @@ class TrainLog:
             self.print_main(f"{self.path} lacks this line: {error}")
 
         # the same for people
-        parts = "".join(f" | {name} {mean:.3f}" for name, mean in means.items()) if len(means) > 1 else ""
         loss = f"{row['loss']:.3f}" if means else "-"
+        parts = "".join(f" | {name} {mean:.3f}" for name, mean in means.items()) if len(means) > 1 else ""
         eta = (now - self.start) / (step + 1 - self.first_step) * (self.cfg.steps - step - 1)
         self.print_main(f"{self.stage.name} | step {step + 1}/{self.cfg.steps} | loss {loss}{parts} "
-                        f"| lr {row['lr']:.1e} | grad {grad_norm.item():.2f} | {row['ms']:.0f} ms, {data_share:.0%} "
+                        f"| lr {row['lr']:.1e} | grad {grad_norm:.2f} | {row['ms']:.0f} ms, {row['waiting']:.0%} "
                         f"waiting for data | {row['clips_per_s']} clips/s | eta {eta / 60:.1f}m")
 
 def to_device(batch, device):
@@ -167,17 +143,16 @@ def first_nonfinite_module(stage, micro_batches, progress, device):
 
     The state of all generators is restored. All processes must call it together, for some modules exchange rows.
     """
-    generator_state = stage.generator.get_state() if stage.generator else None
     names = []                                                 # of modules, in the order in which they compute
 
-    def check_output(name, output):
+    def check_output(name, _module, _args, output):
         tensors = output if isinstance(output, tuple | list) else (output,)
         if not all(t.isfinite().all() for t in tensors if torch.is_tensor(t) and t.is_floating_point()):
             names.append(name)
 
     # the same batches again, without gradients; every module's output is checked
-    hooks = [module.register_forward_hook(lambda _module, _args, output, name=name: check_output(name, output))
-             for name, module in stage.model.named_modules() if name]
+    generator_state = stage.generator and stage.generator.get_state()
+    hooks = [m.register_forward_hook(partial(check_output, name)) for name, m in stage.model.named_modules() if name]
     with torch.random.fork_rng(), torch.no_grad():
         for batch in micro_batches:
             losses = stage.loss(to_device(batch, device), progress)
@@ -190,25 +165,19 @@ def first_nonfinite_module(stage, micro_batches, progress, device):
         stage.generator.set_state(generator_state)
     return names[0] if names else "the backward pass"
 
-class GracefulStop:
-    """Within it, Ctrl-C and SIGTERM only set signal_number, so that the step is finished and saved.
+class GracefulStop(ExitStack):
+    """Until it exits, Ctrl-C and SIGTERM only set signal_number, so that the step is finished and saved.
 
-    A second Ctrl-C interrupts at once, but only in a single process: torchrun passes signals on to processes that have
-    already received them, so among several a second one means nothing.
+    A second Ctrl-C interrupts a single process at once; torchrun passes signals on twice, so of several it does not.
     """
 
     def __init__(self, single_process=True):
+        super().__init__()
         self.signal_number, self.single_process = 0, single_process
-
-    def __enter__(self):
-        self.handlers = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.callback(signal.signal, number, signal.signal(number, self.note))      # the old handler returns
 
     def note(self, number, _frame):
         if self.signal_number and self.single_process:
             raise KeyboardInterrupt
         self.signal_number = number
-
-    def __exit__(self, *_):
-        for s, handler in self.handlers.items():
-            signal.signal(s, handler)

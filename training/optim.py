@@ -1,6 +1,6 @@
 """How weights move: the learning rate at each step, AdamW and, as an option, Muon for the matrices of the layers.
 
-Defaults of the options: train.TrainConfig. Not here: which parameters train at all (model.FROZEN), the loop (train.py).
+Not here: defaults (train.TrainConfig), which parameters train at all (model.FROZEN), the loop (train.py).
 Source: AdamW (arXiv 1711.05101), PyTorch's; Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon; its learning
 rate: arXiv 2502.16982, section 2.2); no decay on biases, norms, queries and temperature: official utils/optimizer.py.
 
@@ -18,12 +18,12 @@ LAYER_MATRIX = re.compile(r"\.(blocks|layers?)\.\d+\.")                    # in 
 
 def get_lr(step, cfg):
     """The learning rate at a step: linear warmup, then constant, then a cosine from lr down to lr * lr_end."""
-    # 1) it rises over the first warmup * steps
+    # it rises over the first warmup * steps
     warmup_steps = max(1, round(cfg.warmup * cfg.steps))
     if step < warmup_steps:
         return cfg.lr * (step + 1) / warmup_steps
 
-    # 2) it stays at lr until constant_until * steps, 3) then it falls
+    # it stays at lr until constant_until * steps, then it falls
     decay_start = max(warmup_steps, round(cfg.constant_until * cfg.steps))
     progress = max(0, step - decay_start) / max(1, cfg.steps - decay_start)
     return cfg.lr * (cfg.lr_end + (1 - cfg.lr_end) * 0.5 * (1 + math.cos(math.pi * progress)))
@@ -31,10 +31,10 @@ def get_lr(step, cfg):
 def orthogonalize(updates, steps=5):
     """Matrices (n, rows, cols) -> the same with all singular values between about 0.7 and 1.2.
 
-    Newton-Schulz: each step replaces every singular value s by the polynomial a s + b s^3 + c s^5. Five steps move all
-    of (0, 1] close to 1, without a decomposition. bfloat16 is precise enough, but only GPUs multiply in it natively:
-    most laptops emulate each product, 18 times as slowly as in float32.
+    Newton-Schulz: each step replaces every singular value s by the polynomial a s + b s^3 + c s^5, which moves all of
+    (0, 1] close to 1, without a decomposition.
     """
+    # bfloat16 is precise enough, but most laptops emulate each product in it, 18 times as slowly as in float32
     a, b, c = 3.4445, -4.7750, 2.0315
     x = updates.bfloat16() if updates.is_cuda else updates.float()
     if tall := x.shape[1] > x.shape[2]:
@@ -49,8 +49,7 @@ def orthogonalize(updates, steps=5):
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal: every direction of a matrix moves by the same amount, the rare ones too.
 
-    The update is scaled to AdamW's usual size (a root mean square of 0.2), so that both share a learning rate.
-    For matrices only.
+    For matrices only. Updates have AdamW's usual size, a root mean square of 0.2, so that both share a learning rate.
     """
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.95):
@@ -61,13 +60,10 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             # Nesterov's momentum: the gradient mixed with its running mean
             by_shape = defaultdict(list)
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(p.grad)
-                mean = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+            for p in [p for p in group["params"] if p.grad is not None]:
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+                mean = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
                 by_shape[p.shape].append((p, p.grad.lerp(mean, group["momentum"])))
 
             # one batched product for all matrices of a shape; with FSDP each process computes all of them
@@ -79,14 +75,9 @@ class Muon(torch.optim.Optimizer):
                     p.add_(shard_like(update.to(p.dtype), p), alpha=-group["lr"] * size)
 
 def make_optimizers(model, cfg):
-    """[AdamW], or with cfg.muon_lr_scale [AdamW, Muon], where Muon trains the matrices of the layers except LoRA's.
-
-    "scale" of a parameter group: its learning rate as a multiple of cfg.lr.
-    """
+    """[AdamW], or with cfg.muon_lr_scale [AdamW, Muon], where Muon trains the matrices of the layers except LoRA's."""
     matrices, lora, layers, no_decay = [], [], [], []
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
+    for name, p in [(name, p) for name, p in model.named_parameters() if p.requires_grad]:
         if p.ndim < 2 or "query_tokens" in name or name.endswith("temp"):
             no_decay.append(p)
         elif "lora_" in name:
@@ -94,6 +85,7 @@ def make_optimizers(model, cfg):
         else:
             (layers if cfg.muon_lr_scale and p.ndim == 2 and LAYER_MATRIX.search(name) else matrices).append(p)
 
+    # "scale": a group's learning rate as a multiple of cfg.lr
     groups = [{"params": matrices, "scale": 1.0}, {"params": lora, "scale": cfg.lora_lr_scale},
               {"params": no_decay, "scale": 1.0, "weight_decay": 0.0}]
     settings = dict(lr=cfg.lr, weight_decay=cfg.weight_decay)

@@ -5,9 +5,8 @@
         trainer.safetensors                 the optimizers' moments, the states of each process's random generators
         trainer.json                        step, options, and size and hash of every file in the folder
 
-A folder appears complete or not at all (files.atomic_folder). If it is damaged later, its hashes show it, and the one
-before it is used. Tensors are copied at once and written by a thread while training continues. The position in the data
-and the learning rate follow from the step. Not here: what the files of a checkpoint are (weights/checkpoint.py).
+If a folder is damaged, its hashes show it, and the one before it is used. The position in the data and the learning
+rate follow from the step. Not here: what the files of a checkpoint are (weights/checkpoint.py).
 
     pytest tests/test_resume.py
 """
@@ -15,13 +14,13 @@ import hashlib
 import json
 import shutil
 import threading
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from infra.distributed import full_tensor, raise_together, shard_like
+from infra.distributed import full_tensor, shard_like
 from infra.files import atomic_folder, hash_file, load_strict, lock_folder, read_json, read_tensors, save_tensors
 from weights import checkpoint
 
@@ -32,8 +31,8 @@ MUST_MATCH = ("stage", "preset", "batch", "grad_accum", "steps", "seed", "corpus
 OLD_OPTIONS = {"accumulate": "grad_accum", "muon": "muon_lr_scale"}   # as older versions called them in trainer.json
 
 def saved_steps(folder):
-    """{step: folder} of the checkpoints of an unfinished run."""
-    return {int(path.name): path for path in sorted(Path(folder).glob("[0-9]*")) if path.name.isdigit()}
+    """{step: folder} of the checkpoints of an unfinished run, in their order."""
+    return dict(sorted((int(path.name), path) for path in Path(folder).glob("[0-9]*") if path.name.isdigit()))
 
 def is_finished(folder):
     """Whether there is a checkpoint, and not one of an unfinished run. Without trainer.json, it was imported."""
@@ -46,142 +45,113 @@ def size_and_hash(path):
 def verify(folder, names=None):
     """What is wrong with a checkpoint's files, or with those in `names`, in one line; "" if nothing is."""
     try:
-        for name, expected in read_json(folder / TRAINER)["files"].items():
-            path = folder / name
-            if names and name not in names:
-                continue
-
-            # the cheap checks first; hashing reads the whole file
+        expected = read_json(folder / TRAINER)["files"]
+        for path in (folder / name for name in names or expected):
             if not path.is_file():
                 return f"{path} is missing"
-            if path.stat().st_size != expected[0]:
-                return f"{path} has {path.stat().st_size:,} bytes instead of {expected[0]:,}"
-            if size_and_hash(path) != expected:
-                return f"{path} has changed since it was written: its hash differs"
+            if size_and_hash(path) != expected[path.name]:
+                return f"{path} has changed since it was written: its size or hash differs"
     except (ValueError, OSError, KeyError, TypeError) as error:
         return f"{folder / TRAINER} cannot be read ({error})"
     return ""
 
 def latest(folder, report=print, names=None):
     """The last checkpoint that verify accepts, or None; reports each damaged one. names: of the files that matter."""
-    for _, path in sorted(saved_steps(folder).items(), reverse=True):
-        problem = verify(path, names)
-        if not problem:
+    for path in reversed(saved_steps(folder).values()):
+        if not (problem := verify(path, names)):
             return path
         report(f"damaged: {problem}; using the checkpoint before it, if there is one")
     return None
 
-def remove_partial(stage, cfg):
-    """Removes what a killed process has left half-written and, with --no-resume, the checkpoints too."""
-    for path in stage.unfinished.iterdir():
-        if path.is_dir() and (not cfg.resume or path.name.startswith(".")):
-            shutil.rmtree(path)
-
 @contextmanager
 def locked(stage, cfg, dist):
     """Within it, no other run writes into the folder of the unfinished run."""
-    problem = None
-    with ExitStack() as stack:
-        try:
-            if dist.is_main:
-                stack.enter_context(lock_folder(stage.unfinished))
-                remove_partial(stage, cfg)
-        except OSError as error:
-            problem = error
-        raise_together(problem, dist)                          # or the other processes would wait for this one
+    with lock_folder(stage.unfinished) if dist.is_main else nullcontext():
+        # what a killed process has left half-written and, with --no-resume, the checkpoints too
+        for path in list(stage.unfinished.iterdir()) if dist.is_main else ():
+            if path.is_dir() and (not cfg.resume or path.name.startswith(".")):
+                shutil.rmtree(path)
         yield
 
 def init_checkpoint(cfg):
     """Folder of the checkpoint that a stage starts from. FileNotFoundError names the command that makes it."""
-    # --init, OUT/init, OUT/stage1 or OUT/stage2
     folder = Path(cfg.init or Path(cfg.out) / ("init" if cfg.stage == 1 else f"stage{cfg.stage - 1}"))
     if is_finished(folder):
         return folder
-
-    # the command that makes it
-    command = f"python train.py --stage {cfg.stage - 1} --preset {cfg.preset} --out {cfg.out}"
-    if cfg.stage == 1:
-        command = f"python -m weights.convert import --preset {cfg.preset} --out {folder} ... (see --help)"
-        if cfg.preset in TOY_PRESETS:
-            command = f"python -m toy.pretrain --preset {cfg.preset} --out {cfg.out}"
-        if (Path(cfg.out) / "stage0").is_dir():
-            command += f", or copy an older version's {cfg.out}/stage0/vit to init and {cfg.out}/stage0/llm to llm"
+    command = f"python -m weights.convert import --preset {cfg.preset} --out {folder} ... (see --help)"
+    if cfg.stage > 1:
+        command = f"python train.py --stage {cfg.stage - 1} --preset {cfg.preset} --out {cfg.out}"
+    elif cfg.preset in TOY_PRESETS:
+        command = f"python -m toy.pretrain --preset {cfg.preset} --out {cfg.out}"
+    if cfg.stage == 1 and (Path(cfg.out) / "stage0").is_dir():             # older versions had a stage 0
+        command += f", or copy an older version's {cfg.out}/stage0/vit to init and {cfg.out}/stage0/llm to llm"
     state = "is not finished" if folder.is_dir() else "is missing"
     raise FileNotFoundError(f"stage {cfg.stage} starts from {folder}, which {state}; run: {command}")
-
-# -------------------------------------------------------------------------------------------------- the state of a run
-
-def model_state(model):
-    """{name: tensor}, not sharded, copied to the CPU; without the frozen LLM."""
-    return {n: full_tensor(t).detach().to("cpu", copy=True) for n, t in model.state_dict().items()
-            if not checkpoint.is_frozen_llm(n)}
-
-def optimizer_state(optimizers, model):
-    """{"optimizer.<parameter>.<key>": tensor}, not sharded, copied to the CPU.
-
-    By name, because a parameter's index depends on what else trains.
-    """
-    names = {p: name for name, p in model.named_parameters()}
-    return {f"optimizer.{names[p]}.{key}": full_tensor(t).cpu().clone() for optimizer in optimizers
-            for p, state in optimizer.state.items() for key, t in state.items()}
-
-def load_optimizer_state(optimizers, model, tensors, where):
-    """The inverse. ValueError for a parameter that does not train now."""
-    parameters = dict(model.named_parameters())
-    optimizer_of = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups
-                    for p in group["params"]}
-    for name, t in tensors.items():
-        name, _, key = name.removeprefix("optimizer.").rpartition(".")
-        p = parameters.get(name)                               # None if the model has no such parameter
-        if p not in optimizer_of:
-            raise ValueError(f"{where} was trained with other options: {name} does not train now; resume with those "
-                             "options, or start again with --restart")
-        # subtle: fused AdamW counts its steps on the device
-        optimizer_of[p].state[p][key] = t.to(p.device) if key == "step" else shard_like(t.to(p.device, p.dtype), p)
-
-def rng_state(stage):
-    """The states of this process's random generators."""
-    state = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()             # of the current device, which init_distributed has set
-    if stage.generator:
-        state["loss"] = stage.generator.get_state()
-    return state
-
-def load_rng_state(stage, tensors, rank):
-    """The inverse, if the checkpoint has a state for this process: additional processes keep their new generators."""
-    state = {name.rpartition(".")[2]: t for name, t in tensors.items() if name.startswith(f"random.{rank}.")}
-    if "torch" in state:
-        torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    if "loss" in state and stage.generator:
-        stage.generator.set_state(state["loss"])
 
 # ------------------------------------------------------------------------------------------------------------- reading
 
 def load_weights(stage, cfg, folder):
     """Fills the model from a checkpoint, before it is distributed -> the step. ValueError if it is another run's."""
     # an option that a checkpoint of an older version does not have is not compared
-    saved = {OLD_OPTIONS.get(name, name): value for name, value in read_json(folder / TRAINER)["options"].items()}
-    current = asdict(cfg)
+    record, current = read_json(folder / TRAINER), asdict(cfg)
+    saved = {OLD_OPTIONS.get(name, name): value for name, value in record["options"].items()}
     differing = [f"{name} {saved[name]} instead of {current[name]}" for name in MUST_MATCH
                  if name in saved and saved[name] != current[name]]
     if differing:
-        raise ValueError(f"{folder} belongs to a run with {', '.join(differing)}; resume with its options, or start "
-                         "again with --restart")
+        raise ValueError(f"{folder} belongs to a run with {', '.join(differing)}; resume with these, or use --restart")
     load_strict(stage.model, read_tensors(folder / "model.safetensors"), folder, fresh=(checkpoint.LLM_PREFIX,))
-    return read_json(folder / TRAINER)["step"]
+    return record["step"]
 
 def load_trainer(stage, optimizers, scaler, folder, dist):
-    """Fills optimizers, generators and gradient scaler from a checkpoint."""
-    tensors = read_tensors(folder / "trainer.safetensors")
-    moments = {n: t for n, t in tensors.items() if n.startswith("optimizer.")}
-    load_optimizer_state(optimizers, stage.model, moments, folder)
+    """Fills optimizers, generators and gradient scaler from a checkpoint. ValueError if other parameters train now."""
+    tensors, parameters = read_tensors(folder / "trainer.safetensors"), dict(stage.model.named_parameters())
+    optimizer_of = {p: opt for opt in optimizers for group in opt.param_groups for p in group["params"]}
+    for entry in [entry for entry in tensors if entry.startswith("optimizer.")]:
+        name, _, key = entry.removeprefix("optimizer.").rpartition(".")
+        p, t = parameters.get(name), tensors[entry]            # p: None if the model has no such parameter
+        if p not in optimizer_of:
+            raise ValueError(f"{folder}: {name} does not train now; resume with that run's options, or use --restart")
+        # subtle: fused AdamW counts its steps on the device
+        optimizer_of[p].state[p][key] = t.to(p.device) if key == "step" else shard_like(t.to(p.device, p.dtype), p)
     load_rng_state(stage, tensors, dist.rank)
     scaler.load_state_dict(read_json(folder / TRAINER)["scaler"])
 
+def generators(stage):
+    """{name: (get, set)} of the states of this process's random generators."""
+    cuda = {"cuda": (torch.cuda.get_rng_state, torch.cuda.set_rng_state)} if torch.cuda.is_available() else {}
+    loss = {"loss": (stage.generator.get_state, stage.generator.set_state)} if stage.generator else {}
+    return {"torch": (torch.get_rng_state, torch.set_rng_state), **cuda, **loss}
+
+def rng_state(stage):
+    return {name: get_state() for name, (get_state, _) in generators(stage).items()}
+
+def load_rng_state(stage, tensors, rank):
+    """The inverse, if the checkpoint has a state for this process: additional processes keep their new generators."""
+    for name, (_, set_state) in generators(stage).items():
+        if f"random.{rank}.{name}" in tensors:
+            set_state(tensors[f"random.{rank}.{name}"])
+
 # ------------------------------------------------------------------------------------------------------------- writing
+
+def model_state(model):
+    """{name: tensor}, not sharded, copied to the CPU; without the frozen LLM."""
+    return {n: full_tensor(t).detach().to("cpu", copy=True) for n, t in model.state_dict().items()
+            if not checkpoint.is_frozen_llm(n)}
+
+def write_checkpoint(stage, folder, weights, record, tensors=None, hint=""):
+    """Writes a folder, whole or not at all. tensors: what only a run that resumes needs. OSError on a full disk."""
+    try:
+        with atomic_folder(folder) as temporary:
+            stage.write(temporary, weights)
+            if tensors is not None:
+                # trainer.json comes last, for it has the hashes of all other files
+                save_tensors(tensors, temporary / "trainer.safetensors")
+                record["files"] = {path.name: size_and_hash(path) for path in sorted(temporary.iterdir())}
+            (temporary / TRAINER).write_text(json.dumps(record, indent=2))
+    except OSError as error:
+        size, free = sum(t.nbytes for t in (weights | (tensors or {})).values()), shutil.disk_usage(folder.parent).free
+        raise OSError(f"{folder} cannot be written ({error}): it needs {size / 2 ** 20:,.1f} MiB, "
+                      f"{free / 2 ** 20:,.1f} MiB are free{hint}") from None
 
 class AsyncSaver:
     """Writes checkpoints in a thread, one at a time, and deletes all but the last keep_checkpoints."""
@@ -191,36 +161,34 @@ class AsyncSaver:
 
     def save(self, step, optimizers, scaler):
         """All processes call it, to put together what is sharded; the main one writes."""
-        # copies, which the thread can write while training changes the originals
+        # copies, which the thread writes while training continues; moments by name: indices depend on what else trains
         self.wait()
-        weights, tensors = model_state(self.stage.model), optimizer_state(optimizers, self.stage.model)
+        names = {p: name for name, p in self.stage.model.named_parameters()}
+        weights = model_state(self.stage.model)
+        tensors = {f"optimizer.{names[p]}.{key}": full_tensor(t).cpu().clone() for optimizer in optimizers
+                   for p, state in optimizer.state.items() for key, t in state.items()}
         for rank, state in enumerate(self.dist.all_gather_object(rng_state(self.stage))):
+            # every process draws its own dropout
             tensors |= {f"random.{rank}.{name}": t for name, t in state.items()}
         if self.dist.is_main:
-            info = {"step": step, "done": False, "options": asdict(self.cfg), "scaler": scaler.state_dict()}
-            self.thread = threading.Thread(target=self.write, args=(step, weights, tensors, info))
+            record = {"step": step, "done": False, "options": asdict(self.cfg), "scaler": scaler.state_dict()}
+            self.thread = threading.Thread(target=self.write, args=(step, weights, record, tensors))
             self.thread.start()
 
-    def write(self, step, weights, tensors, info):
-        target, self.error = self.stage.unfinished / f"{step:06d}", None
+    def write(self, step, weights, record, tensors):
+        self.error = None
         try:
-            with atomic_folder(target) as folder:
-                self.stage.write(folder, weights)
-                save_tensors(tensors, folder / "trainer.safetensors")
-                # trainer.json comes last, for it has the hashes of all other files
-                files = {path.name: size_and_hash(path) for path in sorted(folder.iterdir())}
-                (folder / TRAINER).write_text(json.dumps(info | {"files": files}, indent=2))
-            for _, old in sorted(saved_steps(target.parent).items())[:-self.cfg.keep_checkpoints]:
+            write_checkpoint(self.stage, self.stage.unfinished / f"{step:06d}", weights, record, tensors)
+            for old in list(saved_steps(self.stage.unfinished).values())[:-self.cfg.keep_checkpoints]:
                 shutil.rmtree(old, ignore_errors=True)
         except Exception as error:                             # most likely a full disk: no reason to stop training
-            self.error = f"{target} cannot be written ({error}): {disk_message(target.parent, tensors | weights)}"
-            print(f"{self.error}; the checkpoints before it are intact, and training continues", flush=True)
+            self.error = str(error)                            # close raises it
+            print(f"{error}; the checkpoints before it are intact, and training continues", flush=True)
 
     def wait(self):
         """Until the last checkpoint is written."""
         if self.thread:
             self.thread.join()
-            self.thread = None
 
     def close(self):
         """wait, and OSError if the last checkpoint could not be written."""
@@ -228,22 +196,14 @@ class AsyncSaver:
         if self.error:
             raise OSError(self.error)
 
-def disk_message(folder, tensors):
-    size, free = sum(t.nbytes for t in tensors.values()), shutil.disk_usage(folder.parent).free
-    return f"it needs {size / 2 ** 20:,.1f} MiB, {free / 2 ** 20:,.1f} MiB are free"
-
 def finish(stage, cfg, dist):
     """Writes the finished checkpoint and removes the unfinished run. OSError on a full disk."""
     weights = model_state(stage.model)                         # all processes: it puts together what is sharded
     if dist.is_main:
-        for _, old in sorted(saved_steps(stage.unfinished).items())[:-1]:
-            shutil.rmtree(old)                                 # makes room; writing may still need the last one
-        try:
-            with atomic_folder(stage.folder) as folder:
-                stage.write(folder, weights)
-                (folder / TRAINER).write_text(json.dumps({"done": True, "options": asdict(cfg)}, indent=2))
-        except OSError as error:
-            raise OSError(f"{stage.folder} cannot be written ({error}): {disk_message(stage.folder, weights)}; make "
-                          "room, and the same command resumes from the last checkpoint") from None
+        # first makes room; if there still is too little, the run can resume from the last one
+        for old in list(saved_steps(stage.unfinished).values())[:-1]:
+            shutil.rmtree(old)
+        write_checkpoint(stage, stage.folder, weights, {"done": True, "options": asdict(cfg)},
+                         hint="; make room, and the same command resumes from the last checkpoint")
         shutil.rmtree(stage.unfinished, ignore_errors=True)
     dist.barrier()                                             # nobody starts the next stage before it is written
