@@ -8,12 +8,12 @@
 A medium that cannot be read never makes a wrong pair: its whole sample is replaced and reported. What a sample is
 depends on (seed, epoch, index) alone, not on workers or resumes. Shape letters: model.py; size: pixels of a side.
 Not here: annotation files (training/annotations.py) and their check (training/check_data.py), how a file becomes
-frames (video.py), how a conversation becomes ids (prompt.py). Source: the official pt_dataset.py and it_dataset.py.
+frames (video.py), how a conversation becomes ids (prompt.py).
 
-    pytest tests/test_data.py
+Source: the official pt_dataset.py and it_dataset.py.
+Run:    python -m pytest tests/test_data.py
 """
 import random
-import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,10 +24,10 @@ from prompt import CAPTION_INSTRUCTIONS, add_packing, caption_prompt, conversati
 from training.annotations import load_annotations
 from video import SAMPLING, MediaError, SampleError, read_media, train_frame_selector
 
-# ---- samples ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------------------- samples
 
 class VideoTextDataset(torch.utils.data.Dataset):
-    """Samples of a corpus (a list of annotations.Source): captions or conversations. Frames: sampling, see video.py.
+    """Samples of a corpus (a list of annotations.Source): captions or conversations.
 
         dataset[7] -> {"video": (T, 3, size, size) float, "seconds": [0.3, 0.9, ..],     # when its frames are
                        "text": "A red kite."      or "qas": [{"q": "What moves?", "a": "A red kite."}, ..], shuffled
@@ -35,64 +35,62 @@ class VideoTextDataset(torch.utils.data.Dataset):
                        "prompt_choice": 0.42,     # a random number; the collate picks an instruction by it
                        "bad": ["clips/dog.mp4: no such file"]}                   # unreadable media that it replaces
 
-    With `features` set (a feature_cache.Features), "features" (T, L, C) replace "video". More than max_bad unreadable
-    media in a row raise MediaError.
+    sampling: which frames of a clip (video.train_frame_indices). If self.features is set (feature_cache.Features),
+    "features" (T, L, C) replace "video". More than max_bad unreadable media in a row raise MediaError.
     """
-
     def __init__(self, sources, num_frames, transform, sampling="rand", seed=0, max_bad=10):
         if sampling not in SAMPLING:
             raise ValueError(f"frame_sampling {sampling!r}: expected one of {', '.join(SAMPLING)}")
         self.sources, self.num_frames, self.transform, self.sampling = sources, num_frames, transform, sampling
         self.seed, self.epoch, self.max_bad, self.features = seed, 0, max_bad, None
         self.entries = [load_annotations(source) for source in sources]
-        self.starts = np.cumsum([0, *map(len, self.entries)]).tolist()  # source s: starts[s] .. starts[s + 1]
+        ends = np.cumsum([0, *map(len, self.entries)]).tolist()
+        self.spans = list(map(range, ends[:-1], ends[1:]))              # the indices of each source's entries
 
         # a batch of captions and one of conversations have different keys, and so different losses
         if sum(entries.header["qa"] for entries in self.entries) not in (0, len(self)):
             raise ValueError(f"{sources[0].anno} ...: captions and instructions in one corpus; train on one kind")
 
     def __len__(self):
-        return self.starts[-1]
+        return self.spans[-1].stop
 
     def set_epoch(self, epoch):
         self.epoch = epoch
 
     def groups(self):
         """(medium, weight, range of indices) of each source, for the Sampler."""
-        spans = map(range, self.starts[:-1], self.starts[1:])
-        return [(source.media, source.weight, span) for source, span in zip(self.sources, spans, strict=True)]
+        return [(source.media, source.weight, span) for source, span in zip(self.sources, self.spans, strict=True)]
 
     def lengths(self, indices):
         """Characters of these samples' texts, (n,), for the Sampler. It reads the index, not the entries."""
         lengths = np.empty(len(indices), np.int32)                                       # (n,)
-        for entries, start in zip(self.entries, self.starts, strict=False):              # starts has one more
-            inside = (indices >= start) & (indices < start + len(entries))
-            lengths[inside] = entries.chars[indices[inside] - start]
+        for entries, span in zip(self.entries, self.spans, strict=True):
+            inside = (indices >= span.start) & (indices < span.stop)
+            lengths[inside] = entries.chars[indices[inside] - span.start]
         return lengths
 
     def entry(self, index):
         """-> source, entry."""
-        s = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return self.sources[s], self.entries[s][index - self.starts[s]]
+        for source, entries, span in zip(self.sources, self.entries, self.spans, strict=True):
+            if index in span:
+                return source, entries[index - span.start]
 
     def path(self, index):
-        """Path of a sample's medium."""
         source, entry = self.entry(index)
         return source.path(entry)
 
     def __getitem__(self, index):
-        # the whole sample is replaced, text and all, by the next one of the same source (and so of the same medium):
-        # a batch keeps its size, and no video meets the text of another
+        # an unreadable sample is replaced, text and all, by the next one of its source, which has the same medium: a
+        # batch keeps its size, and no video meets the text of another
         bad = []
-        while True:
+        while len(bad) <= self.max_bad:
             try:
                 return self.sample(index) | {"bad": bad}
             except MediaError as error:
                 bad.append(str(error))
-                if len(bad) > self.max_bad:
-                    raise MediaError(f"{error}; {len(bad)} unreadable media in a row") from None
-                span = next(span for *_, span in self.groups() if index in span)
+                span = next(span for span in self.spans if index in span)
                 index = span[(index - span.start + 1) % len(span)]
+        raise MediaError(f"{bad[-1]}; {len(bad)} unreadable media in a row")
 
     def sample(self, index):
         """The sample without "bad". Raises MediaError."""
@@ -104,7 +102,12 @@ class VideoTextDataset(torch.utils.data.Dataset):
         # frames, or what the frozen ViT has made of them
         if source.media != "text":
             sample["path"] = path = source.path(entry)
-            sample |= self.features[path] if self.features else self.load_video(source, entry, rng)
+            if self.features:
+                sample |= self.features[path]
+            else:
+                select = train_frame_selector(self.num_frames, self.sampling, rng, entry.get("start"), entry.get("end"))
+                frames, sample["seconds"] = read_media(path, select, as_image=source.media == "image")
+                sample["video"] = self.transform(frames, rng)                            # (T, 3, size, size)
 
         # one of several captions; the questions in another order each epoch, so that each comes first at times
         if "QA" in entry:
@@ -114,13 +117,7 @@ class VideoTextDataset(torch.utils.data.Dataset):
             sample["text"] = (captions if isinstance(captions, str) else rng.choice(captions)).strip()
         return sample
 
-    def load_video(self, source, entry, rng):
-        """-> {"video": (T, 3, size, size), "seconds": of its frames}; T is 1 for an image."""
-        select = train_frame_selector(self.num_frames, self.sampling, rng, entry.get("start"), entry.get("end"))
-        frames, seconds = read_media(source.path(entry), select, as_image=source.media == "image")
-        return {"video": self.transform(frames, rng), "seconds": seconds}
-
-# ---- order -----------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------- order
 
 class Sampler:
     """Batches of indices in an order given by (seed, epoch). A batch has one medium; a rest that fills none is dropped.
@@ -132,7 +129,6 @@ class Sampler:
     dataset: anything with a length; groups() and lengths() are used if it has them. A source of weight 2.5 is in an
     epoch twice, and a random half of it once more. To resume: skip_to(step).
     """
-
     def __init__(self, dataset, batch_size, seed=0, rank=0, world_size=1, grad_accum=1):
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.rank, self.world_size, self.micro_batches = rank, world_size, grad_accum
@@ -144,8 +140,8 @@ class Sampler:
         groups = dataset.groups() if hasattr(dataset, "groups") else [("", 1.0, range(len(dataset)))]
         self.media = {}
         for medium, weight, span in groups:
-            if round(weight * len(span)):
-                self.media.setdefault(medium, []).append((span, round(weight * len(span))))
+            if take := round(weight * len(span)):
+                self.media.setdefault(medium, []).append((span, take))
         if len(self) == 0:
             raise ValueError(f"{len(dataset)} samples do not fill a batch of {batch_size}")
         self.skip_to(0)
@@ -155,7 +151,7 @@ class Sampler:
         return sum(sum(take for _, take in spans) // self.batch_size for spans in self.media.values())
 
     def skip_to(self, step):
-        """Resumes after `step` steps of training, in the middle of an epoch or not."""
+        """Continues after `step` steps of training, at an epoch's beginning or within it."""
         self.epoch, self.position = divmod(step, len(self))
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(self.epoch)
@@ -163,32 +159,29 @@ class Sampler:
     def next_epoch(self):
         self.skip_to((self.epoch + 1) * len(self))
 
-    def bucket_by_length(self, indices, window=16, step=200):
-        """Sorts each `window` batches by text length, in classes of `step` characters.
-
-        So all processes have equally much to do, and less of what the Q-Former reads is padding.
+    def bucket_by_length(self, indices):
+        """Sorts every 16 batches by text length, in classes of 200 characters. So all processes have equally much to
+        do, and less of what the Q-Former reads is padding.
         """
         if hasattr(self.dataset, "lengths"):
-            classes = self.dataset.lengths(indices) // step
-            for start in range(0, len(indices), window * self.batch_size):
-                part = slice(start, start + window * self.batch_size)
+            classes = self.dataset.lengths(indices) // 200
+            for start in range(0, len(indices), 16 * self.batch_size):
+                part = slice(start, start + 16 * self.batch_size)
                 indices[part] = indices[part][np.argsort(classes[part], kind="stable")]  # stable: still random
         return indices
 
     def __iter__(self):
         """The epoch's micro-batches of this rank, from `position` (in steps) on."""
-        rng = np.random.default_rng((self.seed, self.epoch))
-        batches = []
+        rng, batches = np.random.default_rng((self.seed, self.epoch)), []
         for spans in self.media.values():
             # each source as often as its weight says: whole permutations, the last one cut
             drawn = [np.concatenate([rng.permutation(span) for _ in range(-(-take // len(span)))])[:take]
-                     for span, take in spans if take]
+                     for span, take in spans]
 
             # mixed with the other sources of its medium, then cut into batches
             indices = rng.permutation(np.concatenate(drawn))
-            n_batches = len(indices) // self.batch_size
-            indices = self.bucket_by_length(indices[:n_batches * self.batch_size])
-            batches += list(indices.reshape(n_batches, self.batch_size))
+            indices = self.bucket_by_length(indices[:len(indices) // self.batch_size * self.batch_size])
+            batches += list(indices.reshape(-1, self.batch_size))
 
         # batches of all media and lengths in random order
         for b in rng.permutation(len(batches))[self.position:]:
@@ -203,13 +196,14 @@ def make_loader(dataset, sampler, collate, workers=0):
                                        pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None,
                                        generator=torch.Generator().manual_seed(0), worker_init_fn=ignore_signals)
 
-# ---- batches ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------------------- batches
 
 def collate_media(samples):
     """What every batch has: video (B, T, 3, size, size) or features (B, T, L, C), None where samples have none;
-    idx (B,), clips (number of different ones), medium, paths, bad."""
-    batch = {"idx": torch.tensor([s["idx"] for s in samples]), "medium": samples[0]["medium"],
-             "clips": len({s["idx"] for s in samples}),
+    idx (B,), clips (number of different ones), medium, paths, bad.
+    """
+    idx = [s["idx"] for s in samples]
+    batch = {"idx": torch.tensor(idx), "clips": len(set(idx)), "medium": samples[0]["medium"],
              "paths": [s["path"] for s in samples], "bad": [line for s in samples for line in s["bad"]]}
     for key in ("video", "features"):
         batch[key] = torch.stack([s[key] for s in samples]) if key in samples[0] else None   # (B, T, ...)
@@ -238,17 +232,17 @@ class Stage2Collate:
         # one of ten instructions for each caption, as the official stage 2 draws them
         prompts = []
         for s in samples:
-            instructions = CAPTION_INSTRUCTIONS[s["medium"]]
-            instruction = instructions[int(s["prompt_choice"] * len(instructions))]
-            prompts.append(caption_prompt(self.llm_tok, s["text"], self.n_video, instruction, s["medium"],
-                                          self.max_text))
+            medium, choices = s["medium"], CAPTION_INSTRUCTIONS[s["medium"]]
+            instruction = choices[int(s["prompt_choice"] * len(choices))]
+            prompts.append(caption_prompt(self.llm_tok, s["text"], self.n_video, instruction, medium, self.max_text))
         ids, labels, mask = pad_batch(prompts, self.llm_tok.eos_id)                      # (B, S) each
         return collate_media(samples) | add_packing({"ids": ids, "labels": labels, "mask": mask})
 
 @dataclass
 class Stage3Collate:
     """Stage 3: conversations. Adds ids, labels, mask (B, S) for the LLM, and the first turn's instruction for the
-    Q-Former: instruction_ids, instruction_mask (B, S)."""
+    Q-Former: instruction_ids, instruction_mask (B, S).
+    """
     llm_tok: object
     qformer_tok: object
     n_video: int
@@ -287,8 +281,3 @@ def seconds_message(seconds):
     """[0.31, 0.9] -> "The video contains 2 frames sampled at 0.3, 0.9 seconds.": part of the conversation."""
     times = ", ".join(str(round(s, 1)) for s in seconds)
     return f"The video contains {len(seconds)} frames sampled at {times} seconds."
-
-if __name__ == "__main__":
-    # "check" was a command of this file
-    print("data.py: run python -m training.check_data", *sys.argv[2:], file=sys.stderr)
-    sys.exit(2)

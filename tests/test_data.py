@@ -249,12 +249,6 @@ def test_check_lists_every_fault(world, capsys):
     assert check_data.main([str(world / "corpus.json"), "--decode"]) == 1
     assert "3.gif: cannot be decoded as a GIF" in capsys.readouterr().out
 
-def test_the_old_command_names_the_new_one(world):
-    command = [sys.executable, data.__file__, "check", "corpus.json", "--decode"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "data.py: run python -m training.check_data corpus.json --decode\n"
-
 def test_a_loader_that_is_left_open_does_not_keep_the_process(tmp_path):
     """Its workers heed a SIGTERM from it, by which multiprocessing ends them, and from nobody else."""
     program = ("import data, torch\n"
