@@ -7,8 +7,7 @@
 
 A medium that cannot be read never makes a wrong pair: its whole sample is replaced and reported. What a sample is
 depends on (seed, epoch, index) alone, not on workers or resumes. Shape letters: model.py; size: pixels of a side.
-Not here: annotation files (training/annotations.py) and their check (training/check_data.py), how a file becomes
-frames (video.py), how a conversation becomes ids (prompt.py).
+Not here: annotation files and their check (training/), files to frames (video.py), conversations to ids (prompt.py).
 
 Source: the official pt_dataset.py and it_dataset.py.
 Run:    python -m pytest tests/test_data.py
@@ -159,17 +158,6 @@ class Sampler:
     def next_epoch(self):
         self.skip_to((self.epoch + 1) * len(self))
 
-    def bucket_by_length(self, indices):
-        """Sorts every 16 batches by text length, in classes of 200 characters. So all processes have equally much to
-        do, and less of what the Q-Former reads is padding.
-        """
-        if hasattr(self.dataset, "lengths"):
-            classes = self.dataset.lengths(indices) // 200
-            for start in range(0, len(indices), 16 * self.batch_size):
-                part = slice(start, start + 16 * self.batch_size)
-                indices[part] = indices[part][np.argsort(classes[part], kind="stable")]  # stable: still random
-        return indices
-
     def __iter__(self):
         """The epoch's micro-batches of this rank, from `position` (in steps) on."""
         rng, batches = np.random.default_rng((self.seed, self.epoch)), []
@@ -178,9 +166,15 @@ class Sampler:
             drawn = [np.concatenate([rng.permutation(span) for _ in range(-(-take // len(span)))])[:take]
                      for span, take in spans]
 
-            # mixed with the other sources of its medium, then cut into batches
+            # mixed with the other sources of its medium; what fills no batch is dropped
             indices = rng.permutation(np.concatenate(drawn))
-            indices = self.bucket_by_length(indices[:len(indices) // self.batch_size * self.batch_size])
+            indices = indices[:len(indices) // self.batch_size * self.batch_size]
+
+            # every 16 batches are sorted by text length, in classes of 200 characters: so all processes have equally
+            # much to do, and less of what the Q-Former reads is padding. The sort is stable: a class stays shuffled
+            if hasattr(self.dataset, "lengths"):
+                windows = np.arange(len(indices)) // (16 * self.batch_size)
+                indices = indices[np.lexsort((self.dataset.lengths(indices) // 200, windows))]
             batches += list(indices.reshape(-1, self.batch_size))
 
         # batches of all media and lengths in random order
