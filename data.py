@@ -3,7 +3,7 @@
     entry    {"video": "kite.mp4", "caption": "A red kite."}                              training/annotations.py
     sample   {"video": (T, 3, size, size), "text": "A red kite.", "medium": "video", ...}    VideoTextDataset
     indices  [7, 2, 31, 4], one medium per batch                                             Sampler
-    batch    {"video": (B, T, 3, size, size), "ids": (B, S), "mask": (B, S), ...}            Stage1-, 2-, 3Collate
+    batch    {"video": (B, T, 3, size, size), "ids": (B, S), "mask": (B, S), ...}            collate_stage1, 2, 3
 
 A medium that cannot be read never makes a wrong pair: its whole sample is replaced and reported. What a sample is
 depends on (seed, epoch, index) alone, not on workers or resumes. Shape letters: model.py; size: pixels of a side.
@@ -13,7 +13,6 @@ Source: the official pt_dataset.py and it_dataset.py.
 Run:    python -m pytest tests/test_data.py
 """
 import random
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ class VideoTextDataset(torch.utils.data.Dataset):
         dataset[7] -> {"video": (T, 3, size, size) float, "seconds": [0.3, 0.9, ..],     # when its frames are
                        "text": "A red kite."      or "qas": [{"q": "What moves?", "a": "A red kite."}, ..], shuffled
                        "medium": "video", "path": "clips/kite.mp4", "idx": 7,    # the same clip has the same idx
-                       "prompt_choice": 0.42,     # a random number; the collate picks an instruction by it
+                       "prompt_choice": 0.42,     # a random number; collate_stage2 picks a prompt by it
                        "bad": ["clips/dog.mp4: no such file"]}                   # unreadable media that it replaces
 
     sampling: which frames of a clip (video.train_frame_indices). If self.features is set (feature_cache.Features),
@@ -203,75 +202,53 @@ def collate_media(samples):
         batch[key] = torch.stack([s[key] for s in samples]) if key in samples[0] else None   # (B, T, ...)
     return batch
 
-@dataclass
-class Stage1Collate:
-    """Stage 1: the Q-Former reads and writes the caption. Adds ids (B, S), mask (B, S)."""
-    qformer_tok: object                # tokenizer.WordPiece
-    max_length: int = 32               # ids of a caption
-    sep: bool = False                  # QUIRK of tokenizer.WordPiece.encode: no [SEP]
+def collate_stage1(samples, cfg, qformer_tok, llm_tok=None):
+    """Stage 1: the Q-Former reads and writes the caption. Adds ids (B, S), mask (B, S). cfg: model.Config."""
+    rows = [qformer_tok.encode(s["text"], cfg.align_text, sep=cfg.caption_sep) for s in samples]
+    ids, mask = pad_ids(rows, qformer_tok.pad_id)                                        # (B, S) each
+    return collate_media(samples) | {"ids": ids, "mask": mask}
 
-    def __call__(self, samples):
-        rows = [self.qformer_tok.encode(s["text"], self.max_length, sep=self.sep) for s in samples]
-        ids, mask = pad_ids(rows, self.qformer_tok.pad_id)                               # (B, S) each
-        return collate_media(samples) | {"ids": ids, "mask": mask}
+def collate_stage2(samples, cfg, qformer_tok, llm_tok):
+    """Stage 2: the LLM answers with the caption. Adds ids, labels, mask (B, S), with a VIDEO id for each query."""
+    # one of ten instructions for each caption, as the official stage 2 draws them
+    prompts = []
+    for s in samples:
+        choices = CAPTION_INSTRUCTIONS[s["medium"]]
+        instruction = choices[int(s["prompt_choice"] * len(choices))]
+        prompts.append(caption_prompt(llm_tok, s["text"], cfg.n_query + cfg.n_extra, instruction, s["medium"],
+                                      cfg.max_text))
+    ids, labels, mask = pad_batch(prompts, llm_tok.eos_id)                               # (B, S) each
+    return collate_media(samples) | add_packing({"ids": ids, "labels": labels, "mask": mask})
 
-@dataclass
-class Stage2Collate:
-    """Stage 2: the LLM answers with the caption. Adds ids, labels, mask (B, S), with n_video VIDEO ids in each row."""
-    llm_tok: object                    # tokenizer.SentencePiece
-    n_video: int                       # video tokens of a clip: the Q-Former's queries
-    max_text: int = 512                # ids of a caption
-
-    def __call__(self, samples):
-        # one of ten instructions for each caption, as the official stage 2 draws them
-        prompts = []
-        for s in samples:
-            medium, choices = s["medium"], CAPTION_INSTRUCTIONS[s["medium"]]
-            instruction = choices[int(s["prompt_choice"] * len(choices))]
-            prompts.append(caption_prompt(self.llm_tok, s["text"], self.n_video, instruction, medium, self.max_text))
-        ids, labels, mask = pad_batch(prompts, self.llm_tok.eos_id)                      # (B, S) each
-        return collate_media(samples) | add_packing({"ids": ids, "labels": labels, "mask": mask})
-
-@dataclass
-class Stage3Collate:
+def collate_stage3(samples, cfg, qformer_tok, llm_tok):
     """Stage 3: conversations. Adds ids, labels, mask (B, S) for the LLM, and the first turn's instruction for the
     Q-Former: instruction_ids, instruction_mask (B, S).
     """
-    llm_tok: object
-    qformer_tok: object
-    n_video: int
-    max_text: int = 512                # ids of a conversation, the video's not counted
-    prompt_style: str = "vicuna"       # or "mistral": prompt.conversation_prompt
-    question_in_qformer: bool = False  # QUIRK of model.Config
-    add_timestamps: bool = True        # tell the LLM at which seconds a video's frames were taken
-    train_separators: bool = False     # QUIRK of prompt.vicuna_turns
-    max_instruction: int = 512         # ids of the Q-Former's text; a longer one loses its beginning
+    # conversations for the LLM; an instruction that leaves no room for the video is an error that names its clip
+    prompts = []
+    for s in samples:
+        message = seconds_message(s["seconds"]) if cfg.add_timestamps and s["medium"] == "video" else ""
+        try:
+            prompts.append(conversation_prompt(llm_tok, s["qas"], cfg.n_query + cfg.n_extra, message, s["medium"],
+                                               cfg.prompt_style, cfg.max_text, cfg.train_separators))
+        except ValueError as error:
+            raise SampleError(f"{s['path']}: {error}") from None
+    ids, labels, mask = pad_batch(prompts, llm_tok.eos_id)                               # (B, S) each
 
-    def __call__(self, samples):
-        # conversations for the LLM; an instruction that leaves no room for the video is an error that names its clip
-        prompts = []
-        for s in samples:
-            message = seconds_message(s["seconds"]) if self.add_timestamps and s["medium"] == "video" else ""
-            try:
-                prompts.append(conversation_prompt(self.llm_tok, s["qas"], self.n_video, message, s["medium"],
-                                                   self.prompt_style, self.max_text, self.train_separators))
-            except ValueError as error:
-                raise SampleError(f"{s['path']}: {error}") from None
-        ids, labels, mask = pad_batch(prompts, self.llm_tok.eos_id)                      # (B, S) each
-
-        # the Q-Former reads the instruction too, so that its queries look for what is asked
-        rows = [self.qformer_tok.encode(self.instruction(s["qas"][0]), self.max_instruction, sep=True, truncate="left")
-                for s in samples]
-        instruction_ids, instruction_mask = pad_ids(rows, self.qformer_tok.pad_id)
-        batch = collate_media(samples) | add_packing({"ids": ids, "labels": labels, "mask": mask})
-        return batch | {"instruction_ids": instruction_ids, "instruction_mask": instruction_mask}
-
-    def instruction(self, qa):
-        """The instruction of a turn, with its question if question_in_qformer; never the question alone."""
-        text = qa.get("i") or ""
-        return f"{text} {qa.get('q') or ''}".strip() if text and self.question_in_qformer else text
+    # the Q-Former reads the instruction too, so that its queries look for what is asked; a long one loses its beginning
+    limit = min(cfg.max_text, cfg.qformer.max_positions)
+    rows = [qformer_tok.encode(qformer_text(s["qas"][0], cfg.question_in_qformer), limit, sep=True, truncate="left")
+            for s in samples]
+    instruction_ids, instruction_mask = pad_ids(rows, qformer_tok.pad_id)                # (B, S) each
+    batch = collate_media(samples) | add_packing({"ids": ids, "labels": labels, "mask": mask})
+    return batch | {"instruction_ids": instruction_ids, "instruction_mask": instruction_mask}
 
 def seconds_message(seconds):
     """[0.31, 0.9] -> "The video contains 2 frames sampled at 0.3, 0.9 seconds.": part of the conversation."""
     times = ", ".join(str(round(s, 1)) for s in seconds)
     return f"The video contains {len(seconds)} frames sampled at {times} seconds."
+
+def qformer_text(qa, with_question):
+    """The instruction of a turn, with its question if with_question; never the question alone."""
+    text = qa.get("i") or ""
+    return f"{text} {qa.get('q') or ''}".strip() if text and with_question else text

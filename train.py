@@ -196,17 +196,11 @@ def build_stage(cfg, dist):
 
     # the text of a batch is for the Q-Former in stage 1, for the LLM in stage 2, for both in stage 3
     model, llm_tok, llm = build_model(cfg, config, start, saved["llm"])    # stage 1 has no llm_tok
-    qformer_tok, n_video = WordPiece.load(start / "vocab.txt"), config.n_query + config.n_extra
-    generator = torch.Generator().manual_seed(cfg.seed)                    # draws the hard negatives of matching
-    if cfg.stage == 1:
-        collate = data.Stage1Collate(qformer_tok, config.align_text, config.caption_sep)
-    elif cfg.stage == 2:
-        collate = data.Stage2Collate(llm_tok, n_video, config.max_text)
-    else:
-        collate = data.Stage3Collate(
-            llm_tok, qformer_tok, n_video, config.max_text, config.prompt_style, config.question_in_qformer,
-            config.add_timestamps, config.train_separators, min(config.max_text, config.qformer.max_positions))
+    qformer_tok = WordPiece.load(start / "vocab.txt")
+    collate = (data.collate_stage1, data.collate_stage2, data.collate_stage3)[cfg.stage - 1]
+    collate = partial(collate, cfg=config, qformer_tok=qformer_tok, llm_tok=llm_tok)
 
+    generator = torch.Generator().manual_seed(cfg.seed)                    # draws the hard negatives of matching
     def loss(batch, progress):
         if cfg.stage > 1:
             return {"lm": model.lm_loss(batch)}                            # mean over the target tokens
