@@ -3,15 +3,11 @@
 A BERT with two kinds of rows. Query rows are learned vectors: they read the video by cross-attention in every second
 layer and have a feed-forward network of their own. Text rows are word pieces. Both meet in self-attention.
 
-                  queries (B, Q, E)         text (B, S)
-                        |                       |
-      x depth    [ self-attention over queries and text together ]
-                        |                       |
-                  cross-attention <- video      |        every second layer
-                        |                       |
-                  feed-forward             feed-forward
-                        v                       v
-                  hidden (B, Q + S, E)
+                 queries (B, Q, E)         text (B, S)
+                 self-attention over queries and text together
+        x depth  cross-attention <- video       |                 in every second layer
+                 feed-forward              feed-forward
+                 hidden (B, Q + S, E)
 
     VTC contrast   queries and text encoded separately: are they similar, as vectors?
     VTM matching   queries and text in one pass:        do they belong together?
@@ -52,8 +48,7 @@ class QFormerConfig:
         if self.width % self.heads:
             raise ValueError(f"Q-Former width {self.width} is not a multiple of its {self.heads} heads")
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the parts: BERT's, post-norm, under BERT's names
+# --------------------------------------------------------------------- the parts: BERT's, post-norm, under BERT's names
 
 def drop_path(x, p, training):
     """Stochastic depth: zero the whole branch x (B, ..., E) of a sample with probability p, scale the others up."""
@@ -149,8 +144,7 @@ class Embeddings(nn.Module):
             if S > limit:
                 raise ValueError(f"{S} word pieces, but the Q-Former takes at most {limit}: shorten the text")
             # subtle: text counts from 0 even after queries, which have no positions
-            position = torch.arange(S, device=ids.device)                       # (S,)
-            rows.append(self.word_embeddings(ids) + self.position_embeddings(position))
+            rows.append(self.word_embeddings(ids) + self.position_embeddings.weight[:S])    # (B, S, E)
         return self.dropout(self.LayerNorm(torch.cat(rows, dim=1)))             # (B, Q + S, E)
 
 class PredictionHead(nn.Module):
@@ -165,8 +159,7 @@ class PredictionHead(nn.Module):
         hidden = self.transform["LayerNorm"](F.gelu(self.transform["dense"](hidden)))
         return F.linear(hidden, word_embeddings, self.bias)                     # (B, S, V)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the Q-Former
+# --------------------------------------------------------------------------------------------------------- the Q-Former
 
 class QFormer(nn.Module):
     def __init__(self, cfg):
@@ -231,8 +224,7 @@ class QFormer(nn.Module):
             all_kv.append(kv)
         return hidden, *zip(*all_kv, strict=True)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# stage 1: the losses
+# -------------------------------------------------------------------------------------------------- stage 1: the losses
 
 def similarity(video_feats, text_feats):
     """video_feats (Nv, Q, e), text_feats (Nt, e), unit length -> (Nv, Nt): cosine, averaged over the queries."""
@@ -273,8 +265,8 @@ def vtg_loss(logits, ids, mask, label_smoothing):
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), target.flatten(), label_smoothing=label_smoothing)
 
 class Stage1Heads(nn.Module):
-    """The heads of stage 1, dropped afterwards. Q-Former and query tokens (1, Q, E) are arguments of its methods: if it
-    stored them, their weights would be registered twice.
+    """The heads of stage 1, dropped afterwards. Q-Former and query tokens (1, Q, E) are arguments: if they were
+    attributes, their weights would be registered twice.
     """
     def __init__(self, cfg):
         super().__init__()

@@ -26,7 +26,7 @@ LITERALS = re.compile("(<s>|</s>|<unk>)")                  # special tokens when
 CJK = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # unified ideographs, extensions A-E, compatibility
                  "\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]")
 
-# ---- WordPiece -------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------ WordPiece
 
 class WordPiece:
     """The Q-Former's tokenizer. `vocab` lists the pieces in the order of their ids; "##" continues a word."""
@@ -116,7 +116,7 @@ def train_wordpiece(texts, path):
     vocab = dict.fromkeys([*SPECIALS, *by_count, *letters, *("##" + c for c in letters)])
     Path(path).write_text("\n".join(vocab) + "\n", encoding="utf-8")
 
-# ---- SentencePiece ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------------- SentencePiece
 
 class SentencePiece:
     """The LLM's tokenizer, from a tokenizer.model as LLaMA's. <s> and </s> are added only on request."""

@@ -1,14 +1,14 @@
 """The three training stages of VideoChat2, and the loop that trains each of them: python train.py --stage N
 
-    stage        what trains                             data          loss                                 paper's rate
-    1 align      Q-Former, queries                       captions      contrastive + matching + captioning  1e-4
-    2 connect    + ViT, projection, extra queries        captions      next token of the caption            1e-4
-    3 instruct   + the Q-Former's text half, LoRA        instructions  next token of the answers            2e-5
+    stage        what trains                               data          loss                        paper's rate
+    1 align      Q-Former, 32 queries, the losses' heads   captions      VTC + VTM + VTG             1e-4
+    2 connect    ViT, Q-Former, 96 queries, projection     captions      next token of the caption   1e-4
+    3 instruct   the same, and LoRA in the frozen LLM      instructions  next token of the answers   2e-5
 
 Each starts from the one before: OUT/init -> OUT/stage1 -> OUT/stage2 -> OUT/stage3. OUT/init is what the paper takes
 ready-made, ViT and BERT: `python -m weights.convert import` makes it of the official files, `python -m toy.pretrain`
-trains the toy's. The LLM stays frozen. Not here: the losses (qformer.py, model.py), batches (data.py), optimizers and
-what a stopped run resumes from (training/). Source: paper section 4, table 10; official tasks/train_{qformer,pt,it}.py.
+trains the toy's. Not here: the losses (qformer.py, model.py), batches (data.py), optimizers and resuming (training/).
+Source: paper section 4, table 10; official tasks/train_{qformer,pt,it}.py.
 
     python train.py --stage 1                              # the toy; resumes where it stopped
     torchrun --nproc_per_node 8 train.py --stage 1 --preset vicuna-7b --data ... --out ...
@@ -90,6 +90,7 @@ class TrainConfig:
 
     train_frames: int = option(None, "stages 2, 3: frames of a clip (stage 2: 4 in the paper, 8 in its code)", MODEL)
     max_text: int = option(None, "stages 2, 3: tokens of a prompt (stage 2: 32 in the paper, 512 in its code)", MODEL)
+    frame_sampling: str = option(None, "frames of a clip: rand, middle, official or mvbench (video.py)", MODEL)
     add_timestamps: bool = option(None, "stage 3: say when frames were taken", MODEL, aliases=("--tell-seconds",))
     flip: bool = option(None, "mirror half of the clips, as the official code does: left is then called right", MODEL)
     train_norm: str = option(None, "pixels: imagenet (official training) or clip (official evaluation)", MODEL)
@@ -100,14 +101,13 @@ class TrainConfig:
     repeat_image: bool = option(None, "stage 1: repeat an image for each temporal embedding", MODEL)
 
 MODEL_OPTIONS = [f.name for f in fields(TrainConfig) if f.metadata["group"] == MODEL]    # fields of model.Config too
+TOY = dict(batch=8, constant_until=0.5, beta2=0.99, cache_features=True, log_every=100)
 RECIPES = {  # preset -> stage -> what differs from TrainConfig's defaults
     "toy": {
         # 24,000, 24,000 and 43,200 clips; the first 92 % of stage 1 teach the queries to see, by captioning alone
-        1: dict(steps=3000, batch=8, lr=3e-4, muon_lr_scale=3.0, constant_until=0.5, beta2=0.99, vtg_only=0.92,
-                cache_features=True, log_every=100),
-        2: dict(steps=3000, batch=8, lr=3e-4, constant_until=0.5, beta2=0.99, cache_features=True, log_every=100),
-        3: dict(steps=5400, batch=8, lr=2e-4, lora_lr_scale=6.0, constant_until=0.5, beta2=0.99, cache_features=True,
-                log_every=100),
+        1: TOY | dict(steps=3000, lr=3e-4, muon_lr_scale=3.0, vtg_only=0.92),
+        2: TOY | dict(steps=3000, lr=3e-4),
+        3: TOY | dict(steps=5400, lr=2e-4, lora_lr_scale=6.0),
     },
     "micro": dict.fromkeys((1, 2, 3), dict(steps=4, batch=4, lr=1e-3, muon_lr_scale=1.0, lora_lr_scale=2.0, log_every=1,
                                            save_every=2, workers=0, cache_features=True)),
@@ -175,10 +175,11 @@ class Stage:
     def unfinished(self):
         return self.folder.with_name(f"{self.folder.name}.unfinished")     # what an interrupted run resumes from
 
-NEW = {1: ("query_tokens", "qformer.", "vision_temp_embed", "aligner.", "vision_layernorm."),   # start at random,
-       2: ("extra_query_tokens", "llama_proj."), 3: ()}                    # if the checkpoint before does not have them
-DROPPED = {1: ("norm.", "heads."),                                         # of the toy ViT's pretraining
-           2: ("aligner.", "vision_temp_embed", "qformer.cls."), 3: ()}    # of stage 1's losses
+# weights that a stage adds (at random, where the checkpoint before lacks them), and that it drops: the heads of the toy
+# ViT's pretraining, and of stage 1's losses
+NEW = {1: ("query_tokens", "qformer.", "vision_temp_embed", "aligner.", "vision_layernorm."),
+       2: ("extra_query_tokens", "llama_proj."), 3: ()}
+DROPPED = {1: ("norm.", "heads."), 2: ("aligner.", "vision_temp_embed", "qformer.cls."), 3: ()}
 
 def build_stage(cfg, dist):
     """Stage 1, 2 or 3: its model, filled from the stage before, its data and its loss."""

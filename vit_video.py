@@ -48,8 +48,7 @@ class ViTConfig:
     def grid(self):
         return self.img_size // self.patch_size     # patches along one side of a frame; L is its square
 
-# ----------------------------------------------------------------------------------------------------------------------
-# positions: fixed tables, not weights
+# --------------------------------------------------------------------------------- positions: fixed tables, not weights
 
 def sinusoid(n, width):
     """Positions 0..n-1 -> (n, width) float32: sin in the even columns, cos in the odd. Source: vit.py:163."""
@@ -85,8 +84,7 @@ def position_table(frames, grid, width, pos_table, T, device):
     table = F.interpolate(table, size=T, mode="linear", align_corners=False)    # (L, C, T)
     return table.permute(2, 0, 1).contiguous().to(device)                       # (T, L, C)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the network, parts before the whole
+# ---------------------------------------------------------------------------------- the network, parts before the whole
 
 class PatchEmbed(nn.Module):
     def __init__(self, cfg):
