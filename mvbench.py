@@ -5,16 +5,15 @@ generation, the first line of the answer. The rest of the file asks all question
 
 A score alone does not show that a model watches the video. --controls all asks the same model without video, with one
 frame, and with the frames in another order. OUT/report.html (default: CKPT/mvbench) shows the scores side by side, with
-intervals, four scorers, and how often each letter is chosen. Every answer is on disk at once (predictions*.jsonl), so
-the same command resumes after an interruption; when everything is answered, it only writes the report again.
+intervals, four scorers, and how often each letter is chosen. Every answer is written at once (predictions*.jsonl), so
+the same command resumes after an interruption.
 
     python mvbench.py --ckpt runs/toy/stage3 --controls all
     torchrun --nproc_per_node 8 mvbench.py --ckpt ...          # the same answers, from 8 processes
     python mvbench.py compare RUN_A RUN_B                      # which of two runs is better, and is it luck?
 
-Not here: batches on the GPU (evaluation/engine.py), questions and media (evaluation/tasks.py), what counts as right
-(evaluation/scorers.py), what a score is worth (evaluation/stats.py, report.py).
-Source: paper section 3 and table 2; official mvbench.ipynb, infer_mvbench.
+Not here: batches, questions, what counts as right, what a score is worth (evaluation/engine.py, tasks.py, scorers.py,
+stats.py). Source: paper section 3 and table 2; official mvbench.ipynb, infer_mvbench.
 """
 import argparse
 import os
@@ -69,9 +68,8 @@ def answer_one(model, qformer_tok, llm_tok, q, protocol):
 
 # --------------------------------------------------------------------------------------------------------- the options
 
-# the groups of --help
-QUESTION_GROUP, PROTOCOL_GROUP = "questions", "protocol (the defaults are the paper's)"
-CONTROL_GROUP, RUN_GROUP = "controls: the same model with less to go by", "run"
+QUESTIONS, PROTOCOL, RUN = "questions", "protocol (the defaults are the paper's)", "run"         # the groups of --help
+CONTROL = "controls: the same model with less to go by"
 
 def listed(table):
     return "; ".join(f"{name}: {what}" for name, what in table.items())
@@ -85,29 +83,29 @@ class EvalConfig:
     dtype: str = ""
     llm_int8: bool = False
 
-    benchmark: str = option("mvbench", "the benchmark whose questions are asked", QUESTION_GROUP, tuple(BENCHMARKS))
-    data: str = option("data/toy/mvbench", "the benchmark's folder, which holds json/ and video/", QUESTION_GROUP)
-    tvbench: str = option("", "TVBench's folder; short for --benchmark tvbench --data TVBENCH", QUESTION_GROUP)
-    only: str = option("", 'names of tasks, separated by commas: "Action Count,State Change"', QUESTION_GROUP)
-    limit: int = option(0, "ask only the first LIMIT questions of each task", QUESTION_GROUP)
-    strict_data: bool = option(False, "stop at a medium that is missing or cannot be read", QUESTION_GROUP)
+    benchmark: str = option("mvbench", "the benchmark whose questions are asked", QUESTIONS, tuple(BENCHMARKS))
+    data: str = option("data/toy/mvbench", "the benchmark's folder, which holds json/ and video/", QUESTIONS)
+    tvbench: str = option("", "TVBench's folder; short for --benchmark tvbench --data TVBENCH", QUESTIONS)
+    only: str = option("", 'names of tasks, separated by commas: "Action Count,State Change"', QUESTIONS)
+    limit: int = option(0, "ask only the first LIMIT questions of each task", QUESTIONS)
+    strict_data: bool = option(False, "stop at a medium that is missing or cannot be read", QUESTIONS)
 
-    frames: int = option(0, "frames of a clip (default: the preset's; paper: 16)", PROTOCOL_GROUP)
+    frames: int = option(0, "frames of a clip (default: the preset's; paper: 16)", PROTOCOL)
     norm: str = option("", "mean and deviation of pixels: clip, as in the official evaluation, or imagenet, as in "
-                       "training (default: the preset's)", PROTOCOL_GROUP, tuple(NORMS))
-    system: bool = option(True, "the system prompt (paper: 51.1 with it, 49.9 without)", PROTOCOL_GROUP)
-    answer_prompt: bool = option(True, 'end the prompt in "Best option:(" (paper: 50.1 without)', PROTOCOL_GROUP)
-    question_in_qformer: bool = option(False, "the Q-Former reads the question too (paper: 50.8)", PROTOCOL_GROUP)
-    decode: str = option("generate", listed(DECODES), PROTOCOL_GROUP, tuple(DECODES))
+                       "training (default: the preset's)", PROTOCOL, tuple(NORMS))
+    system: bool = option(True, "the system prompt (paper: 51.1 with it, 49.9 without)", PROTOCOL)
+    answer_prompt: bool = option(True, 'end the prompt in "Best option:(" (paper: 50.1 without)', PROTOCOL)
+    question_in_qformer: bool = option(False, "the Q-Former reads the question too (paper: 50.8)", PROTOCOL)
+    decode: str = option("generate", listed(DECODES), PROTOCOL, tuple(DECODES))
 
-    controls: str = option("", f"all, or names separated by commas; {listed(CONTROLS)}", CONTROL_GROUP)
+    controls: str = option("", f"all, or names separated by commas; {listed(CONTROLS)}", CONTROL)
     permute: bool = option(False, "ask each question in all cyclic orders of its options: are the answers consistent, "
-                           "and which letters are preferred?", CONTROL_GROUP)
+                           "and which letters are preferred?", CONTROL)
 
-    out: str = option("", "folder of the results (default: CKPT/mvbench)", RUN_GROUP)
-    restart: bool = option(False, "delete the answers of an earlier run and ask again", RUN_GROUP)
-    batch: int = option(32, "clips, and questions, that are computed together", RUN_GROUP)
-    workers: int = option(max(1, min(8, (os.cpu_count() or 1) // 2)), "processes that decode ahead", RUN_GROUP)
+    out: str = option("", "folder of the results (default: CKPT/mvbench)", RUN)
+    restart: bool = option(False, "delete the answers of an earlier run and ask again", RUN)
+    batch: int = option(32, "clips, and questions, that are computed together", RUN)
+    workers: int = option(max(1, min(8, (os.cpu_count() or 1) // 2)), "processes that decode ahead", RUN)
 
     @property
     def protocol(self):
@@ -136,11 +134,10 @@ def parse(argv=None):
         args.benchmark, args.data = "tvbench", args.tvbench
     args.out = args.out or str(Path(args.ckpt) / "mvbench")
     names = split_names(args.controls)
-    unknown = sorted(set(names) - {*CONTROLS, "all"})
     args.controls = ",".join(CONTROLS if "all" in names else names)
 
     # options that contradict each other, or have no meaning
-    if unknown:
+    if unknown := sorted(set(names) - {*CONTROLS, "all"}):
         p.error(f"--controls knows no {', '.join(unknown)}: choose among {', '.join(CONTROLS)}, or all")
     if args.decode == "letter" and not args.answer_prompt:
         p.error("--decode letter needs the answer prompt: the letter is the token after its bracket")
@@ -236,11 +233,10 @@ def prepare(args, dist):
         return questions, conditions
 
     # missing media are reported before anything is computed, and so are files that do not fit
-    missing = missing_media(questions, benchmark)
-    if missing:
+    if missing := missing_media(questions, benchmark):
         print(*missing, sep="\n", flush=True)
-    if missing and args.strict_data:
-        raise FileNotFoundError("media are missing (see above), and --strict-data stops at that")
+        if args.strict_data:
+            raise FileNotFoundError("media are missing (see above), and --strict-data stops at that")
     if not any(q["media"] for q in questions):
         raise FileNotFoundError(f"{args.data} holds none of the media that its questions are about")
     for condition in conditions:

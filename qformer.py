@@ -4,9 +4,9 @@ A BERT with two kinds of rows. Query rows are learned vectors: they read the vid
 layer and have a feed-forward network of their own. Text rows are word pieces. Both meet in self-attention.
 
                  queries (B, Q, E)         text (B, S)
-                 self-attention over queries and text together
-        x depth  cross-attention <- video       |                 in every second layer
-                 feed-forward              feed-forward
+               [ self-attention of queries and text together ]
+       x depth [ cross-attention <- video       |            ]     every second layer
+               [ feed-forward              feed-forward      ]
                  hidden (B, Q + S, E)
 
     VTC contrast   queries and text encoded separately: are they similar, as vectors?
