@@ -235,8 +235,7 @@ class Llama(nn.Module):
         if mask is None:
             mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)     # (B, s)
         if cache is not None:
-            mask = mask if cache.mask is None else torch.cat((cache.mask, mask), dim=1)     # (B, S)
-            cache.mask = mask
+            cache.mask = mask = mask if cache.mask is None else torch.cat((cache.mask, mask), dim=1)    # (B, S)
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -s:]            # (B, s)
         if mask.shape[1] > self.cfg.max_positions:                              # else no need to sync a GPU
             self._check_length(mask.sum(1).max().item())

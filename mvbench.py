@@ -181,24 +181,23 @@ def run(args, dist):
     dist.barrier()
 
     # conditions of earlier runs belong in the report if they cover all questions of this one
-    with_media = [q for q in questions if q["media"]]
+    benchmark, with_media = BENCHMARKS[args.benchmark], [q for q in questions if q["media"]]
     conditions = [c for c in conditions
                   if c.requested or all(key_of(v) in c.rows for q in with_media for v in c.variants(q))]
     requested = [condition for condition in conditions if condition.requested]
     n_todo, seconds = sum(len(condition.todo(with_media)) for condition in requested), {}
+    if n_todo and dist.is_main:
+        print(f"{benchmark.name}: {len(with_media)} questions, {len(requested)} condition(s), {n_todo} answers to come",
+              flush=True)
     if n_todo:
-        if dist.is_main:
-            print(f"{BENCHMARKS[args.benchmark].name}: {len(with_media)} questions, {len(requested)} condition(s), "
-                  f"{n_todo} answers to come", flush=True)
         seconds = answer_all(args, with_media, requested, dist)
     if not dist.is_main:
         return
 
     # one file for each condition, and the report
     rows = {c.name: c.merge([key_of(v) for q in with_media for v in c.variants(q)]) for c in conditions}
-    summary = report.summarise(rows, questions, conditions[0], BENCHMARKS[args.benchmark], seconds)
-    leaderboard = BENCHMARKS[args.benchmark].leaderboard and not (args.only or args.limit)
-    report.write(summary, rows, conditions[0].folder, leaderboard)
+    summary = report.summarise(rows, questions, conditions[0], benchmark, seconds)
+    report.write(summary, rows, conditions[0].folder, benchmark.leaderboard and not (args.only or args.limit))
     report.show(summary)
     if n_todo:
         parts = ", ".join(f"{part} {s:.1f} s" for part, s in seconds.items() if part != "in all")
@@ -263,8 +262,7 @@ def answer_all(args, questions, conditions, dist):
     scorer = BENCHMARKS[args.benchmark].scorer
     with autocast:
         for condition, rows in evaluate(engine, questions, conditions, args.batch, args.workers, dist, scorer):
-            unread = [row["unread"] for row in rows if "unread" in row]
-            if args.strict_data and unread:
+            if args.strict_data and (unread := [row["unread"] for row in rows if "unread" in row]):
                 raise ValueError(f"{unread[0]} (--strict-data)")
             condition.write(rows)
     for condition in conditions:

@@ -198,10 +198,10 @@ def build_stage(cfg, dist):
     # the text of a batch is for the Q-Former in stage 1, for the LLM in stage 2, for both in stage 3
     model, llm_tok, llm = build_model(cfg, config, start, saved["llm"])    # stage 1 has no llm_tok
     qformer_tok = WordPiece.load(start / "vocab.txt")
-    collate = (data.collate_stage1, data.collate_stage2, data.collate_stage3)[cfg.stage - 1]
+    collate = {1: data.collate_stage1, 2: data.collate_stage2, 3: data.collate_stage3}[cfg.stage]
     collate = partial(collate, cfg=config, qformer_tok=qformer_tok, llm_tok=llm_tok)
-
     generator = torch.Generator().manual_seed(cfg.seed)                    # draws the hard negatives of matching
+
     def loss(batch, progress):
         if cfg.stage > 1:
             return {"lm": model.lm_loss(batch)}                            # mean over the target tokens
@@ -317,9 +317,8 @@ def fit(stage, cfg, dist):
     log.print_main(f"{stage.name}: finished in {log.minutes():.1f} min, written to {stage.folder}")
 
 def forward_backward(stage, forward, micro_batches, n_targets, progress, scaler, cfg, dist):
-    """Adds up the gradients of a step -> {name: loss}, whose mean over the processes is the loss of the step.
-
-    n_targets: target tokens in the whole step, of all processes. progress: share of the steps done.
+    """Adds up the gradients of a step -> {name: loss}, whose mean over the processes is the loss of the step. n_targets:
+    target tokens in the whole step, of all processes. progress: share of the steps done.
     """
     device_type, losses = torch.device(dist.device).type, {}
     for i, batch in enumerate(micro_batches):

@@ -151,21 +151,19 @@ def read_video(path, select):
             raise MediaError(f"{path}: the video has no frames")
         fps = reader.get_avg_fps() if reader.get_avg_fps() > 0 else 1.0
         indices = np.clip(select(0, len(reader) - 1, fps), 0, len(reader) - 1).tolist()
-        frames = get_frames(reader, indices)                                             # (T, H, W, 3)
+
+        # all frames in one call, so that no part of the file is decoded twice
+        try:
+            frames = reader.get_batch(indices).asnumpy()                                 # (T, H, W, 3)
+        except decord.DECORDError as error:
+            if "size must exactly match" not in str(error):
+                raise
+            # narrow videos (48 pixels) have padded rows; read one by one, decord takes the padding for more channels
+            frames = np.stack([reader[i].asnumpy() for i in indices])                    # (T, H, W, c)
+            t, height, width, _ = frames.shape
+            frames = frames.reshape(t, height, -1)[:, :, :3 * width].reshape(t, height, width, 3)
     # subtle: channels stay last in memory, as they came; resize is fastest on them
     return torch.from_numpy(frames).permute(0, 3, 1, 2), [i / fps for i in indices]      # (T, 3, H, W)
-
-def get_frames(reader, indices):
-    """Frames (T, H, W, 3) of a decord.VideoReader, in a single call, so that no part of the file is decoded twice."""
-    try:
-        return reader.get_batch(indices).asnumpy()
-    except decord.DECORDError as error:
-        if "size must exactly match" not in str(error):
-            raise
-    # the rows of narrow videos (48 pixels) are padded; read one by one, decord takes the padding for more channels
-    frames = np.stack([reader[i].asnumpy() for i in indices])                            # (T, H, W, c)
-    t, height, width, _ = frames.shape
-    return frames.reshape(t, height, -1)[:, :, :3 * width].reshape(t, height, width, 3)
 
 def read_gif(path, select):
     """By Pillow, in half of decord's time; so does the official code (mvbench.ipynb, read_gif)."""
@@ -257,8 +255,7 @@ def resize(x, height, width):
     """Bicubic with antialiasing, within 2 levels of Pillow's. (T, 3, H, W) uint8 -> float (T, 3, height, width).
 
     subtle: on bytes, PyTorch rounds between its two passes, as Pillow does; on floats it does not, differs by up to 8
-    levels at sharp edges, and takes 16 times as long. Decoders can resize too, but differently: decord's result differs
-    by up to 68 levels.
+    levels at sharp edges, and takes 16 times as long. decord's own resizing differs by up to 68 levels.
     """
     if x.shape[-2:] != (height, width):
         x = F.interpolate(x, (height, width), mode="bicubic", antialias=True)

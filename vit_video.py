@@ -1,12 +1,10 @@
 """The video ViT: pixels (B, T, 3, H, W) -> patch features (B, T, L, C). model.py explains these letters.
 
-UMT-L/16, a plain ViT: every patch of every frame attends to every other (joint space-time attention). An image is a
-video of one frame.
+UMT-L/16, a plain ViT: every patch of every frame attends to every other. An image is a video of one frame.
 
     frames -> patches -> + position -> [ x + attention(norm(x)); x + mlp(norm(x)) ] x depth -> features
 
-Not here: the LayerNorm after it and stage 1's temporal embedding (model.py), the normalisation of pixels (video.py),
-drop path and a classification head (VideoChat2 uses neither).
+Not here: the LayerNorm after it and stage 1's temporal embedding (model.py), the normalisation of pixels (video.py).
 
 Source: UMT (arXiv 2303.16058); video_chat2/models/blip2/vit.py. Attribute names are those of l16_25m.pth.
 Run:    python -m pytest tests/test_vit_video.py
