@@ -205,7 +205,13 @@ class Llama(nn.Module):
             "norm": RMSNorm(cfg.width, cfg.eps),
         })
         self.lm_head = nn.Linear(cfg.width, cfg.vocab_size, bias=False)
-        self._init_weights()
+
+        # initial weights of all matrices; 2 * depth branches add up in x
+        for name, p in self.named_parameters():
+            if p.ndim == 2:
+                std = 1.0 if "embed_tokens" in name else p.shape[1] ** -0.5
+                std /= (2 * cfg.depth) ** 0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
+                nn.init.normal_(p, std=cfg.init_std or std)
         if cfg.tied:
             self.tie()
 
@@ -213,22 +219,13 @@ class Llama(nn.Module):
         head = getattr(self.lm_head, "base", self.lm_head)                      # LoRA wraps the layer
         head.weight = self.model["embed_tokens"].weight
 
-    def _init_weights(self):
-        for name, p in self.named_parameters():
-            if p.ndim == 2:
-                std = 1.0 if "embed_tokens" in name else p.shape[1] ** -0.5
-                if name.endswith(("o_proj.weight", "down_proj.weight")):
-                    std /= (2 * self.cfg.depth) ** 0.5                          # 2 * depth branches add up in x
-                nn.init.normal_(p, std=self.cfg.init_std or std)
-
     def embed(self, ids):                                                       # (B, S)
         return self.model["embed_tokens"](ids)                                  # (B, S, D)
 
     def forward(self, embeds, mask=None, cache=None, logits_to_keep=None):
-        """embeds (B, s, D), mask (B, s) 1 = token, padding left or right -> hidden (B, s, D).
-
-        With a KVCache, embeds and mask are those of the new tokens. logits_to_keep: return the last tokens only; the
-        last layer then computes no others, with 0 it only fills the cache. ValueError beyond cfg.max_positions tokens.
+        """embeds (B, s, D), mask (B, s) 1 = token, padding left or right -> hidden (B, s, D). With a KVCache, both are
+        of the new tokens. logits_to_keep: return the last tokens only; the last layer then computes no others, and with
+        0 only fills the cache. ValueError beyond cfg.max_positions tokens.
         """
         # the mask of all tokens so far, and the positions of the new ones; padding is not counted
         s = embeds.shape[1]
@@ -272,11 +269,9 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def generate(self, embeds, mask=None, max_new_tokens=100, stop=None, temperature=0.0, generator=None):
-        """Continue prompts: embeds (B, S, D), padded on the left -> B lists of new ids.
-
-        stop: a function of a row's new ids that returns True when the row is complete; what ended it is in the row.
-        temperature 0 is greedy; above it, tokens are sampled with generator, a CPU one. Raises ValueError if a prompt
-        ends in padding.
+        """Continue prompts: embeds (B, S, D), padded on the left (else ValueError) -> B lists of new ids.
+        stop: a function of a row's new ids, True where the row is complete; what completed it stays. temperature 0 is
+        greedy; above it, tokens are sampled with generator, a CPU one.
         """
         if mask is not None and not mask[:, -1].all():
             raise ValueError("a prompt ends in padding: generate needs prompts padded on the left")

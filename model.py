@@ -164,7 +164,6 @@ class VideoChat2(nn.Module):
 
     def stage1_losses(self, batch, dec_id, dist, generator=None, vtg_only=False, global_negatives=False):
         """Stage 1: {"vtc", "vtm", "vtg"} of video (B, T, 3, H, W) and captions ids, mask (B, S), idx (B,).
-
         dec_id: id of [DEC], which opens a caption to be generated. generator: draws the hard negatives. The other
         arguments are those of Stage1Heads.losses. Raises ValueError if VTM would have a single clip.
         """

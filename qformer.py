@@ -170,16 +170,13 @@ class QFormer(nn.Module):
             "encoder": nn.ModuleDict({"layer": nn.ModuleList(Layer(cfg, i) for i in range(cfg.depth))}),
         })
         self.cls = nn.ModuleDict({"predictions": PredictionHead(cfg)})
-        self._init_weights()
 
-    def _init_weights(self):
+        # initial weights. What all queries read alike adds up: if the outputs had no smaller std, two queries' cosine
+        # would be 0.9 before any training
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                std = module.weight.shape[1] ** -0.5
-                if ".output" in name:
-                    # what all queries read alike adds up; at full strength their cosine is 0.9 before any training
-                    std /= (2 * self.cfg.depth) ** 0.5
-                nn.init.normal_(module.weight, std=self.cfg.init_std or std)
+                std = module.weight.shape[1] ** -0.5 / ((2 * cfg.depth) ** 0.5 if ".output" in name else 1)
+                nn.init.normal_(module.weight, std=cfg.init_std or std)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
@@ -265,9 +262,7 @@ def vtg_loss(logits, ids, mask, label_smoothing):
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), target.flatten(), label_smoothing=label_smoothing)
 
 class Stage1Heads(nn.Module):
-    """The heads of stage 1, dropped afterwards. Q-Former and query tokens (1, Q, E) are arguments: if they were
-    attributes, their weights would be registered twice.
-    """
+    """The heads of stage 1, dropped afterwards. Q-Former and queries are arguments, so they are registered only once."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -302,11 +297,10 @@ class Stage1Heads(nn.Module):
 
     def losses(self, qformer, query_tokens, vision, batch, dec_id, dist, generator=None, vtg_only=False,
                global_negatives=False):
-        """{"vtc", "vtm", "vtg"}, to be added with equal weights; with vtg_only {"vtg"} alone.
-
-        batch: ids, mask (B, S), opening with [CLS], and idx (B,), which names the clips. dec_id replaces [CLS] for
-        generation. dist: infra.distributed.Distributed. VTC is over the batch of all processes. VTM draws its negatives
-        from this process's rows, as the official code does, or, global_negatives, from all. ValueError for one clip.
+        """{"vtc", "vtm", "vtg"}, to be added with equal weights; with vtg_only {"vtg"} alone. vision (B, N, C), batch:
+        ids, mask (B, S), opening with [CLS], and idx (B,), which names the clips. dec_id replaces [CLS] for generation.
+        dist: infra.distributed.Distributed. VTC is over the batch of all processes. VTM draws its negatives from this
+        process's rows, as the official code does, or, global_negatives, from all. ValueError for one clip.
         """
         # the queries read the video; VTG and VTM reuse the keys and values of this pass
         ids, mask, idx = batch["ids"], batch["mask"], batch["idx"]

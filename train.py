@@ -317,8 +317,8 @@ def fit(stage, cfg, dist):
     log.print_main(f"{stage.name}: finished in {log.minutes():.1f} min, written to {stage.folder}")
 
 def forward_backward(stage, forward, micro_batches, n_targets, progress, scaler, cfg, dist):
-    """Adds up the gradients of a step -> {name: loss}, whose mean over the processes is the loss of the step. n_targets:
-    target tokens in the whole step, of all processes. progress: share of the steps done.
+    """Adds up the gradients of a step -> {name: loss}, whose mean over the processes is the loss of the step.
+    n_targets: target tokens in the whole step, of all processes. progress: share of the steps done.
     """
     device_type, losses = torch.device(dist.device).type, {}
     for i, batch in enumerate(micro_batches):

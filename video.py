@@ -37,7 +37,6 @@ NORMS = {        # name: (mean, std) of red, green, blue in 0..1
 def train_frame_indices(num_frames, n_total, sampling="rand", rng=None):
     """num_frames of n_total frames, in order, one from each of num_frames equal intervals. A shorter video gives all
     its frames and repeats the last. Source: video_utils.py, get_frame_indices.
-
     sampling   rand      any frame of the interval, drawn by rng (random.Random)
                middle    the middle frame
                official  drawn as the official code does
@@ -209,7 +208,6 @@ def read_eval_frames(path, num_frames, bound=None):
 
 class Transform:
     """uint8 (T, 3, H, W) -> normalised float (T, 3, size, size), with the same crop for all frames.
-
     train: a random crop of `scale` of the area, ratio 3/4 to 4/3, resized; with `flip`, mirrored half of the time (off
     by default: it swaps left and right in the video but not in the text). Otherwise: short side to `size`, centre crop.
     crop=False: only resized.

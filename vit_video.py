@@ -141,13 +141,11 @@ class VisionTransformer(nn.Module):
         self.cfg = cfg
         self.patch_embed = PatchEmbed(cfg)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
-        self.apply(self._init_weights)
-
-    def _init_weights(self, module):
-        if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=self.cfg.init_std or module.in_features ** -0.5)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=cfg.init_std or module.in_features ** -0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def positions(self, T, device):
         """(T, L, C), which forward adds to the patches."""
