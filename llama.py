@@ -255,9 +255,7 @@ class Llama(nn.Module):
             raise ValueError(f"{longest} tokens, but the LLM takes at most {limit}: shorten the text or the video")
 
     def _layers(self, x, positions, n_out, masks=None, lengths=None, cache=None, target_positions=None):
-        """x (B, s, D) at positions (B, s) through all layers; the last one computes n_out tokens only. masks[n]: for n
-        queries, see attention_mask; packed texts have lengths instead.
-        """
+        """x (B, s, D) at positions (B, s) -> (B, n_out, D). masks[n]: attention_mask of n queries; packed: lengths."""
         rope = rope_cos_sin(positions, self.cfg.head_size, self.cfg.rope_theta, x.dtype)    # (B, s, 1, hs) each
         recompute = self.cfg.checkpoint_layers and self.training and torch.is_grad_enabled()
         for i, layer in enumerate(self.model["layers"]):

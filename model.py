@@ -152,8 +152,6 @@ class VideoChat2(nn.Module):
     def device(self):
         return self.query_tokens.device
 
-    # ---- stage 1
-
     def encode_video_stage1(self, video, features=None):
         """video (B, T, 3, H, W), or the ViT's features of it (B, T, L, C) -> (B, N, C), with vision_temp_embed."""
         x = self.vision_encoder(video) if features is None else features    # (B, T, L, C)
@@ -163,8 +161,7 @@ class VideoChat2(nn.Module):
         return self.vision_layernorm((x + time).flatten(1, 2))      # (B, N, C)
 
     def stage1_losses(self, batch, dec_id, dist, generator=None, vtg_only=False, global_negatives=False):
-        """Stage 1: {"vtc", "vtm", "vtg"} of video (B, T, 3, H, W) and captions ids, mask (B, S), idx (B,).
-        dec_id: id of [DEC], which opens a caption to be generated. generator: draws the hard negatives. The other
+        """Stage 1: {"vtc", "vtm", "vtg"} of video (B, T, 3, H, W) and captions ids, mask (B, S), idx (B,). The other
         arguments are those of Stage1Heads.losses. Raises ValueError if VTM would have a single clip.
         """
         if not vtg_only and not global_negatives and batch.get("clips", 2) < 2:
@@ -173,8 +170,6 @@ class VideoChat2(nn.Module):
         vision = self.encode_video_stage1(batch["video"], batch.get("features"))    # (B, N, C)
         return self.aligner.losses(self.qformer, self.query_tokens, vision, batch, dec_id, dist, generator, vtg_only,
                                    global_negatives)
-
-    # ---- stages 2 and 3
 
     def encode_video(self, video, features=None):
         """As encode_video_stage1, but without stage 1's vision_temp_embed."""
@@ -245,16 +240,13 @@ FROZEN = {  # stage: the names that do not train, as a pattern; everything else 
 }
 
 def set_trainable(model, stage, vit=True):
-    """Freezes what the stage does not train, and the ViT unless vit -> part_table(model), for the log."""
+    """Freezes what the stage does not train, and the ViT unless vit -> rows (part, parameters, trained), for the log;
+    LoRA is separate from the LLM that contains it.
+    """
     frozen = FROZEN[stage] if vit else FROZEN[1] + "|" + FROZEN[stage]
-    for name, p in model.named_parameters():
-        p.requires_grad = not re.search(frozen, name)
-    return part_table(model)
-
-def part_table(model):
-    """Rows (part, parameters, trained) of the top-level parts; LoRA is separate from the LLM that contains it."""
     rows = {}
     for name, p in model.named_parameters():
+        p.requires_grad = not re.search(frozen, name)
         part = "lora" if "lora_" in name else name.split(".")[0]
         total, trained = rows.get(part, (0, 0))
         rows[part] = (total + p.numel(), trained + p.numel() * p.requires_grad)

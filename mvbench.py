@@ -3,10 +3,9 @@
 answer_one is the definition: 16 frames, the ViT and the Q-Former, a prompt that ends in "Best option:(", greedy
 generation, the first line of the answer. The rest of the file asks all questions: the same answers, many times faster.
 
-A score alone does not show that a model watches the video. --controls all asks the same model without video, with one
-frame, and with the frames in another order. OUT/report.html (default: CKPT/mvbench) shows the scores side by side, with
-intervals, four scorers, and how often each letter is chosen. Every answer is written at once (predictions*.jsonl), so
-the same command resumes after an interruption.
+A score alone does not show that a model watches the video: --controls all asks it without video, with one frame, and
+with the frames in another order. OUT/report.html (default: CKPT/mvbench) shows the scores, their intervals, four
+scorers, and how often each letter is chosen. Answers are on disk at once (predictions*.jsonl): the same command resumes.
 
     python mvbench.py --ckpt runs/toy/stage3 --controls all
     torchrun --nproc_per_node 8 mvbench.py --ckpt ...          # the same answers, from 8 processes
@@ -161,8 +160,7 @@ def main(argv=None):
     args = parse(argv)
     dist = init_distributed(device_of(args), gloo_only=True)
     args.device = dist.device
-    # a second run in the same folder is refused
-    with lock_folder(args.out) if dist.is_main else nullcontext():
+    with lock_folder(args.out) if dist.is_main else nullcontext():     # a second run in the same folder is refused
         run(args, dist)
     dist.close()
     return 0
@@ -207,7 +205,7 @@ def run(args, dist):
     print(f"written to {conditions[0].folder}; open {conditions[0].folder / 'report.html'}")
 
 def prepare(args, dist):
-    """-> (the questions that are meant, also those without media; the conditions). The first process checks files."""
+    """-> (questions, also those without media; conditions). The first process checks files."""
     benchmark = BENCHMARKS[args.benchmark]
     questions = load_questions(args.data, split_names(args.only), args.limit, benchmark)
 

@@ -228,9 +228,7 @@ def similarity(video_feats, text_feats):
     return video_feats.mean(1) @ text_feats.T                                   # (Nv, e) @ (e, Nt) -> (Nv, Nt)
 
 def vtc_loss(sim, idx):
-    """Contrast, both ways. sim (B, B) videos x texts over temperature; idx (B,) names the clips: a clip that is in the
-    batch twice is no negative of itself but shares the target.
-    """
+    """Contrast, both ways. sim (B, B) videos x texts over temperature; idx (B,): equal clips share the target."""
     same = (idx[:, None] == idx[None]).float()                                  # (B, B)
     target = same / same.sum(1, keepdim=True)                                   # (B, B), rows sum to 1
     return (F.cross_entropy(sim, target) + F.cross_entropy(sim.T, target)) / 2
@@ -262,7 +260,7 @@ def vtg_loss(logits, ids, mask, label_smoothing):
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), target.flatten(), label_smoothing=label_smoothing)
 
 class Stage1Heads(nn.Module):
-    """The heads of stage 1, dropped afterwards. Q-Former and queries are arguments, so they are registered only once."""
+    """The heads of stage 1, dropped afterwards. Q-Former and queries are arguments, so their weights register once."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -272,9 +270,7 @@ class Stage1Heads(nn.Module):
         self.temp = nn.Parameter(torch.tensor(0.07))
 
     def temperature(self):
-        """temp within [0.001, 0.5], with temp's gradient. The official code clamps the parameter itself in every
-        forward pass (videochat2_qformer.py:229); here no pass changes a weight.
-        """
+        """temp in [0.001, 0.5] with its gradient; the official code clamps temp itself (videochat2_qformer.py:229)."""
         return self.temp.detach().clamp(0.001, 0.5) + (self.temp - self.temp.detach())
 
     def video_features(self, hidden):
@@ -298,7 +294,7 @@ class Stage1Heads(nn.Module):
     def losses(self, qformer, query_tokens, vision, batch, dec_id, dist, generator=None, vtg_only=False,
                global_negatives=False):
         """{"vtc", "vtm", "vtg"}, to be added with equal weights; with vtg_only {"vtg"} alone. vision (B, N, C), batch:
-        ids, mask (B, S), opening with [CLS], and idx (B,), which names the clips. dec_id replaces [CLS] for generation.
+        ids, mask (B, S), opening with [CLS], and idx (B,), which names the clips. [DEC], dec_id, replaces it in VTG.
         dist: infra.distributed.Distributed. VTC is over the batch of all processes. VTM draws its negatives from this
         process's rows, as the official code does, or, global_negatives, from all. ValueError for one clip.
         """

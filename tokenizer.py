@@ -139,8 +139,7 @@ class SentencePiece:
 
     def encode_with_ends(self, text):
         """-> ids, and for each the index of its last character in `text`; so labels can follow the text (prompt.py)."""
-        # start: of the chunk in `text`
-        ids, ends, start = [], [], 0
+        ids, ends, start = [], [], 0                           # start: of the chunk in `text`
         for chunk in LITERALS.split(text):
             if chunk in self.special:
                 ids.append(self.special[chunk])

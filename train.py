@@ -308,7 +308,7 @@ def fit(stage, cfg, dist):
             if stopping:
                 log.close()
                 saver.close()                              # OSError if the checkpoint cannot be written
-                command = "the same command" + ("" if cfg.resume else " without --restart")
+                command = "the same command" if cfg.resume else "the same command without --restart"
                 log.print_main(f"\n{stage.name}: stopped; {command} resumes from step {step + 1}")
                 sys.exit(128 + (stop.signal_number or signal.SIGTERM))
     log.close()
