@@ -5,7 +5,7 @@ generation, the first line of the answer. The rest of the file asks all question
 
 A score alone does not show that a model watches the video: --controls all asks it without video, with one frame, and
 with the frames in another order. OUT/report.html (default: CKPT/mvbench) shows the scores, their intervals, four
-scorers, and how often each letter is chosen. Answers are on disk at once (predictions*.jsonl): the same command resumes.
+scorers, and how often each letter is chosen. Answers are on disk at once (predictions*.jsonl), so a run can resume.
 
     python mvbench.py --ckpt runs/toy/stage3 --controls all
     torchrun --nproc_per_node 8 mvbench.py --ckpt ...          # the same answers, from 8 processes
