@@ -41,6 +41,8 @@ from video import Transform
 from weights import checkpoint
 from weights.hf_llama import llm_config
 
+# -------------------------------------------------------------------------------------------------------------- options
+
 RUN, DATA, OPTIM, SPEED, LOG = "run", "data", "optimization", "memory and speed", "logging and saving"   # in --help
 MODEL = "the model, and quirks of the official code (default: the preset's)"
 
@@ -156,6 +158,8 @@ def parse(argv=None, config_class=TrainConfig, command="train.py", description=_
 def apply_recipe(cfg, explicit, recipe):
     """The recipe's values, except for options that were typed."""
     return replace(cfg, **{name: value for name, value in recipe.items() if name not in explicit})
+
+# ----------------------------------------------------------------------------------------------------------- the stages
 
 @dataclass
 class Stage:
@@ -349,6 +353,8 @@ def cycle(loader, sampler):
     while True:
         yield from loader
         sampler.next_epoch()
+
+# ---------------------------------------------------------------------------------------------------------- the command
 
 def train_stage(build, cfg, dist):
     """fit(build(cfg, dist)), unless that stage is finished."""

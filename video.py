@@ -9,9 +9,9 @@ Not here: annotations, samples and batches (data.py), what becomes of the frames
 Source: the official dataset/video_utils.py and, for the benchmark, mvbench.ipynb.
 Run:    python -m pytest tests/test_video.py
 """
+import queue
 import struct
 import threading
-from concurrent.futures import Future, TimeoutError
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -119,19 +119,27 @@ def with_timeout(limit, read, path, *args):
     exception nor Ctrl-C interrupts a decoder in C that hangs on a damaged file. But it does not hold the interpreter
     lock, so the process can continue without it; the thread ends with the process.
     """
-    future = Future()
+    results = queue.SimpleQueue()
     def work():
         try:
-            future.set_result(read(path, *args))
+            results.put(read(path, *args))
         except BaseException as error:
-            future.set_exception(error)
+            results.put(error)
 
     # a daemon, unlike the threads of an executor: Python does not wait for it at the end
     threading.Thread(target=work, daemon=True).start()
     try:
-        return future.result(timeout=limit)
-    except TimeoutError:  # of concurrent.futures; Python 3.11 made it the built-in one
+        result = results.get(timeout=limit)
+    except queue.Empty:
         raise MediaError(f"{path}: decoding takes more than {limit:g} seconds") from None
+    try:
+        if isinstance(result, BaseException):
+            raise result
+        return result
+    finally:
+        # subtle: an error's traceback holds this frame, and the frame would hold the error. In such a circle decord's
+        # reader outlives the call, and a loader process forked meanwhile aborts when it collects the reader
+        del result
 
 @contextmanager
 def decode_errors(path, kind, *errors):

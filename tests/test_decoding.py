@@ -1,10 +1,12 @@
 """Encoded videos of the kinds that data sets hold: the frame that is asked for is the frame that comes, and a damaged
 file never stops a worker. Run: pytest tests/test_decoding.py
 """
+import gc
 import json
 import random
 import time
 
+import decord
 import pytest
 import torch
 from videos import number, write_video
@@ -101,3 +103,18 @@ def test_a_decoder_that_hangs_is_left_behind(tmp_path, monkeypatch):
     samples = list(loader)
     assert time.time() - begun < 30 and [s["text"] for s in samples] == ["clip 0", "clip 2", "clip 2"]
     assert samples[1]["bad"] == [f"{tmp_path / '1.mp4'}: decoding takes more than 0.5 seconds"]
+
+def test_a_failed_read_leaves_no_reader_to_the_garbage_collector(tmp_path):
+    """Which would run in a loader process forked meanwhile, where decord's destructor aborts."""
+    path = write_video(tmp_path / "a.mp4", frames=10)
+    gc.collect()
+    gc.disable()
+    try:
+        for select in (lambda first, last, fps: 1 / 0, lambda first, last, fps: [0]):
+            try:
+                read_media(path, select)
+            except ZeroDivisionError:
+                pass
+            assert not any(type(thing) is decord.VideoReader for thing in gc.get_objects())
+    finally:
+        gc.enable()
