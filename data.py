@@ -192,14 +192,12 @@ def make_loader(dataset, sampler, collate, workers=0):
 # -------------------------------------------------------------------------------------------------------------- batches
 
 def collate_media(samples):
-    """What every batch has: video (B, T, 3, size, size) or features (B, T, L, C), None where samples have none;
-    idx (B,), clips (number of different ones), medium, paths, bad.
-    """
+    """What every batch has: idx (B,), the number of different clips, medium, paths, faults, pixels or features."""
     idx = [s["idx"] for s in samples]
     batch = {"idx": torch.tensor(idx), "clips": len(set(idx)), "medium": samples[0]["medium"],
              "paths": [s["path"] for s in samples], "bad": [line for s in samples for line in s["bad"]]}
-    for key in ("video", "features"):
-        batch[key] = torch.stack([s[key] for s in samples]) if key in samples[0] else None   # (B, T, ...)
+    for key in ("video", "features"):          # (B, T, 3, size, size), (B, T, L, C), None where samples have none
+        batch[key] = torch.stack([s[key] for s in samples]) if key in samples[0] else None
     return batch
 
 def collate_stage1(samples, cfg, qformer_tok, llm_tok=None):
@@ -221,9 +219,7 @@ def collate_stage2(samples, cfg, qformer_tok, llm_tok):
     return collate_media(samples) | add_packing({"ids": ids, "labels": labels, "mask": mask})
 
 def collate_stage3(samples, cfg, qformer_tok, llm_tok):
-    """Stage 3: conversations. Adds ids, labels, mask (B, S) for the LLM, and the first turn's instruction for the
-    Q-Former: instruction_ids, instruction_mask (B, S).
-    """
+    """Stage 3: conversations. Adds ids, labels, mask for the LLM, instruction_ids, _mask for the Q-Former, (B, S)."""
     # conversations for the LLM; an instruction that leaves no room for the video is an error that names its clip
     prompts = []
     for s in samples:

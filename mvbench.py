@@ -122,8 +122,7 @@ class EvalConfig:
 
 def parse(argv=None):
     """Command line -> EvalConfig. Exits with code 2 for options that contradict each other."""
-    p = argparse.ArgumentParser(prog="mvbench.py", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser("mvbench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_options(p)
     cli.add_options(p, EvalConfig)
     args, _ = cli.read_options(p, EvalConfig, argv)

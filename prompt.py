@@ -144,8 +144,7 @@ def mvbench_prompt(tok, question, candidates, n_video, system=SYSTEM, answer_pro
     text = system + mvbench_question(question, candidates) + QUESTION_PROMPT
     return chat_prompt(tok, [], text, n_video, system, prompt_style=prompt_style, answer_prompt=answer_prompt)
 
-def chat_prompt(tok, history, question, n_video, instruction="", medium="video", prompt_style="vicuna",
-                answer_prompt=""):
+def chat_prompt(tok, history, question, n_video, instruction="", prompt_style="vicuna", answer_prompt=""):
     """A question about a video after `history`, a list of (question, answer); the LLM writes the next answer. Turns end
     in a newline, as in the official chat and benchmark, unlike those of training.
     """
@@ -155,9 +154,8 @@ def chat_prompt(tok, history, question, n_video, instruction="", medium="video",
     turns = end.join(turn.format(q, a) for q, a in [*history, (question, answer_prompt)])
 
     # subtle: no space at the end, also where the answer has no prompt; a generated answer begins with its own
-    ids = tok.encode(f"</{medium.capitalize()}>{closing}{turns}".rstrip(" "))
-    before = f"{instruction}{human} <{medium.capitalize()}>"
-    return insert_slot(tok, before, n_video, Prompt(ids, [IGNORE] * len(ids)))
+    ids = tok.encode(f"</Video>{closing}{turns}".rstrip(" "))
+    return insert_slot(tok, f"{instruction}{human} <Video>", n_video, Prompt(ids, [IGNORE] * len(ids)))
 
 def is_finished(tok, ids):
     """Whether these new ids end an answer: with </s> or ###."""
@@ -170,9 +168,7 @@ def decode_answer(tok, ids):
 # -------------------------------------------------------------------------------------------------------------- batches
 
 def pad_batch(prompts, pad_id, side="right", multiple=8):
-    """Prompts -> ids, labels, mask (1: token, 0: padding), each (B, S) torch.long. Training pads on the right;
-    generation on the left, so that all rows end together.
-    """
+    """Prompts -> ids, labels, mask (1: token), each (B, S) torch.long. To generate, pad left: all rows end together."""
     ids, mask = pad_ids([prompt.ids for prompt in prompts], pad_id, side, multiple)
     labels, _ = pad_ids([prompt.labels for prompt in prompts], IGNORE, side, multiple)
     return ids, labels, mask

@@ -101,9 +101,8 @@ class Layer(nn.Module):
     def __init__(self, cfg, layer_idx):
         super().__init__()
         path_rate = cfg.drop_path * layer_idx / max(1, cfg.depth - 1)
-        has_cross = layer_idx % cfg.cross_every == 0
         self.attention = Attention(cfg, cfg.width, path_rate)
-        self.crossattention = Attention(cfg, cfg.vision_width, path_rate) if has_cross else None
+        self.crossattention = Attention(cfg, cfg.vision_width, path_rate) if layer_idx % cfg.cross_every == 0 else None
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(cfg.width, cfg.ffn)})
         self.output = Output(cfg, cfg.ffn, path_rate)
         self.intermediate_query = nn.ModuleDict({"dense": nn.Linear(cfg.width, cfg.ffn)})
@@ -237,8 +236,7 @@ def negative_weights(sim, idx):
     """sim (B, B), row = anchor -> weights (B, B) of negatives: the more similar the likelier, the same clip never."""
     same = idx[:, None] == idx[None]                                            # (B, B)
     if same.device.type == "cpu" and same.all(1).any():                         # asking a GPU would sync it
-        raise ValueError(f"matching (VTM) needs for each clip another one in the batch, but the batch of {len(idx)} "
-                         f"holds a single clip, idx {idx[0].item()}: use a larger batch")
+        raise ValueError(f"VTM needs other clips, but the batch of {len(idx)} holds a single clip, idx {idx[0].item()}")
     return (sim.float().softmax(1) + 1e-4).masked_fill(same, 0)
 
 @torch.no_grad()

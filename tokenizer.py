@@ -73,9 +73,7 @@ class WordPiece:
         return [self.cls_id, *ids, *ends]
 
     def wordpiece(self, word):
-        """Ids of one word, greedily: the longest piece it starts with, then the longest "##" piece of the rest, and so
-        on. A word that cannot be split to its end is one [UNK].
-        """
+        """Ids of a word: the longest piece it starts with, the longest "##" piece of the rest, ...; else one [UNK]."""
         if len(word) > MAX_WORD:
             return [self.unk_id]
         ids, start = [], 0

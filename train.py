@@ -25,7 +25,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 
 import data
 from infra.cli import add_options, option, read_options, run
@@ -103,13 +102,13 @@ class TrainConfig:
     repeat_image: bool = option(None, "stage 1: repeat an image for each temporal embedding", MODEL)
 
 MODEL_OPTIONS = [f.name for f in fields(TrainConfig) if f.metadata["group"] == MODEL]    # fields of model.Config too
-TOY = dict(batch=8, constant_until=0.5, beta2=0.99, cache_features=True, log_every=100)
+TOY_RECIPE = dict(batch=8, constant_until=0.5, beta2=0.99, cache_features=True, log_every=100)
 RECIPES = {  # preset -> stage -> what differs from TrainConfig's defaults
     "toy": {
         # 24,000, 24,000 and 43,200 clips; the first 92 % of stage 1 teach the queries to see, by captioning alone
-        1: TOY | dict(steps=3000, lr=3e-4, muon_lr_scale=3.0, vtg_only=0.92),
-        2: TOY | dict(steps=3000, lr=3e-4),
-        3: TOY | dict(steps=5400, lr=2e-4, lora_lr_scale=6.0),
+        1: TOY_RECIPE | dict(steps=3000, lr=3e-4, muon_lr_scale=3.0, vtg_only=0.92),
+        2: TOY_RECIPE | dict(steps=3000, lr=3e-4),
+        3: TOY_RECIPE | dict(steps=5400, lr=2e-4, lora_lr_scale=6.0),
     },
     "micro": dict.fromkeys((1, 2, 3), dict(steps=4, batch=4, lr=1e-3, muon_lr_scale=1.0, lora_lr_scale=2.0, log_every=1,
                                            save_every=2, workers=0, cache_features=True)),
@@ -166,7 +165,7 @@ class Stage:
     """What fit trains: a model, where its batches come from, its loss, and how the result is written."""
     name: str                       # "stage 1", in the log
     folder: Path                    # of the finished checkpoint
-    model: nn.Module
+    model: torch.nn.Module
     dataset: object                 # of samples; data.Sampler draws their indices
     collate: Callable               # samples -> batch
     loss: Callable                  # batch, share of the steps done -> {name: scalar}; their sum is minimized
@@ -179,8 +178,7 @@ class Stage:
     def unfinished(self):
         return self.folder.with_name(f"{self.folder.name}.unfinished")     # what an interrupted run resumes from
 
-# weights that a stage adds (at random, where the checkpoint before lacks them), and that it drops: the heads of the toy
-# ViT's pretraining, and of stage 1's losses
+# what a stage adds, at random where its checkpoint lacks it, and drops: heads of the toy's ViT, of stage 1's losses
 NEW = {1: ("query_tokens", "qformer.", "vision_temp_embed", "aligner.", "vision_layernorm."),
        2: ("extra_query_tokens", "llama_proj."), 3: ()}
 DROPPED = {1: ("norm.", "heads."), 2: ("aligner.", "vision_temp_embed", "qformer.cls."), 3: ()}

@@ -179,8 +179,7 @@ def read_gif(path, select):
         frames, seconds = [], 0.0
         for i, frame in enumerate(ImageSequence.Iterator(image), 1):
             if i * frame.width * frame.height > GIF_LIMIT:
-                raise MediaError(f"{path}: more than {i - 1} frames of {frame.width} x {frame.height} are too many "
-                                 "for a GIF: make a video of it")
+                raise MediaError(f"{path}: {i} frames of {frame.width} x {frame.height} are too many: make it a video")
             frames.append(frame.convert("RGB"))
             delay = image.info.get("duration", 0) / 1000
             seconds += delay if delay >= 0.02 else 0.1                                   # as browsers and FFmpeg do
