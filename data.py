@@ -42,7 +42,7 @@ class VideoTextDataset(torch.utils.data.Dataset):
         self.sources, self.num_frames, self.transform, self.sampling = sources, num_frames, transform, sampling
         self.seed, self.epoch, self.max_bad, self.features = seed, 0, max_bad, None
         self.entries = [load_annotations(source) for source in sources]
-        ends = np.cumsum([0, *map(len, self.entries)]).tolist()
+        ends = np.cumsum([0, *map(len, self.entries)]).tolist()         # 0, then where each source ends
         self.spans = list(map(range, ends[:-1], ends[1:]))              # the indices of each source's entries
 
         # a batch of captions and one of conversations have different keys, and so different losses
@@ -50,7 +50,7 @@ class VideoTextDataset(torch.utils.data.Dataset):
             raise ValueError(f"{sources[0].anno} ...: captions and instructions in one corpus; train on one kind")
 
     def __len__(self):
-        return self.spans[-1].stop
+        return self.spans[-1].stop                                                       # of all sources together
 
     def set_epoch(self, epoch):
         self.epoch = epoch
@@ -71,7 +71,7 @@ class VideoTextDataset(torch.utils.data.Dataset):
         """-> source, entry."""
         for source, entries, span in zip(self.sources, self.entries, self.spans, strict=True):
             if index in span:
-                return source, entries[index - span.start]
+                return source, entries[index - span.start]                               # one small read of the file
 
     def path(self, index):
         source, entry = self.entry(index)
@@ -85,7 +85,7 @@ class VideoTextDataset(torch.utils.data.Dataset):
             try:
                 return self.sample(index) | {"bad": bad}
             except MediaError as error:
-                bad.append(str(error))
+                bad.append(str(error))                                                   # shown in the log
                 span = next(span for span in self.spans if index in span)
                 index = span[(index - span.start + 1) % len(span)]
         raise MediaError(f"{bad[-1]}; {len(bad)} unreadable media in a row")
@@ -109,7 +109,7 @@ class VideoTextDataset(torch.utils.data.Dataset):
 
         # one of several captions; the questions in another order each epoch, so that each comes first at times
         if "QA" in entry:
-            sample["qas"] = rng.sample(entry["QA"], len(entry["QA"]))
+            sample["qas"] = rng.sample(entry["QA"], len(entry["QA"]))                    # a shuffled copy
         else:
             captions = entry["caption"]
             sample["text"] = (captions if isinstance(captions, str) else rng.choice(captions)).strip()
@@ -138,7 +138,7 @@ class Sampler:
         groups = dataset.groups() if hasattr(dataset, "groups") else [("", 1.0, range(len(dataset)))]
         self.media = {}
         for medium, weight, span in groups:
-            if take := round(weight * len(span)):
+            if take := round(weight * len(span)):                                        # weight 0 leaves a source out
                 self.media.setdefault(medium, []).append((span, take))
         if len(self) == 0:
             raise ValueError(f"{len(dataset)} samples do not fill a batch of {batch_size}")
@@ -150,7 +150,7 @@ class Sampler:
 
     def skip_to(self, step):
         """Continues after `step` steps of training, at an epoch's beginning or within it."""
-        self.epoch, self.position = divmod(step, len(self))
+        self.epoch, self.position = divmod(step, len(self))                          # position: in steps of the epoch
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(self.epoch)
 
@@ -167,14 +167,14 @@ class Sampler:
 
             # mixed with the other sources of its medium; what fills no batch is dropped
             indices = rng.permutation(np.concatenate(drawn))
-            indices = indices[:len(indices) // self.batch_size * self.batch_size]
+            indices = indices[:len(indices) // self.batch_size * self.batch_size]        # whole batches
 
             # every 16 batches are sorted by text length, in classes of 200 characters: so all processes have equally
             # much to do, and less of what the Q-Former reads is padding. The sort is stable: a class stays shuffled
             if hasattr(self.dataset, "lengths"):
                 windows = np.arange(len(indices)) // (16 * self.batch_size)
                 indices = indices[np.lexsort((self.dataset.lengths(indices) // 200, windows))]
-            batches += list(indices.reshape(-1, self.batch_size))
+            batches += list(indices.reshape(-1, self.batch_size))                        # (n_batches, batch_size)
 
         # batches of all media and lengths in random order
         for b in rng.permutation(len(batches))[self.position:]:

@@ -76,11 +76,11 @@ def listed(table):
 @dataclass
 class EvalConfig:
     """Every option of the command line. Those without a text load the model: weights.checkpoint.add_model_options."""
-    ckpt: str
-    llm: str = ""
-    device: str = ""
-    dtype: str = ""
-    llm_int8: bool = False
+    ckpt: str                       # a checkpoint of stage 2 or 3
+    llm: str = ""                   # the folder of its LLM, if it has moved
+    device: str = ""                # default: cuda where there is one
+    dtype: str = ""                 # default: bf16 on a GPU, fp32 on the CPU
+    llm_int8: bool = False          # the frozen LLM's matrices in 8 bits
 
     benchmark: str = option("mvbench", "the benchmark whose questions are asked", QUESTIONS, tuple(BENCHMARKS))
     data: str = option("data/toy/mvbench", "the benchmark's folder, which holds json/ and video/", QUESTIONS)
@@ -155,14 +155,14 @@ def split_names(text):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["compare"]:
-        return report.compare(argv[1:])
+        return report.compare(argv[1:])                                # two runs that are finished
     args = parse(argv)
     dist = init_distributed(device_of(args), gloo_only=True)
-    args.device = dist.device
+    args.device = dist.device                                          # this process's GPU
     with lock_folder(args.out) if dist.is_main else nullcontext():     # a second run in the same folder is refused
         run(args, dist)
     dist.close()
-    return 0
+    return 0                                                           # the exit code
 
 def run(args, dist):
     """Asks what has no answer yet, together with the other processes; the first one writes the report."""
@@ -174,7 +174,7 @@ def run(args, dist):
         problem = error
     raise_together(problem, dist)
     for condition in conditions:
-        condition.rows = condition.read()
+        condition.rows = condition.read()                              # answers of earlier runs, by every process
     dist.barrier()
 
     # conditions of earlier runs belong in the report if they cover all questions of this one
@@ -187,7 +187,7 @@ def run(args, dist):
         print(f"{benchmark.name}: {len(with_media)} questions, {len(requested)} condition(s), {n_todo} answers to come",
               flush=True)
     if n_todo:
-        seconds = answer_all(args, with_media, requested, dist)
+        seconds = answer_all(args, with_media, requested, dist)        # by part: loading, reading, the ViT, ...
     if not dist.is_main:
         return
 
@@ -195,7 +195,7 @@ def run(args, dist):
     rows = {c.name: c.merge([key_of(v) for q in with_media for v in c.variants(q)]) for c in conditions}
     summary = report.summarise(rows, questions, conditions[0], benchmark, seconds)
     report.write(summary, rows, conditions[0].folder, benchmark.leaderboard and not (args.only or args.limit))
-    report.show(summary)
+    report.show(summary)                                               # on the console
     if n_todo:
         parts = ", ".join(f"{part} {s:.1f} s" for part, s in seconds.items() if part != "in all")
         print(f"\n{n_todo} answers in {seconds['in all']:.0f} s, {n_todo / seconds['in all']:.1f} per second: {parts}")
@@ -209,7 +209,7 @@ def prepare(args, dist):
     questions = load_questions(args.data, split_names(args.only), args.limit, benchmark)
 
     # what an answer depends on, besides its condition
-    cfg, record = read_config(args.ckpt)
+    cfg, record = read_config(args.ckpt)                               # record: which LLM it needs, by its fingerprint
     fingerprint, version = describe(args.data, benchmark)
     settings = {
         "checkpoint": checkpoint_hash(args.ckpt), "LLM": (record["llm"] or {}).get("fingerprint"),
@@ -219,11 +219,11 @@ def prepare(args, dist):
         "decode": args.decode, "dtype": dtype_of(args), "int8": args.llm_int8}
 
     # the conditions that are requested, and those that an earlier run has finished
-    requested = {"", *split_names(args.controls), *["permute"] * args.permute}
+    requested = {"", *split_names(args.controls), *["permute"] * args.permute}  # "": the protocol itself
     conditions = [Condition(Path(args.out) / args.setting, name, {"control": name, **settings}, dist.rank,
                             name in requested) for name in ("", *CONTROLS, "permute")]
     if dist.is_main:
-        adopt_old_files(args.out, args.setting)
+        adopt_old_files(args.out, args.setting)                        # of versions without a folder for each setting
     conditions = [condition for condition in conditions if condition.requested or condition.is_finished()]
     if not dist.is_main:
         return questions, conditions
@@ -270,7 +270,7 @@ def answer_all(args, questions, conditions, dist):
     seconds["all else"] = time.perf_counter() - start - sum(seconds.values())
     if dist.size > 1:
         with engine.clock("waiting for other processes"):
-            dist.barrier()
+            dist.barrier()                                             # only to measure how long they take
     return {**seconds, **engine.clock.seconds, "in all": time.perf_counter() - start}
 
 if __name__ == "__main__":

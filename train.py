@@ -227,7 +227,7 @@ def build_stage(cfg, dist):
 
 def build_model(cfg, config, start, llm):
     """-> (VideoChat2 filled from the checkpoint `start`, the LLM's tokenizer, the LLM's {"path", "fingerprint"})."""
-    # blocks whose inside the backward pass computes again: less memory, more time
+    # blocks that the backward pass recomputes: less memory, more time
     config.vit.checkpoint_blocks |= "vit" in cfg.grad_checkpoint
     config.qformer.checkpoint_layers |= "qformer" in cfg.grad_checkpoint
     config.llama.checkpoint_layers |= "llm" in cfg.grad_checkpoint
@@ -243,7 +243,7 @@ def build_model(cfg, config, start, llm):
     model = VideoChat2(config, cfg.stage, defer_llm=True)
     load_strict(model, read_tensors(start / "model.safetensors"), start,
                 fresh=NEW[cfg.stage] + (checkpoint.LLM_PREFIX,), dropped=DROPPED[cfg.stage])
-    if cfg.stage == 1:                                                 # it has no LLM, and passes on which one is known
+    if cfg.stage == 1:                                                 # it has no LLM, but records which one to use
         return model, None, llm and llm | {"path": str(cfg.llm or start / llm["path"])}
 
     # stage 3 takes no other LLM than stage 2 had, and a stage 2 that resumes no other than it began with
@@ -256,7 +256,7 @@ def build_model(cfg, config, start, llm):
                                          int8=cfg.llm_int8)
 
 def load_clips(cfg, config, corpus, num_frames):
-    """The samples of --corpus, or of this file in the data folder, with the model's frames and pixels."""
+    """The samples of --corpus, or of the file `corpus` in the data folder, with the model's frames and pixels."""
     path = Path(cfg.corpus or Path(cfg.data) / corpus)
     if not path.is_file():
         hint = f"make the toy world: python -m toy.world --out {cfg.data}" if cfg.preset in resume.TOY_PRESETS else (
