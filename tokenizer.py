@@ -160,8 +160,8 @@ class SentencePiece:
 
 def train_sentencepiece(texts, path, vocab_size):
     """Writes a tokenizer.model made as LLaMA's was: BPE, single digits, bytes for unknown characters, text unchanged.
-    Pieces never mix brackets and letters, so the letter of "(B" is a token of its own. So is the newline. `vocab_size`
-    is a maximum; few texts give fewer. Raises ValueError if it is too small for the single characters.
+    Pieces never mix brackets and letters, so the letter of "(B" is a token of its own. So is the newline. vocab_size is
+    a maximum. Raises ValueError if it is too small for the single characters.
     """
     model = io.BytesIO()
     try:
