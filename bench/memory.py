@@ -8,12 +8,9 @@ really runs (train_step.py); tests/test_bench.py compares the two.
     python -m bench.memory --preset vicuna-7b --stage 3 --batch 4
 """
 import argparse
-import re
-import weakref
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from unittest import mock
+from unittest.mock import patch
+from weakref import WeakSet, finalize
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import qformer
-from bench.train_step import Step, llm_to_dtype, random_batch, step_config, step_losses
+from bench.train_step import Step, our_model, random_batch, step_config, step_losses
 from infra.cli import add_options, option, read_options, run
-from model import DTYPES, VideoChat2, set_trainable
-from vit_video import VisionTransformer
+from model import DTYPES
+from vit_video import position_table
 from weights.int8 import quantize_int8
 
 GIB = 2 ** 30
@@ -38,10 +34,9 @@ class Options(Step):
 
 class LiveBytes(TorchDispatchMode):
     """Inside it, what each operation returns is counted from its creation until it is freed."""
-
     def __init__(self):
         super().__init__()
-        self.now, self.peak, self.sizes = 0, 0, {}
+        self.now, self.peak, self.storages = 0, 0, WeakSet()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         results = func(*args, **(kwargs or {}))
@@ -49,52 +44,40 @@ class LiveBytes(TorchDispatchMode):
         return results
 
     def add(self, leaves):
-        for storage in (t.untyped_storage() for t in leaves if torch.is_tensor(t)):
-            if (key := storage._cdata) not in self.sizes:
-                self.sizes[key] = -(-storage.nbytes() // 512) * 512            # the CUDA allocator's smallest piece
-                self.now += self.sizes[key]
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.remove, key)
+        for storage in {t.untyped_storage() for t in leaves if torch.is_tensor(t)}:
+            if storage not in self.storages:
+                self.storages.add(storage)
+                size = -(-storage.nbytes() // 512) * 512                       # the CUDA allocator's smallest piece
+                self.change(size)
+                finalize(storage, self.change, -size)
 
-    def remove(self, key):
-        self.now -= self.sizes.pop(key)
-
-@contextmanager
-def no_values(dtype):
-    """Inside it, tensors have no values; patches replace what a GPU does differently and what would read values."""
-    layer_norm, kernel = F.layer_norm, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-    def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
-        return kernel(q.to(dtype), k.to(dtype), v.to(dtype))[0]
-
-    def next_clips(sim, idx, generator=None):
-        return torch.arange(len(idx)).roll(1), torch.arange(len(idx)).roll(1)
-
-    with (mock.patch.object(F, "scaled_dot_product_attention", attention),
-          mock.patch.object(F, "layer_norm", lambda x, *args: layer_norm(x.float(), *args)),   # as CUDA's autocast
-          mock.patch.object(qformer, "hard_negatives", next_clips),
-          mock.patch.object(VisionTransformer, "positions", lambda vit, T, device: torch.empty(
-              T, vit.cfg.grid ** 2, vit.cfg.width)),
-          FakeTensorMode(allow_non_fake_inputs=True)):
-        yield
+    def change(self, size):
+        self.now += size
+        self.peak = max(self.peak, self.now)
 
 def counted_step(cfg, step):
     """{name: bytes} of a training step on one GPU. It is the second step: the first one makes AdamW's moments."""
     # neither the weights of a 7B model nor their initialization take memory or time on the meta device
     batch, live, dtype = random_batch(cfg, step, shortest=1), LiveBytes(), DTYPES[step.dtype]
-    with torch.device("meta"):
-        model = VideoChat2(cfg, step.stage)
-        if step.llm_int8 and step.stage > 1:
-            quantize_int8(model.llama_model)
+    model = our_model(cfg, step.stage, "meta", dtype, dropout=True)
+    if step.llm_int8 and step.stage > 1:
+        quantize_int8(model.llama_model)
 
-    with no_values(dtype):
+    # attention and LayerNorm as on a GPU; nothing may read values, or leave tensors without values in a cache
+    layer_norm, kernel = F.layer_norm, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    def attention(q, k, v, **_):
+        return kernel(q.to(dtype), k.to(dtype), v.to(dtype))[0]                # without a mask (..., S, S)
+
+    with (patch.object(F, "scaled_dot_product_attention", attention),
+          patch.object(F, "layer_norm", lambda x, *args: layer_norm(x.float(), *args)),        # as CUDA's autocast
+          patch("qformer.hard_negatives", lambda sim, idx, generator: (idx.roll(1), idx.roll(1))),
+          patch("vit_video.position_table", position_table.__wrapped__),
+          FakeTensorMode(allow_non_fake_inputs=True)):
         # weights and batch are there before the step, and stay
-        model.to_empty(device="cpu").train()
-        set_trainable(model, step.stage)
-        llm_to_dtype(model, dtype)
+        model.to_empty(device="cpu")
         live.add([*model.parameters(), *batch.values()])
-        frozen, trained = ([p for p in model.parameters() if p.requires_grad is trains] for trains in (False, True))
-        optimizer, before_steps = torch.optim.AdamW(trained, fused=True), live.now
+        optimizer, before_steps = torch.optim.AdamW(model.parameters(), fused=True), live.now
+        trained, frozen = (sum(p.nbytes for p in model.parameters() if p.requires_grad is b) for b in (True, False))
 
         # two steps; everything that they create and free is counted
         losses_of = torch.autocast("cpu", torch.bfloat16, enabled=step.dtype != "fp32")(step_losses)
@@ -104,19 +87,12 @@ def counted_step(cfg, step):
                 loss = sum(losses_of(model, batch).values())
                 activations = live.now - before
                 loss.backward()
-                gradients = n_bytes(p.grad for p in trained if p.grad is not None)
+                gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
                 del loss
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-        return {"frozen weights": n_bytes(frozen), "trained weights": n_bytes(trained), "gradients": gradients,
+        return {"frozen weights": frozen, "trained weights": trained, "gradients": gradients,
                 "optimizer": live.now - before_steps, "activations": activations, "peak": live.peak}
-
-def n_bytes(tensors):
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-def memory_of(key="VmHWM"):
-    """MiB of this process, at its largest or now (VmRSS). subtle: ru_maxrss would begin with the parent's memory."""
-    return int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 def main(argv=None):
     parser = argparse.ArgumentParser("python -m bench.memory", description=__doc__.splitlines()[0])

@@ -6,7 +6,6 @@ official code runs on. Options are those of mvbench.py. Not here: several proces
     python -m bench.mvbench_speed --ckpt runs/toy/stage3 --limit 10
 """
 import io
-import json
 import sys
 import tempfile
 import time
@@ -15,41 +14,37 @@ from pathlib import Path
 
 import mvbench
 from bench.reference import LlamaTwin
+from evaluation.predictions import read_rows
 from evaluation.tasks import load_questions
 from infra.cli import run
 from infra.files import read_json
 from weights.checkpoint import load_from_args
 
-def batched(argv):
-    """mvbench.py with these options -> its answers in the benchmark's order, and seconds."""
-    with tempfile.TemporaryDirectory() as folder:
-        with redirect_stdout(io.StringIO()):
-            mvbench.main([*argv, "--out", folder])
-        (predictions,), (summary,) = (list(Path(folder).rglob(name)) for name in ("predictions.jsonl", "summary.json"))
-        answers = [json.loads(line)["prediction"] for line in predictions.read_text().splitlines()]
-        seconds = read_json(summary)["seconds"]
-    return answers, seconds["in all"] - seconds["loading the model"]
-
 def main(argv=None):
-    # the model is loaded once for both LLMs; mvbench.py, which has to merge LoRA, loads its own
+    # mvbench.py, with its answers in the benchmark's order; it has to merge LoRA, and so loads a model of its own
     argv = sys.argv[1:] if argv is None else argv
     args = mvbench.parse(argv)
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        mvbench.main([*argv, "--out", folder])
+        (predictions,), (summary,) = (list(Path(folder).rglob(name)) for name in ("predictions.jsonl", "summary.json"))
+        rows, seconds = read_rows(predictions).values(), read_json(summary)["seconds"]
+    batched = seconds["in all"] - seconds["loading the model"]
+    print(f"{len(rows)} questions; mvbench.py: {len(rows) / batched:.1f} questions/s")
+
+    # one question at a time; the first answer, which is slower, is not counted
     questions = [q for q in load_questions(args.data, limit=args.limit) if q["media"]]
     model, qformer_tok, llm_tok, autocast = load_from_args(args)
     llms = {"our LLM": model.llama_model, "transformers and peft": LlamaTwin(model)}
-    batched_answers, batched_seconds = batched(argv)
-    print(f"{len(questions)} questions; mvbench.py: {len(questions) / batched_seconds:.1f} questions/s")
-
-    # the first answer, which is slower, is not counted
-    for name, model.llama_model in llms.items():
+    for name, model.llama_model in llms.items():               # each LLM in turn becomes the model's
         with autocast:
             mvbench.answer_one(model, qformer_tok, llm_tok, questions[0], args.protocol)
             start = time.perf_counter()
             answers = [mvbench.answer_one(model, qformer_tok, llm_tok, q, args.protocol) for q in questions]
         seconds = time.perf_counter() - start
-        differ = sum(a != b for a, b in zip(answers, batched_answers, strict=True))
+        # rows has the answers of the batched run, to the same questions in the same order
+        differ = sum(answer != row["prediction"] for answer, row in zip(answers, rows, strict=True))
         print(f"answer_one, {name}: {len(questions) / seconds:.1f} questions/s; mvbench.py is "
-              f"{seconds / batched_seconds:.1f} times as fast, {differ} answers differ", flush=True)
+              f"{seconds / batched:.1f} times as fast, {differ} answers differ", flush=True)
 
 if __name__ == "__main__":
     run(main, "bench.mvbench_speed")

@@ -1,9 +1,8 @@
 """A training step beside the same step built from transformers and peft: seconds, memory, utilisation.
 
-Both have the same weights, batch and losses (checked), without dropout; bf16 on a GPU, float32 elsewhere. Each runs in
-a process of its own, since the peak memory of a process never falls. Utilisation (MFU): the step's counted operations
-over those that a plain matrix product does here in the same time. Not here: the other side's modules (reference.py);
-memory at sizes that do not fit this machine (memory.py).
+Both have the same weights, batch and losses (checked), without dropout; bf16 on a GPU, float32 elsewhere. Utilisation
+(MFU): the step's counted operations over those that a plain matrix product does here in the same time. Not here: the
+other side's modules (reference.py); memory at sizes that do not fit this machine (memory.py).
 
     python -m bench.train_step --stage 3 --text 256
 """
@@ -14,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
+from torch.ops import aten
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -22,25 +22,23 @@ from infra.cli import add_options, option, read_options, run
 from infra.distributed import Distributed
 from llama import LlamaConfig
 from model import PRESETS, Config, VideoChat2, set_trainable
-from prompt import IGNORE, VIDEO, Prompt, add_packing, pad_batch
+from prompt import IGNORE, VIDEO, add_packing
 from qformer import QFormerConfig
 from vit_video import ViTConfig
+from weights.checkpoint import is_frozen_llm
 
 SCALED = Config(                        # vicuna-7b at a hundredth of the cost, its parts in similar proportions
     preset="scaled", vit=ViTConfig(img_size=112, patch_size=16, width=256, depth=6, heads=4),
     qformer=QFormerConfig(vocab_size=4000, width=96, depth=12, heads=3, ffn=384, vision_width=256),
     llama=LlamaConfig(vocab_size=4000, width=512, depth=8, heads=8, kv_heads=8, ffn=1376))
 CPU_ATTENTION = {                       # operations that PyTorch's counter does not know
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
-        lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)}
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda *qkv, **_: sdpa_flop_count(*qkv[:3]),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *x, **_: sdpa_backward_flop_count(*x[:4])}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 @dataclass
 class Step:
-    """A training step, by its sizes."""
     stage: int = option(3, "stage of training", choices=(1, 2, 3))
     preset: str = option("scaled", "sizes of the model", choices=("scaled", *PRESETS))
     batch: int = option(4, "clips")
@@ -64,43 +62,40 @@ def step_config(step):
                    llama=replace(cfg.llama, vocab_size=cfg.llama.vocab_size or 1000))
 
 def random_batch(cfg, step, shortest=0.25):
-    """Random clips, and texts of shortest * step.text to step.text tokens; stages 2 and 3 learn every second token."""
-    # texts of random length, the longest first; in stage 1 the video has no slot among their ids
-    g, n_video = torch.Generator().manual_seed(0), cfg.n_query + cfg.n_extra if step.stage > 1 else 0
+    """Random clips, and texts of shortest * step.text to step.text tokens, of which every second one has a loss."""
+    g, vocab = torch.Generator().manual_seed(0), min(cfg.qformer.vocab_size, cfg.llama.vocab_size)
     lengths = torch.randint(int(shortest * step.text), step.text + 1, (step.batch - 1,), generator=g).tolist()
-    prompts, vocab = [], min(cfg.qformer.vocab_size, cfg.llama.vocab_size)
-    for n in (step.text, *lengths):
-        text = torch.randint(5, vocab, (n,), generator=g).tolist()
-        labels = [token if place % 2 else IGNORE for place, token in enumerate(text)]
-        prompts.append(Prompt([VIDEO] * n_video + text, [IGNORE] * n_video + labels))
+
+    # the video's slot, which stage 1 does not have, and a text from column 0 on; the first text is the longest
+    column = torch.arange(-(cfg.n_query + cfg.n_extra) if step.stage > 1 else 0, step.text)     # (Q + S,)
+    mask = column < torch.tensor([step.text, *lengths])[:, None]                        # (B, Q + S)
+    is_text = mask & (column >= 0)                                                      # (B, Q + S)
+    ids = torch.where(column < 0, VIDEO, 0).repeat(step.batch, 1)                       # (B, Q + S)
+    ids[is_text] = torch.randint(5, vocab, (int(is_text.sum()),), generator=g)
+    labels = ids.where(is_text & (column % 2 == 1), IGNORE)                             # (B, Q + S)
 
     # as a collate function of data.py makes them
-    ids, labels, mask = pad_batch(prompts, pad_id=0, multiple=1)                        # (B, Q + S)
     video = torch.randn(step.batch, step.frames, 3, cfg.vit.img_size, cfg.vit.img_size, generator=g)
-    batch = add_packing({"video": video, "ids": ids, "labels": labels, "mask": mask, "idx": torch.arange(step.batch)})
+    batch = {"video": video, "ids": ids, "labels": labels, "mask": mask.long(), "idx": torch.arange(step.batch)}
     if step.stage == 3:
         instruction = torch.randint(5, vocab, (step.batch, 64), generator=g)
         batch |= {"instruction_ids": instruction, "instruction_mask": torch.ones_like(instruction)}
-    return batch
+    return add_packing(batch)
 
-def our_model(cfg, stage):
-    """VideoChat2 with random weights, without dropout, which the two sides would draw differently."""
-    cfg = replace(cfg, lora_dropout=0.0, qformer=replace(cfg.qformer, dropout=0.0, drop_path=0.0))
+def our_model(cfg, stage, device=DEVICE, dtype=DTYPE, dropout=False):
+    """VideoChat2 with random weights, ready to train; dtype: of its frozen LLM."""
+    if not dropout:                                            # the two sides would draw it differently
+        cfg = replace(cfg, lora_dropout=0.0, qformer=replace(cfg.qformer, dropout=0.0, drop_path=0.0))
     torch.manual_seed(0)
-    with torch.device(DEVICE):
+    with torch.device(device):
         model = VideoChat2(cfg, stage)
-    for name, p in model.named_parameters():                   # zeros would hide whatever reads them
-        if name.startswith("extra_query") or "lora_B" in name:
-            torch.nn.init.normal_(p, std=0.02)
-    llm_to_dtype(model, DTYPE)
+    for name, p in model.named_parameters():
+        if is_frozen_llm(name):
+            p.data = p.data.to(dtype)
+        elif name.startswith("extra_query") or "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.02)                 # zeros would hide whatever reads them
     set_trainable(model, stage)
     return model.train()
-
-def llm_to_dtype(model, dtype):
-    """The frozen LLM's weights in this dtype; those in 8 bits and their scales stay as they are."""
-    for name, p in model.named_parameters():
-        if name.startswith("llama_model.") and p.is_floating_point() and not name.endswith(".scale"):
-            p.data = p.data if "lora_" in name else p.data.to(dtype)
 
 def step_losses(model, batch, generator=None):
     """{name: loss} of the model's stage. generator draws the hard negatives of stage 1."""
@@ -109,14 +104,14 @@ def step_losses(model, batch, generator=None):
     return model.stage1_losses(batch, 3, Distributed(), generator)
 
 def measure(side, step):
-    """One side, "ours" or "transformers", in this process -> seconds of a step, losses, peak GiB, utilisation."""
+    """Trains one side, "ours" or "transformers", in this process -> {name: loss} of the first step, a row to print."""
     # both sides draw the same weights, batch and hard negatives
     cfg, generator = step_config(step), torch.Generator().manual_seed(0)
     model, losses_of = our_model(cfg, step.stage), step_losses
     if side == "transformers":
         model, losses_of = use_twins(model), twin_losses
     batch = {name: t.to(DEVICE) if torch.is_tensor(t) else t for name, t in random_batch(cfg, step).items()}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def train():
         with torch.autocast(DEVICE, DTYPE, enabled=DEVICE == "cuda"):
@@ -134,39 +129,35 @@ def measure(side, step):
     losses = {name: loss.item() for name, loss in train().items()}
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         train()
-    seconds = seconds_of(train, 5)
-    peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else \
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    seconds, kib = seconds_of(train, 5), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else kib * 1024
 
     # operations a second of a matrix product
     n = 8192 if DEVICE == "cuda" else 1024
-    a, b = torch.randn(2, n, n, device=DEVICE, dtype=DTYPE)
+    a, b = torch.randn(2, n, n, device=DEVICE, dtype=DTYPE)                             # 2 x (n, n)
     rate = 2 * n ** 3 / seconds_of(lambda: a @ b, 0.5)
-    return seconds, losses, peak / 2 ** 30, counter.get_total_flops() / seconds / rate
+    return losses, (f"  {side:13}{seconds:8.3f} s{step.batch / seconds:9.2f} clips/s{peak / 2 ** 30:7.2f} GiB"
+                    f"{counter.get_total_flops() / seconds / rate:6.0%} MFU   "
+                    + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
 
 def main(argv=None):
     parser = argparse.ArgumentParser("python -m bench.train_step", description=__doc__.splitlines()[0])
     add_options(parser, Step)
     step, _ = read_options(parser, Step, argv)
+    where = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{step}; {DTYPE} on {where}", flush=True)
 
-    # "spawn": a forked process would count the memory of this one as its own
-    rows = {}
+    # each side in a process of its own, whose peak memory never falls; a forked one would begin with this one's
+    losses = {}
     for side in ("ours", "transformers"):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            rows[side] = pool.submit(measure, side, step).result()
-
-    # a row for each side
-    where = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{step}; {DTYPE} on {where}")
-    for side, (seconds, losses, gib, mfu) in rows.items():
-        print(f"  {side:13}{seconds:8.3f} s{step.batch / seconds:9.2f} clips/s{gib:7.2f} GiB{mfu:6.0%} MFU   "
-              + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+            losses[side], row = pool.submit(measure, side, step).result()
+        print(row, flush=True)
 
     # unequal losses would mean that the two did not compute the same
-    others = rows["transformers"][1]
-    for name, loss in rows["ours"][1].items():
-        if abs(loss - others[name]) > (1e-4 if DTYPE == torch.float32 else 2e-2) * abs(loss):
-            raise ValueError(f"loss {name} is {loss} with our modules, {others[name]} with those of transformers")
+    for name, loss in losses["ours"].items():
+        if abs(loss - losses["transformers"][name]) > (1e-4 if DTYPE == torch.float32 else 2e-2) * abs(loss):
+            raise ValueError(f"loss {name} is {loss} with our modules, {losses['transformers'][name]} with the others")
 
 if __name__ == "__main__":
     run(main, "bench.train_step")

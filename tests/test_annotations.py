@@ -207,7 +207,7 @@ def test_a_file_that_changes_under_a_running_training_is_noticed(tmp_path):
 MEASURE = """
 import sys
 from training.annotations import AnnotationFile, Source
-from bench.memory import memory_of
+from tests.process import memory_of
 before = memory_of()
 entries = AnnotationFile(Source(sys.argv[1], media="video", media_key="video"))
 print(len(entries), memory_of() - before)

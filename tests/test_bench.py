@@ -18,8 +18,9 @@ REAL = """
 import ctypes, sys
 from dataclasses import replace
 import torch
+import process
 import test_bench
-from bench import memory, train_step
+from bench import train_step
 from model import VideoChat2, set_trainable
 
 def two_steps(cfg, step):
@@ -37,9 +38,9 @@ cfg, step = test_bench.sizes(int(sys.argv[1]))
 small = replace(cfg, vit=replace(cfg.vit, depth=1), llama=replace(cfg.llama, depth=1, vocab_size=100))
 two_steps(small, replace(step, batch=1, text=20))                          # what PyTorch loads when it is first needed
 ctypes.CDLL(None).malloc_trim(0)                                           # give back what that has freed
-before = memory.memory_of("VmRSS")
+before = process.memory_of("VmRSS")
 two_steps(cfg, step)
-print((memory.memory_of("VmHWM") - before) * 2**20)
+print((process.memory_of("VmHWM") - before) * 2**20)
 """
 
 def sizes(stage):

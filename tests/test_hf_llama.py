@@ -178,7 +178,7 @@ MEASURE = """
 import sys
 import torch
 from weights import hf_llama
-from bench.memory import memory_of
+from tests.process import memory_of
 from llama import Llama, LlamaConfig
 with torch.device("meta"):
     Llama(LlamaConfig(vocab_size=8, width=8, depth=1, heads=1, kv_heads=1, ffn=8))     # what torch loads for it first
