@@ -160,8 +160,7 @@ class SentencePiece:
 
 def train_sentencepiece(texts, path, vocab_size):
     """Writes a tokenizer.model made as LLaMA's was: BPE, single digits, bytes for unknown characters, text unchanged.
-    Pieces never mix brackets and letters, so the letter of "(B" is a token of its own. So is the newline. vocab_size is
-    a maximum. Raises ValueError if it is too small for the single characters.
+    "(B" is two pieces, the newline is one. vocab_size is a maximum; ValueError if there are more single characters.
     """
     model = io.BytesIO()
     try:
