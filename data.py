@@ -3,18 +3,16 @@
     entry    {"video": "kite.mp4", "caption": "A red kite."}                              training/annotations.py
     sample   {"video": (T, 3, size, size), "text": "A red kite.", "medium": "video", ...}    VideoTextDataset
     indices  [7, 2, 31, 4], one medium per batch                                             Sampler
-    batch    {"video": (B, T, 3, size, size), "ids": (B, S), "mask": (B, S), ...}            Stage1-, 2-, 3Collate
+    batch    {"video": (B, T, 3, size, size), "ids": (B, S), "mask": (B, S), ...}            collate_stage1, 2, 3
 
 A medium that cannot be read never makes a wrong pair: its whole sample is replaced and reported. What a sample is
 depends on (seed, epoch, index) alone, not on workers or resumes. Shape letters: model.py; size: pixels of a side.
-Not here: annotation files (training/annotations.py) and their check (training/check_data.py), how a file becomes
-frames (video.py), how a conversation becomes ids (prompt.py). Source: the official pt_dataset.py and it_dataset.py.
+Not here: annotation files and their check (training/), files to frames (video.py), conversations to ids (prompt.py).
 
-    pytest tests/test_data.py
+Source: the official pt_dataset.py and it_dataset.py.
+Run:    python -m pytest tests/test_data.py
 """
 import random
-import sys
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,75 +22,73 @@ from prompt import CAPTION_INSTRUCTIONS, add_packing, caption_prompt, conversati
 from training.annotations import load_annotations
 from video import SAMPLING, MediaError, SampleError, read_media, train_frame_selector
 
-# ---- samples ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------------------- samples
 
 class VideoTextDataset(torch.utils.data.Dataset):
-    """Samples of a corpus (a list of annotations.Source): captions or conversations. Frames: sampling, see video.py.
+    """Samples of a corpus (a list of annotations.Source): captions or conversations.
 
         dataset[7] -> {"video": (T, 3, size, size) float, "seconds": [0.3, 0.9, ..],     # when its frames are
                        "text": "A red kite."      or "qas": [{"q": "What moves?", "a": "A red kite."}, ..], shuffled
                        "medium": "video", "path": "clips/kite.mp4", "idx": 7,    # the same clip has the same idx
-                       "prompt_choice": 0.42,     # a random number; the collate picks an instruction by it
+                       "prompt_choice": 0.42,     # a random number; collate_stage2 picks a prompt by it
                        "bad": ["clips/dog.mp4: no such file"]}                   # unreadable media that it replaces
 
-    With `features` set (a feature_cache.Features), "features" (T, L, C) replace "video". More than max_bad unreadable
-    media in a row raise MediaError.
+    sampling: which frames of a clip (video.train_frame_indices). If self.features is set (feature_cache.Features),
+    "features" (T, L, C) replace "video". More than max_bad unreadable media in a row raise MediaError.
     """
-
     def __init__(self, sources, num_frames, transform, sampling="rand", seed=0, max_bad=10):
         if sampling not in SAMPLING:
             raise ValueError(f"frame_sampling {sampling!r}: expected one of {', '.join(SAMPLING)}")
         self.sources, self.num_frames, self.transform, self.sampling = sources, num_frames, transform, sampling
         self.seed, self.epoch, self.max_bad, self.features = seed, 0, max_bad, None
         self.entries = [load_annotations(source) for source in sources]
-        self.starts = np.cumsum([0, *map(len, self.entries)]).tolist()  # source s: starts[s] .. starts[s + 1]
+        ends = np.cumsum([0, *map(len, self.entries)]).tolist()         # 0, then where each source ends
+        self.spans = list(map(range, ends[:-1], ends[1:]))              # the indices of each source's entries
 
         # a batch of captions and one of conversations have different keys, and so different losses
         if sum(entries.header["qa"] for entries in self.entries) not in (0, len(self)):
             raise ValueError(f"{sources[0].anno} ...: captions and instructions in one corpus; train on one kind")
 
     def __len__(self):
-        return self.starts[-1]
+        return self.spans[-1].stop                                                       # of all sources together
 
     def set_epoch(self, epoch):
         self.epoch = epoch
 
     def groups(self):
         """(medium, weight, range of indices) of each source, for the Sampler."""
-        spans = map(range, self.starts[:-1], self.starts[1:])
-        return [(source.media, source.weight, span) for source, span in zip(self.sources, spans, strict=True)]
+        return [(source.media, source.weight, span) for source, span in zip(self.sources, self.spans, strict=True)]
 
     def lengths(self, indices):
         """Characters of these samples' texts, (n,), for the Sampler. It reads the index, not the entries."""
         lengths = np.empty(len(indices), np.int32)                                       # (n,)
-        for entries, start in zip(self.entries, self.starts, strict=False):              # starts has one more
-            inside = (indices >= start) & (indices < start + len(entries))
-            lengths[inside] = entries.chars[indices[inside] - start]
+        for entries, span in zip(self.entries, self.spans, strict=True):
+            inside = (indices >= span.start) & (indices < span.stop)
+            lengths[inside] = entries.chars[indices[inside] - span.start]
         return lengths
 
     def entry(self, index):
         """-> source, entry."""
-        s = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return self.sources[s], self.entries[s][index - self.starts[s]]
+        for source, entries, span in zip(self.sources, self.entries, self.spans, strict=True):
+            if index in span:
+                return source, entries[index - span.start]                               # one small read of the file
 
     def path(self, index):
-        """Path of a sample's medium."""
         source, entry = self.entry(index)
         return source.path(entry)
 
     def __getitem__(self, index):
-        # the whole sample is replaced, text and all, by the next one of the same source (and so of the same medium):
-        # a batch keeps its size, and no video meets the text of another
+        # an unreadable sample is replaced, text and all, by the next one of its source, which has the same medium: a
+        # batch keeps its size, and no video meets the text of another
         bad = []
-        while True:
+        while len(bad) <= self.max_bad:
             try:
                 return self.sample(index) | {"bad": bad}
             except MediaError as error:
-                bad.append(str(error))
-                if len(bad) > self.max_bad:
-                    raise MediaError(f"{error}; {len(bad)} unreadable media in a row") from None
-                span = next(span for *_, span in self.groups() if index in span)
+                bad.append(str(error))                                                   # shown in the log
+                span = next(span for span in self.spans if index in span)
                 index = span[(index - span.start + 1) % len(span)]
+        raise MediaError(f"{bad[-1]}; {len(bad)} unreadable media in a row")
 
     def sample(self, index):
         """The sample without "bad". Raises MediaError."""
@@ -104,23 +100,22 @@ class VideoTextDataset(torch.utils.data.Dataset):
         # frames, or what the frozen ViT has made of them
         if source.media != "text":
             sample["path"] = path = source.path(entry)
-            sample |= self.features[path] if self.features else self.load_video(source, entry, rng)
+            if self.features:
+                sample |= self.features[path]
+            else:
+                select = train_frame_selector(self.num_frames, self.sampling, rng, entry.get("start"), entry.get("end"))
+                frames, sample["seconds"] = read_media(path, select, as_image=source.media == "image")
+                sample["video"] = self.transform(frames, rng)                            # (T, 3, size, size)
 
         # one of several captions; the questions in another order each epoch, so that each comes first at times
         if "QA" in entry:
-            sample["qas"] = rng.sample(entry["QA"], len(entry["QA"]))
+            sample["qas"] = rng.sample(entry["QA"], len(entry["QA"]))                    # a shuffled copy
         else:
             captions = entry["caption"]
             sample["text"] = (captions if isinstance(captions, str) else rng.choice(captions)).strip()
         return sample
 
-    def load_video(self, source, entry, rng):
-        """-> {"video": (T, 3, size, size), "seconds": of its frames}; T is 1 for an image."""
-        select = train_frame_selector(self.num_frames, self.sampling, rng, entry.get("start"), entry.get("end"))
-        frames, seconds = read_media(source.path(entry), select, as_image=source.media == "image")
-        return {"video": self.transform(frames, rng), "seconds": seconds}
-
-# ---- order -----------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------- order
 
 class Sampler:
     """Batches of indices in an order given by (seed, epoch). A batch has one medium; a rest that fills none is dropped.
@@ -132,7 +127,6 @@ class Sampler:
     dataset: anything with a length; groups() and lengths() are used if it has them. A source of weight 2.5 is in an
     epoch twice, and a random half of it once more. To resume: skip_to(step).
     """
-
     def __init__(self, dataset, batch_size, seed=0, rank=0, world_size=1, grad_accum=1):
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.rank, self.world_size, self.micro_batches = rank, world_size, grad_accum
@@ -144,8 +138,8 @@ class Sampler:
         groups = dataset.groups() if hasattr(dataset, "groups") else [("", 1.0, range(len(dataset)))]
         self.media = {}
         for medium, weight, span in groups:
-            if round(weight * len(span)):
-                self.media.setdefault(medium, []).append((span, round(weight * len(span))))
+            if take := round(weight * len(span)):                                        # weight 0 leaves a source out
+                self.media.setdefault(medium, []).append((span, take))
         if len(self) == 0:
             raise ValueError(f"{len(dataset)} samples do not fill a batch of {batch_size}")
         self.skip_to(0)
@@ -155,40 +149,32 @@ class Sampler:
         return sum(sum(take for _, take in spans) // self.batch_size for spans in self.media.values())
 
     def skip_to(self, step):
-        """Resumes after `step` steps of training, in the middle of an epoch or not."""
-        self.epoch, self.position = divmod(step, len(self))
+        """Continues after `step` steps of training, at an epoch's beginning or within it."""
+        self.epoch, self.position = divmod(step, len(self))                          # position: in steps of the epoch
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(self.epoch)
 
     def next_epoch(self):
         self.skip_to((self.epoch + 1) * len(self))
 
-    def bucket_by_length(self, indices, window=16, step=200):
-        """Sorts each `window` batches by text length, in classes of `step` characters.
-
-        So all processes have equally much to do, and less of what the Q-Former reads is padding.
-        """
-        if hasattr(self.dataset, "lengths"):
-            classes = self.dataset.lengths(indices) // step
-            for start in range(0, len(indices), window * self.batch_size):
-                part = slice(start, start + window * self.batch_size)
-                indices[part] = indices[part][np.argsort(classes[part], kind="stable")]  # stable: still random
-        return indices
-
     def __iter__(self):
         """The epoch's micro-batches of this rank, from `position` (in steps) on."""
-        rng = np.random.default_rng((self.seed, self.epoch))
-        batches = []
+        rng, batches = np.random.default_rng((self.seed, self.epoch)), []
         for spans in self.media.values():
             # each source as often as its weight says: whole permutations, the last one cut
             drawn = [np.concatenate([rng.permutation(span) for _ in range(-(-take // len(span)))])[:take]
-                     for span, take in spans if take]
+                     for span, take in spans]
 
-            # mixed with the other sources of its medium, then cut into batches
+            # mixed with the other sources of its medium; what fills no batch is dropped
             indices = rng.permutation(np.concatenate(drawn))
-            n_batches = len(indices) // self.batch_size
-            indices = self.bucket_by_length(indices[:n_batches * self.batch_size])
-            batches += list(indices.reshape(n_batches, self.batch_size))
+            indices = indices[:len(indices) // self.batch_size * self.batch_size]        # whole batches
+
+            # every 16 batches are sorted by text length, in classes of 200 characters: so all processes have equally
+            # much to do, and less of what the Q-Former reads is padding. The sort is stable: a class stays shuffled
+            if hasattr(self.dataset, "lengths"):
+                windows = np.arange(len(indices)) // (16 * self.batch_size)
+                indices = indices[np.lexsort((self.dataset.lengths(indices) // 200, windows))]
+            batches += list(indices.reshape(-1, self.batch_size))                        # (n_batches, batch_size)
 
         # batches of all media and lengths in random order
         for b in rng.permutation(len(batches))[self.position:]:
@@ -203,92 +189,62 @@ def make_loader(dataset, sampler, collate, workers=0):
                                        pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None,
                                        generator=torch.Generator().manual_seed(0), worker_init_fn=ignore_signals)
 
-# ---- batches ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------------------- batches
 
 def collate_media(samples):
-    """What every batch has: video (B, T, 3, size, size) or features (B, T, L, C), None where samples have none;
-    idx (B,), clips (number of different ones), medium, paths, bad."""
-    batch = {"idx": torch.tensor([s["idx"] for s in samples]), "medium": samples[0]["medium"],
-             "clips": len({s["idx"] for s in samples}),
+    """What every batch has: idx (B,), the number of different clips, medium, paths, faults, pixels or features."""
+    idx = [s["idx"] for s in samples]
+    batch = {"idx": torch.tensor(idx), "clips": len(set(idx)), "medium": samples[0]["medium"],
              "paths": [s["path"] for s in samples], "bad": [line for s in samples for line in s["bad"]]}
-    for key in ("video", "features"):
-        batch[key] = torch.stack([s[key] for s in samples]) if key in samples[0] else None   # (B, T, ...)
+    for key in ("video", "features"):          # (B, T, 3, size, size), (B, T, L, C), None where samples have none
+        batch[key] = torch.stack([s[key] for s in samples]) if key in samples[0] else None
     return batch
 
-@dataclass
-class Stage1Collate:
-    """Stage 1: the Q-Former reads and writes the caption. Adds ids (B, S), mask (B, S)."""
-    qformer_tok: object                # tokenizer.WordPiece
-    max_length: int = 32               # ids of a caption
-    sep: bool = False                  # QUIRK of tokenizer.WordPiece.encode: no [SEP]
+def collate_stage1(samples, cfg, qformer_tok, llm_tok=None):
+    """Stage 1: the Q-Former reads and writes the caption. Adds ids (B, S), mask (B, S). cfg: model.Config."""
+    rows = [qformer_tok.encode(s["text"], cfg.align_text, sep=cfg.caption_sep) for s in samples]
+    ids, mask = pad_ids(rows, qformer_tok.pad_id)                                        # (B, S) each
+    return collate_media(samples) | {"ids": ids, "mask": mask}
 
-    def __call__(self, samples):
-        rows = [self.qformer_tok.encode(s["text"], self.max_length, sep=self.sep) for s in samples]
-        ids, mask = pad_ids(rows, self.qformer_tok.pad_id)                               # (B, S) each
-        return collate_media(samples) | {"ids": ids, "mask": mask}
+def collate_stage2(samples, cfg, qformer_tok, llm_tok):
+    """Stage 2: the LLM answers with the caption. Adds ids, labels, mask (B, S), with a VIDEO id for each query."""
+    # one of ten instructions for each caption, as the official stage 2 draws them
+    prompts = []
+    for s in samples:
+        choices = CAPTION_INSTRUCTIONS[s["medium"]]
+        instruction = choices[int(s["prompt_choice"] * len(choices))]
+        prompts.append(caption_prompt(llm_tok, s["text"], cfg.n_query + cfg.n_extra, instruction, s["medium"],
+                                      cfg.max_text))
+    ids, labels, mask = pad_batch(prompts, llm_tok.eos_id)                               # (B, S) each
+    return collate_media(samples) | add_packing({"ids": ids, "labels": labels, "mask": mask})
 
-@dataclass
-class Stage2Collate:
-    """Stage 2: the LLM answers with the caption. Adds ids, labels, mask (B, S), with n_video VIDEO ids in each row."""
-    llm_tok: object                    # tokenizer.SentencePiece
-    n_video: int                       # video tokens of a clip: the Q-Former's queries
-    max_text: int = 512                # ids of a caption
+def collate_stage3(samples, cfg, qformer_tok, llm_tok):
+    """Stage 3: conversations. Adds ids, labels, mask for the LLM, instruction_ids, _mask for the Q-Former, (B, S)."""
+    # conversations for the LLM; an instruction that leaves no room for the video is an error that names its clip
+    prompts = []
+    for s in samples:
+        message = seconds_message(s["seconds"]) if cfg.add_timestamps and s["medium"] == "video" else ""
+        try:
+            prompts.append(conversation_prompt(llm_tok, s["qas"], cfg.n_query + cfg.n_extra, message, s["medium"],
+                                               cfg.prompt_style, cfg.max_text, cfg.train_separators))
+        except ValueError as error:
+            raise SampleError(f"{s['path']}: {error}") from None
+    ids, labels, mask = pad_batch(prompts, llm_tok.eos_id)                               # (B, S) each
 
-    def __call__(self, samples):
-        # one of ten instructions for each caption, as the official stage 2 draws them
-        prompts = []
-        for s in samples:
-            instructions = CAPTION_INSTRUCTIONS[s["medium"]]
-            instruction = instructions[int(s["prompt_choice"] * len(instructions))]
-            prompts.append(caption_prompt(self.llm_tok, s["text"], self.n_video, instruction, s["medium"],
-                                          self.max_text))
-        ids, labels, mask = pad_batch(prompts, self.llm_tok.eos_id)                      # (B, S) each
-        return collate_media(samples) | add_packing({"ids": ids, "labels": labels, "mask": mask})
-
-@dataclass
-class Stage3Collate:
-    """Stage 3: conversations. Adds ids, labels, mask (B, S) for the LLM, and the first turn's instruction for the
-    Q-Former: instruction_ids, instruction_mask (B, S)."""
-    llm_tok: object
-    qformer_tok: object
-    n_video: int
-    max_text: int = 512                # ids of a conversation, the video's not counted
-    prompt_style: str = "vicuna"       # or "mistral": prompt.conversation_prompt
-    question_in_qformer: bool = False  # QUIRK of model.Config
-    add_timestamps: bool = True        # tell the LLM at which seconds a video's frames were taken
-    train_separators: bool = False     # QUIRK of prompt.vicuna_turns
-    max_instruction: int = 512         # ids of the Q-Former's text; a longer one loses its beginning
-
-    def __call__(self, samples):
-        # conversations for the LLM; an instruction that leaves no room for the video is an error that names its clip
-        prompts = []
-        for s in samples:
-            message = seconds_message(s["seconds"]) if self.add_timestamps and s["medium"] == "video" else ""
-            try:
-                prompts.append(conversation_prompt(self.llm_tok, s["qas"], self.n_video, message, s["medium"],
-                                                   self.prompt_style, self.max_text, self.train_separators))
-            except ValueError as error:
-                raise SampleError(f"{s['path']}: {error}") from None
-        ids, labels, mask = pad_batch(prompts, self.llm_tok.eos_id)                      # (B, S) each
-
-        # the Q-Former reads the instruction too, so that its queries look for what is asked
-        rows = [self.qformer_tok.encode(self.instruction(s["qas"][0]), self.max_instruction, sep=True, truncate="left")
-                for s in samples]
-        instruction_ids, instruction_mask = pad_ids(rows, self.qformer_tok.pad_id)
-        batch = collate_media(samples) | add_packing({"ids": ids, "labels": labels, "mask": mask})
-        return batch | {"instruction_ids": instruction_ids, "instruction_mask": instruction_mask}
-
-    def instruction(self, qa):
-        """The instruction of a turn, with its question if question_in_qformer; never the question alone."""
-        text = qa.get("i") or ""
-        return f"{text} {qa.get('q') or ''}".strip() if text and self.question_in_qformer else text
+    # the Q-Former reads the instruction too, so that its queries look for what is asked; a long one loses its beginning
+    limit = min(cfg.max_text, cfg.qformer.max_positions)
+    rows = [qformer_tok.encode(qformer_text(s["qas"][0], cfg.question_in_qformer), limit, sep=True, truncate="left")
+            for s in samples]
+    instruction_ids, instruction_mask = pad_ids(rows, qformer_tok.pad_id)                # (B, S) each
+    batch = collate_media(samples) | add_packing({"ids": ids, "labels": labels, "mask": mask})
+    return batch | {"instruction_ids": instruction_ids, "instruction_mask": instruction_mask}
 
 def seconds_message(seconds):
     """[0.31, 0.9] -> "The video contains 2 frames sampled at 0.3, 0.9 seconds.": part of the conversation."""
     times = ", ".join(str(round(s, 1)) for s in seconds)
     return f"The video contains {len(seconds)} frames sampled at {times} seconds."
 
-if __name__ == "__main__":
-    # "check" was a command of this file
-    print("data.py: run python -m training.check_data", *sys.argv[2:], file=sys.stderr)
-    sys.exit(2)
+def qformer_text(qa, with_question):
+    """The instruction of a turn, with its question if with_question; never the question alone."""
+    text = qa.get("i") or ""
+    return f"{text} {qa.get('q') or ''}".strip() if text and with_question else text

@@ -1,6 +1,6 @@
 """The language model: token embeddings (B, S, D) -> next-token logits (B, S, V); generation with a key/value cache.
 
-LLaMA 1 and 2 (Vicuna), and Mistral, whose key/value heads are shared by groups of query heads. It takes embeddings
+LLaMA 1 and 2 (Vicuna), and Mistral, in which a group of query heads shares its key/value heads. The input is embeddings
 instead of ids, because the tokens of a video have no ids.
 
     embeds -> [ x + attention(norm(x)); x + swiglu(norm(x)) ] x depth -> norm -> lm_head -> logits
@@ -46,13 +46,11 @@ class LlamaConfig:
     def head_size(self):
         return self.head_dim or self.width // self.heads
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the parts
+# ------------------------------------------------------------------------------------------------------------ the parts
 
 class KVCache:
-    """Keys and values of all tokens so far, and the padding mask that belongs to them.
-
-    To hide a token from all later ones, zero its column of the mask; to forget the last tokens, shorten the mask.
+    """Keys and values of all tokens so far, and their padding mask. To hide a token from all later ones, zero its
+    column of the mask; to forget the last tokens, shorten the mask.
     """
     def __init__(self, depth):
         self.layers = [None] * depth    # k, v (B, kv_heads, room, hs) each, of which the first S columns are in use
@@ -101,9 +99,8 @@ def rope_cos_sin(positions, head_size, theta, dtype):
     """positions (B, S) -> cos and signed sin of a head's angles, (B, S, 1, hs) each, for apply_rope."""
     pair = torch.arange(0, head_size, 2, device=positions.device).float()       # (hs/2,)
     angle = positions[..., None].float() * theta ** (-pair / head_size)         # (B, S, hs/2)
-    cos, sin = angle.cos(), angle.sin()
-    # the sign of x1 cos - x2 sin is in the first half of sin
-    cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)    # (B, S, hs)
+    cos = torch.cat((angle.cos(), angle.cos()), dim=-1)                         # (B, S, hs)
+    sin = torch.cat((-angle.sin(), angle.sin()), dim=-1)                        # (B, S, hs), with apply_rope's minus
     return cos[:, :, None].to(dtype), sin[:, :, None].to(dtype)                 # (B, S, 1, hs)
 
 def apply_rope(x, cos, signed_sin):
@@ -177,8 +174,7 @@ class Layer(nn.Module):
             x = x.index_select(1, target_positions)                             # (1, n, D)
         return x + self.mlp(self.post_attention_layernorm(x))                   # (B, n_out, D)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the model
+# ------------------------------------------------------------------------------------------------------------ the model
 
 def attention_mask(mask, s, dtype):
     """What the s newest tokens may see of all S: (B or 1, 1, s, S), 0 or -inf, to be added to the scores; None where
@@ -209,7 +205,13 @@ class Llama(nn.Module):
             "norm": RMSNorm(cfg.width, cfg.eps),
         })
         self.lm_head = nn.Linear(cfg.width, cfg.vocab_size, bias=False)
-        self._init_weights()
+
+        # initial weights of all matrices; 2 * depth branches add up in x
+        for name, p in self.named_parameters():
+            if p.ndim == 2:
+                std = 1.0 if "embed_tokens" in name else p.shape[1] ** -0.5
+                std /= (2 * cfg.depth) ** 0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
+                nn.init.normal_(p, std=cfg.init_std or std)
         if cfg.tied:
             self.tie()
 
@@ -217,30 +219,20 @@ class Llama(nn.Module):
         head = getattr(self.lm_head, "base", self.lm_head)                      # LoRA wraps the layer
         head.weight = self.model["embed_tokens"].weight
 
-    def _init_weights(self):
-        for name, p in self.named_parameters():
-            if p.ndim == 2:
-                std = 1.0 if "embed_tokens" in name else p.shape[1] ** -0.5
-                if name.endswith(("o_proj.weight", "down_proj.weight")):
-                    std /= (2 * self.cfg.depth) ** 0.5                          # 2 * depth branches add up in x
-                nn.init.normal_(p, std=self.cfg.init_std or std)
-
     def embed(self, ids):                                                       # (B, S)
         return self.model["embed_tokens"](ids)                                  # (B, S, D)
 
     def forward(self, embeds, mask=None, cache=None, logits_to_keep=None):
-        """embeds (B, s, D), mask (B, s) 1 = token, padding left or right -> hidden (B, s, D).
-
-        With a KVCache, embeds and mask are those of the new tokens. logits_to_keep: return the last tokens only; the
-        last layer then computes no others, with 0 it only fills the cache. ValueError beyond cfg.max_positions tokens.
+        """embeds (B, s, D), mask (B, s) 1 = token, padding left or right -> hidden (B, s, D). With a KVCache, both are
+        of the new tokens. logits_to_keep: return the last tokens only; the last layer then computes no others, and with
+        0 only fills the cache. ValueError beyond cfg.max_positions tokens.
         """
         # the mask of all tokens so far, and the positions of the new ones; padding is not counted
         s = embeds.shape[1]
         if mask is None:
             mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)     # (B, s)
         if cache is not None:
-            mask = mask if cache.mask is None else torch.cat((cache.mask, mask), dim=1)     # (B, S)
-            cache.mask = mask
+            cache.mask = mask = mask if cache.mask is None else torch.cat((cache.mask, mask), dim=1)    # (B, S)
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -s:]            # (B, s)
         if mask.shape[1] > self.cfg.max_positions:                              # else no need to sync a GPU
             self._check_length(mask.sum(1).max().item())
@@ -259,14 +251,11 @@ class Llama(nn.Module):
         return self._layers(embeds, positions, embeds.shape[1], lengths=lengths, target_positions=target_positions)
 
     def _check_length(self, longest):
-        if longest > self.cfg.max_positions:
-            raise ValueError(f"{longest} tokens, but the LLM takes at most {self.cfg.max_positions}: shorten the text "
-                             "or the video")
+        if longest > (limit := self.cfg.max_positions):
+            raise ValueError(f"{longest} tokens, but the LLM takes at most {limit}: shorten the text or the video")
 
     def _layers(self, x, positions, n_out, masks=None, lengths=None, cache=None, target_positions=None):
-        """x (B, s, D) at positions (B, s) through all layers; the last one computes n_out tokens only. masks[n]: for n
-        queries, see attention_mask; packed texts have lengths instead.
-        """
+        """x (B, s, D) at positions (B, s) -> (B, n_out, D). masks[n]: attention_mask of n queries; packed: lengths."""
         rope = rope_cos_sin(positions, self.cfg.head_size, self.cfg.rope_theta, x.dtype)    # (B, s, 1, hs) each
         recompute = self.cfg.checkpoint_layers and self.training and torch.is_grad_enabled()
         for i, layer in enumerate(self.model["layers"]):
@@ -277,12 +266,10 @@ class Llama(nn.Module):
         return self.model["norm"](x)                                            # (B, n_out, D)
 
     @torch.no_grad()
-    def generate(self, embeds, mask=None, max_new_tokens=100, stop=(), temperature=0.0, generator=None):
-        """Continue prompts: embeds (B, S, D), padded on the left -> B lists of new ids.
-
-        stop: ids that end a row and are left out; or a function of a row's new ids that returns True when the row is
-        complete, whose last ids stay. temperature 0 is greedy; above it, tokens are sampled with generator, a CPU one.
-        Raises ValueError if a prompt ends in padding.
+    def generate(self, embeds, mask=None, max_new_tokens=100, stop=None, temperature=0.0, generator=None):
+        """Continue prompts: embeds (B, S, D), padded on the left (else ValueError) -> B lists of new ids.
+        stop: a function of a row's new ids, True where the row is complete; what completed it stays. temperature 0 is
+        greedy; above it, tokens are sampled with generator, a CPU one.
         """
         if mask is not None and not mask[:, -1].all():
             raise ValueError("a prompt ends in padding: generate needs prompts padded on the left")
@@ -300,11 +287,9 @@ class Llama(nn.Module):
 
             # rows end one by one
             for i, token in enumerate(ids.tolist()):
-                if not callable(stop) and token in stop:
-                    done[i] = True
                 if not done[i]:
                     rows[i].append(token)
-                    done[i] = callable(stop) and bool(stop(rows[i]))
+                    done[i] = stop is not None and stop(rows[i])
             if all(done):
                 break
             embeds, mask = self.embed(ids[:, None]), None                       # (B, 1, D)

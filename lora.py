@@ -1,17 +1,10 @@
 """Low-rank updates of frozen Linear layers: add them, merge them into the weights.
 
-         x (in)
-         |---------------.
-         |            dropout
-      W frozen           |
-    (out, in)      A (r, in)      random at the start
-         |               |  r numbers, a bottleneck
-         |         B (out, r)     zeros: at the start the update is nothing
-         |               |
-         |          * alpha / r
-         +<--------------'
-         |
-         y (out)                  y = W x + (alpha / r) B A x,   merged: W' = W + (alpha / r) B A
+    x (in) -+-> W (out, in), frozen ------------------------------------------+-> y (out)
+            |                                                                 |
+            '-> dropout -> A (r, in), random -> B (out, r), zeros -> alpha / r '
+
+    y = W x + (alpha / r) B A x, at the start W x          merged: W' = W + (alpha / r) B A
 
 With r = 16 on q_proj and v_proj of a 7B LLaMA, 8.4 million weights train instead of 6.7 billion.
 Not here: which layers get one (model.py); biases, embeddings and convolutions.
@@ -64,9 +57,8 @@ def replace_module(root, name, new):
     setattr(root.get_submodule(parent), leaf, new)
 
 def add_lora(module, names, r, alpha, dropout=0.0):
-    """Wrap every Linear inside module whose last name is one of names ("q_proj", ...) -> their full names.
-
-    Raises ValueError, and wraps nothing, if no Linear has one of the names: a typo would silently train less.
+    """Wrap every Linear inside module whose last name is one of names ("q_proj", ...) -> their full names. ValueError,
+    and nothing is wrapped, if no Linear has one of the names: a typo would silently train less.
     """
     linears = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
     last_names = {name.rpartition(".")[2] for name in linears}

@@ -32,7 +32,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # ---------------------------------------------------------------------------------------------------------------- sizes
 
-# names of Config's fields in older checkpoints
+# older checkpoints have these fields of Config under other names
 OLD_FIELDS = {"style": "prompt_style", "tell_seconds": "add_timestamps", "train_choice": "frame_sampling"}
 
 @dataclass
@@ -70,9 +70,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, d):
-        """Inverse of asdict, with defaults for what d lacks; reads the names of older checkpoints. ValueError for a key
-        that no field has.
-        """
+        """Inverse of asdict, with defaults for what d lacks. ValueError for a key that no field has."""
         d = {OLD_FIELDS.get(name, name): value for name, value in d.items()}
         for name, part in (("vit", ViTConfig), ("qformer", QFormerConfig), ("llama", LlamaConfig)):
             d[name] = strict_init(part, d.get(name, {}))
@@ -102,8 +100,7 @@ TOY = dict(
     lora_names=EVERY_LINEAR, lora_dropout=0.0, crop=False, add_timestamps=False, frame_sampling="mvbench",
     eval_norm="imagenet", bos_ones=False, train_separators=False, question_in_qformer=False)
 
-# for tests: every stage takes a step in a fraction of a second. Dropout as in the real sizes, so that tests notice when
-# a resumed run draws other random numbers.
+# for tests: a step takes a fraction of a second; with dropout, which shows when a resumed run draws other numbers
 MICRO = TOY | dict(
     vit=TOY["vit"] | dict(width=32, depth=2, heads=2, frames=4),
     qformer=TOY["qformer"] | dict(width=32, depth=2, heads=2, ffn=64, vision_width=32, embed_dim=32,
@@ -111,8 +108,7 @@ MICRO = TOY | dict(
     llama=TOY["llama"] | dict(width=32, depth=2, heads=2, kv_heads=1, ffn=64),
     n_query=4, n_extra=4, align_frames=4, train_frames=4, eval_frames=4, lora_r=4, lora_alpha=8, lora_dropout=0.05)
 
-# the stronger later variant: Mistral-7B-Instruct-v0.2. Source: it_dataset_mistral.py, which gives the Q-Former no
-# question, and writes no seconds
+# the stronger later variant: Mistral-7B-Instruct-v0.2. Source: it_dataset_mistral.py: no question, no seconds
 MISTRAL = dict(
     llama=dict(kv_heads=8, ffn=14336, eps=1e-5, rope_theta=1e6, max_positions=32768),
     lora_names=(*EVERY_LINEAR, "lm_head"), prompt_style="mistral", question_in_qformer=False, add_timestamps=False)
@@ -124,10 +120,9 @@ PRESETS = {name: partial(Config.from_dict, {"preset": name, **differences}) for 
 # ------------------------------------------------------------------------------------------------------------ the model
 
 class VideoChat2(nn.Module):
-    """The parts of one stage under the official checkpoint's names.
-
-    Stage 1 has the heads of its losses (aligner) and no LLM; stages 2 and 3 have extra queries, projection and LLM;
-    stage 3 has LoRA in the LLM. defer_llm: the LLM's weights get no memory until weights.checkpoint.attach_llm.
+    """The parts of one stage under the official checkpoint's names. Stage 1 has the heads of its losses (aligner) and
+    no LLM; stages 2 and 3 have extra queries, projection and LLM; stage 3 has LoRA in the LLM. defer_llm: the LLM's
+    weights get no memory until weights.checkpoint.attach_llm.
     """
     def __init__(self, cfg, stage, defer_llm=False):
         super().__init__()
@@ -157,8 +152,6 @@ class VideoChat2(nn.Module):
     def device(self):
         return self.query_tokens.device
 
-    # ---- stage 1
-
     def encode_video_stage1(self, video, features=None):
         """video (B, T, 3, H, W), or the ViT's features of it (B, T, L, C) -> (B, N, C), with vision_temp_embed."""
         x = self.vision_encoder(video) if features is None else features    # (B, T, L, C)
@@ -168,9 +161,7 @@ class VideoChat2(nn.Module):
         return self.vision_layernorm((x + time).flatten(1, 2))      # (B, N, C)
 
     def stage1_losses(self, batch, dec_id, dist, generator=None, vtg_only=False, global_negatives=False):
-        """Stage 1: {"vtc", "vtm", "vtg"} of video (B, T, 3, H, W) and captions ids, mask (B, S), idx (B,).
-
-        dec_id: id of [DEC], which opens a caption to be generated. generator: draws the hard negatives. The other
+        """Stage 1: {"vtc", "vtm", "vtg"} of video (B, T, 3, H, W) and captions ids, mask (B, S), idx (B,). The other
         arguments are those of Stage1Heads.losses. Raises ValueError if VTM would have a single clip.
         """
         if not vtg_only and not global_negatives and batch.get("clips", 2) < 2:
@@ -179,8 +170,6 @@ class VideoChat2(nn.Module):
         vision = self.encode_video_stage1(batch["video"], batch.get("features"))    # (B, N, C)
         return self.aligner.losses(self.qformer, self.query_tokens, vision, batch, dec_id, dist, generator, vtg_only,
                                    global_negatives)
-
-    # ---- stages 2 and 3
 
     def encode_video(self, video, features=None):
         """As encode_video_stage1, but without stage 1's vision_temp_embed."""
@@ -209,8 +198,7 @@ class VideoChat2(nn.Module):
 
         # like masked_scatter, whose backward pass would sync the GPU
         index = (is_video.cumsum(1) - 1).clamp(min=0, max=video_tokens.shape[1] - 1)    # (B, S): which of the Q
-        index = index[..., None].expand(-1, -1, embeds.shape[-1])   # (B, S, D)
-        tokens = video_tokens.to(embeds.dtype).gather(1, index)     # (B, S, D)
+        tokens = video_tokens.to(embeds.dtype).gather(1, index[..., None].expand_as(embeds))    # (B, S, D)
         return torch.where(is_video[..., None], tokens, embeds)     # (B, S, D)
 
     def input_embeds(self, batch):
@@ -224,8 +212,7 @@ class VideoChat2(nn.Module):
 
     def lm_loss(self, batch):
         """Stages 2 and 3: mean cross-entropy over the label tokens of video, ids, mask, labels (B, S), padded right.
-
-        The collate functions have added lengths and targets (prompt.add_packing), which would otherwise sync a GPU.
+        The collate functions add lengths and targets (prompt.add_packing); made here, they would sync a GPU.
         """
         batch = batch if "targets" in batch else add_packing(batch)
         embeds = self.input_embeds(batch)                           # (B, S, D)
@@ -235,9 +222,8 @@ class VideoChat2(nn.Module):
 
 def next_token_loss(llama, embeds, labels, lengths, targets):
     """Next-token cross-entropy, mean over labels != IGNORE: embeds (B, S, D), labels (B, S), padded right, with their
-    lengths and targets (n,) by prompt.add_packing -> scalar, 0 without targets.
-
-    Padding is not read at all, and logits are computed only at targets: the vocabulary is the model's widest axis.
+    lengths and targets (n,) by prompt.add_packing -> scalar, 0 without targets. Padding is not read at all, and logits
+    are computed only at targets: the vocabulary is the model's widest axis.
     """
     hidden = llama.forward_packed(pack_rows(embeds, lengths), lengths, targets)     # (1, n, D)
     logits = llama.lm_head(hidden[0]).float()                       # (n, V)
@@ -247,25 +233,20 @@ def next_token_loss(llama, embeds, labels, lengths, targets):
 # ------------------------------------------------------------------------------------------- what trains in which stage
 
 FROZEN = {  # stage: the names that do not train, as a pattern; everything else does
-    # the ViT
-    1: r"^vision_encoder\.",
+    1: r"^vision_encoder\.",                 # the ViT
     # the LLM; and what only text rows of the Q-Former use (word embeddings, their feed-forward): stage 2 has none
     2: r"^llama_model\.|\.(word|position)_embeddings\.|\.layer\.\d+\.(intermediate|output)\.",
-    # the LLM, except for LoRA
-    3: r"^llama_model\.(?!.*lora_)",
+    3: r"^llama_model\.(?!.*lora_)",         # the LLM, except for LoRA
 }
 
 def set_trainable(model, stage, vit=True):
-    """Freezes what the stage does not train, and the ViT unless vit -> part_table(model), for the log."""
+    """Freezes what the stage does not train, and the ViT unless vit -> rows (part, parameters, trained), for the log;
+    LoRA is separate from the LLM that contains it.
+    """
     frozen = FROZEN[stage] if vit else FROZEN[1] + "|" + FROZEN[stage]
-    for name, p in model.named_parameters():
-        p.requires_grad = not re.search(frozen, name)
-    return part_table(model)
-
-def part_table(model):
-    """Rows (part, parameters, trained) of the top-level parts; LoRA is separate from the LLM that contains it."""
     rows = {}
     for name, p in model.named_parameters():
+        p.requires_grad = not re.search(frozen, name)
         part = "lora" if "lora_" in name else name.split(".")[0]
         total, trained = rows.get(part, (0, 0))
         rows[part] = (total + p.numel(), trained + p.numel() * p.requires_grad)

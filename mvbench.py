@@ -3,18 +3,16 @@
 answer_one is the definition: 16 frames, the ViT and the Q-Former, a prompt that ends in "Best option:(", greedy
 generation, the first line of the answer. The rest of the file asks all questions: the same answers, many times faster.
 
-A score alone does not show that a model watches the video. --controls all asks the same model without video, with one
-frame, and with the frames in another order. OUT/report.html (default: CKPT/mvbench) shows the scores side by side, with
-intervals, four scorers, and how often each letter is chosen. Every answer is on disk at once (predictions*.jsonl), so
-the same command resumes after an interruption; when everything is answered, it only writes the report again.
+A score alone does not show that a model watches the video: --controls all asks it without video, with one frame, and
+with the frames in another order. OUT/report.html (default: CKPT/mvbench) shows the scores, their intervals, four
+scorers, and how often each letter is chosen. Answers are on disk at once (predictions*.jsonl), so a run can resume.
 
     python mvbench.py --ckpt runs/toy/stage3 --controls all
     torchrun --nproc_per_node 8 mvbench.py --ckpt ...          # the same answers, from 8 processes
     python mvbench.py compare RUN_A RUN_B                      # which of two runs is better, and is it luck?
 
-Not here: batches on the GPU (evaluation/engine.py), questions and media (evaluation/tasks.py), what counts as right
-(evaluation/scorers.py), what a score is worth (evaluation/stats.py, report.py).
-Source: paper section 3 and table 2; official mvbench.ipynb, infer_mvbench.
+Not here: batches, questions, what counts as right, what a score is worth (evaluation/engine.py, tasks.py, scorers.py,
+stats.py). Source: paper section 3 and table 2; official mvbench.ipynb, infer_mvbench.
 """
 import argparse
 import os
@@ -69,9 +67,8 @@ def answer_one(model, qformer_tok, llm_tok, q, protocol):
 
 # --------------------------------------------------------------------------------------------------------- the options
 
-# the groups of --help
-QUESTION_GROUP, PROTOCOL_GROUP = "questions", "protocol (the defaults are the paper's)"
-CONTROL_GROUP, RUN_GROUP = "controls: the same model with less to go by", "run"
+QUESTIONS, PROTOCOL, RUN = "questions", "protocol (the defaults are the paper's)", "run"         # the groups of --help
+CONTROL = "controls: the same model with less to go by"
 
 def listed(table):
     return "; ".join(f"{name}: {what}" for name, what in table.items())
@@ -79,35 +76,35 @@ def listed(table):
 @dataclass
 class EvalConfig:
     """Every option of the command line. Those without a text load the model: weights.checkpoint.add_model_options."""
-    ckpt: str
-    llm: str = ""
-    device: str = ""
-    dtype: str = ""
-    llm_int8: bool = False
+    ckpt: str                       # a checkpoint of stage 2 or 3
+    llm: str = ""                   # the folder of its LLM, if it has moved
+    device: str = ""                # default: cuda where there is one
+    dtype: str = ""                 # default: bf16 on a GPU, fp32 on the CPU
+    llm_int8: bool = False          # the frozen LLM's matrices in 8 bits
 
-    benchmark: str = option("mvbench", "the benchmark whose questions are asked", QUESTION_GROUP, tuple(BENCHMARKS))
-    data: str = option("data/toy/mvbench", "the benchmark's folder, which holds json/ and video/", QUESTION_GROUP)
-    tvbench: str = option("", "TVBench's folder; short for --benchmark tvbench --data TVBENCH", QUESTION_GROUP)
-    only: str = option("", 'names of tasks, separated by commas: "Action Count,State Change"', QUESTION_GROUP)
-    limit: int = option(0, "ask only the first LIMIT questions of each task", QUESTION_GROUP)
-    strict_data: bool = option(False, "stop at a medium that is missing or cannot be read", QUESTION_GROUP)
+    benchmark: str = option("mvbench", "the benchmark whose questions are asked", QUESTIONS, tuple(BENCHMARKS))
+    data: str = option("data/toy/mvbench", "the benchmark's folder, which holds json/ and video/", QUESTIONS)
+    tvbench: str = option("", "TVBench's folder; short for --benchmark tvbench --data TVBENCH", QUESTIONS)
+    only: str = option("", 'names of tasks, separated by commas: "Action Count,State Change"', QUESTIONS)
+    limit: int = option(0, "ask only the first LIMIT questions of each task", QUESTIONS)
+    strict_data: bool = option(False, "stop at a medium that is missing or cannot be read", QUESTIONS)
 
-    frames: int = option(0, "frames of a clip (default: the preset's; paper: 16)", PROTOCOL_GROUP)
+    frames: int = option(0, "frames of a clip (default: the preset's; paper: 16)", PROTOCOL)
     norm: str = option("", "mean and deviation of pixels: clip, as in the official evaluation, or imagenet, as in "
-                       "training (default: the preset's)", PROTOCOL_GROUP, tuple(NORMS))
-    system: bool = option(True, "the system prompt (paper: 51.1 with it, 49.9 without)", PROTOCOL_GROUP)
-    answer_prompt: bool = option(True, 'end the prompt in "Best option:(" (paper: 50.1 without)', PROTOCOL_GROUP)
-    question_in_qformer: bool = option(False, "the Q-Former reads the question too (paper: 50.8)", PROTOCOL_GROUP)
-    decode: str = option("generate", listed(DECODES), PROTOCOL_GROUP, tuple(DECODES))
+                       "training (default: the preset's)", PROTOCOL, tuple(NORMS))
+    system: bool = option(True, "the system prompt (paper: 51.1 with it, 49.9 without)", PROTOCOL)
+    answer_prompt: bool = option(True, 'end the prompt in "Best option:(" (paper: 50.1 without)', PROTOCOL)
+    question_in_qformer: bool = option(False, "the Q-Former reads the question too (paper: 50.8)", PROTOCOL)
+    decode: str = option("generate", listed(DECODES), PROTOCOL, tuple(DECODES))
 
-    controls: str = option("", f"all, or names separated by commas; {listed(CONTROLS)}", CONTROL_GROUP)
+    controls: str = option("", f"all, or names separated by commas; {listed(CONTROLS)}", CONTROL)
     permute: bool = option(False, "ask each question in all cyclic orders of its options: are the answers consistent, "
-                           "and which letters are preferred?", CONTROL_GROUP)
+                           "and which letters are preferred?", CONTROL)
 
-    out: str = option("", "folder of the results (default: CKPT/mvbench)", RUN_GROUP)
-    restart: bool = option(False, "delete the answers of an earlier run and ask again", RUN_GROUP)
-    batch: int = option(32, "clips, and questions, that are computed together", RUN_GROUP)
-    workers: int = option(max(1, min(8, (os.cpu_count() or 1) // 2)), "processes that decode ahead", RUN_GROUP)
+    out: str = option("", "folder of the results (default: CKPT/mvbench)", RUN)
+    restart: bool = option(False, "delete the answers of an earlier run and ask again", RUN)
+    batch: int = option(32, "clips, and questions, that are computed together", RUN)
+    workers: int = option(max(1, min(8, (os.cpu_count() or 1) // 2)), "processes that decode ahead", RUN)
 
     @property
     def protocol(self):
@@ -125,8 +122,7 @@ class EvalConfig:
 
 def parse(argv=None):
     """Command line -> EvalConfig. Exits with code 2 for options that contradict each other."""
-    p = argparse.ArgumentParser(prog="mvbench.py", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser("mvbench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_options(p)
     cli.add_options(p, EvalConfig)
     args, _ = cli.read_options(p, EvalConfig, argv)
@@ -136,11 +132,10 @@ def parse(argv=None):
         args.benchmark, args.data = "tvbench", args.tvbench
     args.out = args.out or str(Path(args.ckpt) / "mvbench")
     names = split_names(args.controls)
-    unknown = sorted(set(names) - {*CONTROLS, "all"})
     args.controls = ",".join(CONTROLS if "all" in names else names)
 
     # options that contradict each other, or have no meaning
-    if unknown:
+    if unknown := sorted(set(names) - {*CONTROLS, "all"}):
         p.error(f"--controls knows no {', '.join(unknown)}: choose among {', '.join(CONTROLS)}, or all")
     if args.decode == "letter" and not args.answer_prompt:
         p.error("--decode letter needs the answer prompt: the letter is the token after its bracket")
@@ -160,15 +155,14 @@ def split_names(text):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["compare"]:
-        return report.compare(argv[1:])
+        return report.compare(argv[1:])                                # two runs that are finished
     args = parse(argv)
     dist = init_distributed(device_of(args), gloo_only=True)
-    args.device = dist.device
-    # a second run in the same folder is refused
-    with lock_folder(args.out) if dist.is_main else nullcontext():
+    args.device = dist.device                                          # this process's GPU
+    with lock_folder(args.out) if dist.is_main else nullcontext():     # a second run in the same folder is refused
         run(args, dist)
     dist.close()
-    return 0
+    return 0                                                           # the exit code
 
 def run(args, dist):
     """Asks what has no answer yet, together with the other processes; the first one writes the report."""
@@ -180,29 +174,28 @@ def run(args, dist):
         problem = error
     raise_together(problem, dist)
     for condition in conditions:
-        condition.rows = condition.read()
+        condition.rows = condition.read()                              # answers of earlier runs, by every process
     dist.barrier()
 
     # conditions of earlier runs belong in the report if they cover all questions of this one
-    with_media = [q for q in questions if q["media"]]
+    benchmark, with_media = BENCHMARKS[args.benchmark], [q for q in questions if q["media"]]
     conditions = [c for c in conditions
                   if c.requested or all(key_of(v) in c.rows for q in with_media for v in c.variants(q))]
     requested = [condition for condition in conditions if condition.requested]
     n_todo, seconds = sum(len(condition.todo(with_media)) for condition in requested), {}
+    if n_todo and dist.is_main:
+        print(f"{benchmark.name}: {len(with_media)} questions, {len(requested)} condition(s), {n_todo} answers to come",
+              flush=True)
     if n_todo:
-        if dist.is_main:
-            print(f"{BENCHMARKS[args.benchmark].name}: {len(with_media)} questions, {len(requested)} condition(s), "
-                  f"{n_todo} answers to come", flush=True)
-        seconds = answer_all(args, with_media, requested, dist)
+        seconds = answer_all(args, with_media, requested, dist)        # by part: loading, reading, the ViT, ...
     if not dist.is_main:
         return
 
     # one file for each condition, and the report
     rows = {c.name: c.merge([key_of(v) for q in with_media for v in c.variants(q)]) for c in conditions}
-    summary = report.summarise(rows, questions, conditions[0], BENCHMARKS[args.benchmark], seconds)
-    leaderboard = BENCHMARKS[args.benchmark].leaderboard and not (args.only or args.limit)
-    report.write(summary, rows, conditions[0].folder, leaderboard)
-    report.show(summary)
+    summary = report.summarise(rows, questions, conditions[0], benchmark, seconds)
+    report.write(summary, rows, conditions[0].folder, benchmark.leaderboard and not (args.only or args.limit))
+    report.show(summary)                                               # on the console
     if n_todo:
         parts = ", ".join(f"{part} {s:.1f} s" for part, s in seconds.items() if part != "in all")
         print(f"\n{n_todo} answers in {seconds['in all']:.0f} s, {n_todo / seconds['in all']:.1f} per second: {parts}")
@@ -211,12 +204,12 @@ def run(args, dist):
     print(f"written to {conditions[0].folder}; open {conditions[0].folder / 'report.html'}")
 
 def prepare(args, dist):
-    """-> (the questions that are meant, also those without media; the conditions). The first process checks files."""
+    """-> (questions, also those without media; conditions). The first process checks files."""
     benchmark = BENCHMARKS[args.benchmark]
     questions = load_questions(args.data, split_names(args.only), args.limit, benchmark)
 
     # what an answer depends on, besides its condition
-    cfg, record = read_config(args.ckpt)
+    cfg, record = read_config(args.ckpt)                               # record: which LLM it needs, by its fingerprint
     fingerprint, version = describe(args.data, benchmark)
     settings = {
         "checkpoint": checkpoint_hash(args.ckpt), "LLM": (record["llm"] or {}).get("fingerprint"),
@@ -226,21 +219,20 @@ def prepare(args, dist):
         "decode": args.decode, "dtype": dtype_of(args), "int8": args.llm_int8}
 
     # the conditions that are requested, and those that an earlier run has finished
-    requested = {"", *split_names(args.controls), *["permute"] * args.permute}
+    requested = {"", *split_names(args.controls), *["permute"] * args.permute}  # "": the protocol itself
     conditions = [Condition(Path(args.out) / args.setting, name, {"control": name, **settings}, dist.rank,
                             name in requested) for name in ("", *CONTROLS, "permute")]
     if dist.is_main:
-        adopt_old_files(args.out, args.setting)
+        adopt_old_files(args.out, args.setting)                        # of versions without a folder for each setting
     conditions = [condition for condition in conditions if condition.requested or condition.is_finished()]
     if not dist.is_main:
         return questions, conditions
 
     # missing media are reported before anything is computed, and so are files that do not fit
-    missing = missing_media(questions, benchmark)
-    if missing:
+    if missing := missing_media(questions, benchmark):
         print(*missing, sep="\n", flush=True)
-    if missing and args.strict_data:
-        raise FileNotFoundError("media are missing (see above), and --strict-data stops at that")
+        if args.strict_data:
+            raise FileNotFoundError("media are missing (see above), and --strict-data stops at that")
     if not any(q["media"] for q in questions):
         raise FileNotFoundError(f"{args.data} holds none of the media that its questions are about")
     for condition in conditions:
@@ -267,8 +259,7 @@ def answer_all(args, questions, conditions, dist):
     scorer = BENCHMARKS[args.benchmark].scorer
     with autocast:
         for condition, rows in evaluate(engine, questions, conditions, args.batch, args.workers, dist, scorer):
-            unread = [row["unread"] for row in rows if "unread" in row]
-            if args.strict_data and unread:
+            if args.strict_data and (unread := [row["unread"] for row in rows if "unread" in row]):
                 raise ValueError(f"{unread[0]} (--strict-data)")
             condition.write(rows)
     for condition in conditions:
@@ -279,7 +270,7 @@ def answer_all(args, questions, conditions, dist):
     seconds["all else"] = time.perf_counter() - start - sum(seconds.values())
     if dist.size > 1:
         with engine.clock("waiting for other processes"):
-            dist.barrier()
+            dist.barrier()                                             # only to measure how long they take
     return {**seconds, **engine.clock.seconds, "in all": time.perf_counter() - start}
 
 if __name__ == "__main__":

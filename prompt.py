@@ -5,11 +5,10 @@
 
 -1 is VIDEO: model.py puts a projected query there. A dot is IGNORE: no loss. A label is at the place of its own id; the
 model shifts them. A text is joined first and tokenised once; then each id gets its label from the words that it covers,
-so no length is ever guessed. The formats are those of the official videochat2_pt_vicuna.py (stage 2),
-videochat2_it_vicuna.py and _mistral.py (stage 3) and mvbench.ipynb. S: ids of a row; B: rows.
-Not here: the tokenizers (tokenizer.py) and what replaces VIDEO (model.py).
+so no length is ever guessed. Not here: the tokenizers (tokenizer.py) and what replaces VIDEO (model.py).
 
-    pytest tests/test_prompt.py
+Source: the official videochat2_pt_vicuna.py (stage 2), videochat2_it_{vicuna,mistral}.py (stage 3), mvbench.ipynb.
+Run:    python -m pytest tests/test_prompt.py
 """
 from dataclasses import dataclass
 
@@ -43,7 +42,7 @@ ANSWER_PROMPT = "Best option:("  # the answer's beginning, so the next token is 
 @dataclass
 class Prompt:
     ids: list     # ids of the LLM's tokenizer, VIDEO where a video token goes
-    labels: list  # as long as ids: the id itself where it is to be learnt, else IGNORE
+    labels: list  # as long as ids: the id itself where it is to be learned, else IGNORE
 
     @property
     def slot(self):
@@ -51,7 +50,7 @@ class Prompt:
         return self.ids.index(VIDEO)
 
 def encode_spans(tok, spans):
-    """Spans [(text, trained), ...], tokenised once as one text; an id is trained if its last character's span is.
+    """Spans [(text, trained), ...], joined and tokenised once; an id is trained if its last character's span is.
 
         [(" ###Assistant: ", False), ("A red kite.", True)]  ->  labels . . . A red kite .
     """
@@ -64,18 +63,11 @@ def insert_slot(tok, before, n_video, after):
     head = tok.encode(before, bos=True) + [VIDEO] * n_video
     return Prompt(head + after.ids, [IGNORE] * len(head) + after.labels)
 
-def truncate(prompt, length):
-    """The first `length` ids. Raises ValueError if that would cut the slot."""
-    if VIDEO in prompt.ids[length:]:
-        raise ValueError(f"{prompt.slot} ids of text before the video: shorten the instruction or raise max_text")
-    return Prompt(prompt.ids[:length], prompt.labels[:length])
-
-# ---- training: captions in stage 2, conversations in stage 3 ---------------------------------------------------------
+# -------------------------------------------------------------- training: captions in stage 2, conversations in stage 3
 
 def caption_prompt(tok, caption, n_video, instruction, medium="video", max_text=512):
     """`###Human: <Video>[slot]</Video> {instruction} ###Assistant: ` and, trained, `{caption}###` (max_text ids).
-
-    Source: videochat2_pt_vicuna.py, which tokenises the three texts apart, so that the caption starts with a space.
+    The official code tokenises the three texts apart, so that the caption starts with a space.
     """
     tag = medium.capitalize()
     target = tok.encode(caption + "###")[:max_text]
@@ -92,7 +84,7 @@ def conversation_prompt(tok, turns, n_video, message="", medium="video", prompt_
 
     turns: [{"i": "Watch.", "q": "What moves?", "a": "A red kite."}, ...]; "i" is read from the first only, an empty q
     or i is left out. With `medium` "text" there is no slot. At most max_text ids remain besides the video's; ValueError
-    if that would cut the slot. Source: it_dataset.py, videochat2_it_vicuna.py and videochat2_it_mistral.py.
+    if that would cut the slot.
     """
     if prompt_style not in ("vicuna", "mistral"):
         raise ValueError(f"prompt_style {prompt_style!r}: expected vicuna or mistral")
@@ -109,13 +101,16 @@ def conversation_prompt(tok, turns, n_video, message="", medium="video", prompt_
     # all that follows the slot is one text, tokenised once
     spans = vicuna_turns(turns, train_separators) if prompt_style == "vicuna" else mistral_turns(turns)
     prompt = insert_slot(tok, before, n_video, encode_spans(tok, [(lead, False), *spans]))
-    return truncate(prompt, max_text + n_video)
+    length = max_text + n_video
+    if VIDEO in prompt.ids[length:]:
+        raise ValueError(f"{prompt.slot} ids of text before the video: shorten the instruction or raise max_text")
+    return Prompt(prompt.ids[:length], prompt.labels[:length])
 
 def vicuna_turns(turns, train_separators):
     """Spans of ` ###Human: {q} ###Assistant: {a} ###`.
 
     # QUIRK videochat2_it_vicuna.py:268-281: the official labels also hold "###Human:" and "###Assistant:", which the
-    # model never has to write; train_separators=True does the same. Otherwise only the ### after an answer is learnt.
+    # model never has to write; train_separators=True does the same. Otherwise only the ### after an answer is learned.
     """
     spans, after_answer = [], False
     for turn in turns:
@@ -130,31 +125,28 @@ def mistral_turns(turns):
     """Spans of ` [INST] {q} [/INST] {a}</s>`."""
     spans = []
     for turn in turns:
-        spans += [(f" [INST] {turn['q']} [/INST]", False)] if turn.get("q") else []
-        spans += [(f" {turn['a']}</s>", True)]
+        question = f" [INST] {turn['q']} [/INST]" if turn.get("q") else ""
+        spans += [(question, False), (f" {turn['a']}</s>", True)]
     return spans
 
-# ---- generation: MVBench and chat ------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------- generation: MVBench and chat
 
 def mvbench_question(question, candidates):
-    """`Question: {question}\\nOptions:\\n(A) ..\\n(B) ..\\n`; QUESTION_PROMPT comes next. Source: mvbench.ipynb."""
+    """`Question: {question}\\nOptions:\\n(A) ..\\n(B) ..\\n`; QUESTION_PROMPT comes next."""
     options = "\n".join(f"({chr(ord('A') + i)}) {candidate}" for i, candidate in enumerate(candidates))
     return f"Question: {question}\nOptions:\n{options}".rstrip() + "\n"
 
 def mvbench_prompt(tok, question, candidates, n_video, system=SYSTEM, answer_prompt=ANSWER_PROMPT,
                    prompt_style="vicuna"):
-    """The benchmark's prompt, up to the bracket before the answer's letter. `system` is in it twice.
-
-    An empty system or answer_prompt gives the ablation of the paper's table 8 or 9.
+    """The benchmark's prompt, up to the bracket before the answer's letter. `system` is in it twice. An empty system or
+    answer_prompt gives the ablation of the paper's table 8 or 9.
     """
     text = system + mvbench_question(question, candidates) + QUESTION_PROMPT
     return chat_prompt(tok, [], text, n_video, system, prompt_style=prompt_style, answer_prompt=answer_prompt)
 
-def chat_prompt(tok, history, question, n_video, instruction="", medium="video", prompt_style="vicuna",
-                answer_prompt=""):
-    """A question about a video after `history`, a list of (question, answer); the LLM writes the next answer.
-
-    Source: the official chat and benchmark (mvbench.ipynb), whose turns end in a newline, unlike those of training.
+def chat_prompt(tok, history, question, n_video, instruction="", prompt_style="vicuna", answer_prompt=""):
+    """A question about a video after `history`, a list of (question, answer); the LLM writes the next answer. Turns end
+    in a newline, as in the official chat and benchmark, unlike those of training.
     """
     human, closing, turn, end = (
         ("###Human:", "\n", "###Human: {}\n###Assistant: {}", "\n") if prompt_style == "vicuna" else
@@ -162,9 +154,8 @@ def chat_prompt(tok, history, question, n_video, instruction="", medium="video",
     turns = end.join(turn.format(q, a) for q, a in [*history, (question, answer_prompt)])
 
     # subtle: no space at the end, also where the answer has no prompt; a generated answer begins with its own
-    ids = tok.encode(f"</{medium.capitalize()}>{closing}{turns}".rstrip(" "))
-    before = f"{instruction}{human} <{medium.capitalize()}>"
-    return insert_slot(tok, before, n_video, Prompt(ids, [IGNORE] * len(ids)))
+    ids = tok.encode(f"</Video>{closing}{turns}".rstrip(" "))
+    return insert_slot(tok, f"{instruction}{human} <Video>", n_video, Prompt(ids, [IGNORE] * len(ids)))
 
 def is_finished(tok, ids):
     """Whether these new ids end an answer: with </s> or ###."""
@@ -174,13 +165,10 @@ def decode_answer(tok, ids):
     """New ids -> the answer, without its end."""
     return tok.decode([i for i in ids if i != tok.eos_id]).split("###")[0].strip()
 
-# ---- batches ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------------------- batches
 
 def pad_batch(prompts, pad_id, side="right", multiple=8):
-    """Prompts -> ids, labels, mask (1: token, 0: padding), each (B, S) torch.long.
-
-    Training pads on the right; generation on the left, so that all rows end together.
-    """
+    """Prompts -> ids, labels, mask (1: token), each (B, S) torch.long. To generate, pad left: all rows end together."""
     ids, mask = pad_ids([prompt.ids for prompt in prompts], pad_id, side, multiple)
     labels, _ = pad_ids([prompt.labels for prompt in prompts], IGNORE, side, multiple)
     return ids, labels, mask
@@ -197,13 +185,12 @@ def pad_ids(rows, pad_id, side="right", multiple=8):
     return ids, mask
 
 def pack_rows(t, lengths):
-    """Rows t (B, S, ...) of these lengths, without their padding on the right, one after another: (1, N, ...)."""
+    """Rows t (B, S, ...) of these lengths, one after another without the padding on their right: (1, N, ...)."""
     return torch.cat([row[:n] for row, n in zip(t, lengths, strict=True)])[None]
 
 def add_packing(batch):
-    """Adds to a batch of ids, labels and mask what the loss needs; computed later, on a GPU, it would sync the GPU.
-
-    lengths: a list of B ints; targets (n,): positions in the packed rows whose next id is learnt.
+    """Adds to a batch of ids, labels and mask what the loss needs: lengths, a list of B ints, and targets (n,), the
+    positions in the packed rows whose next id is learned. Computed later, on a GPU, this would sync it.
     """
     lengths = batch["mask"].sum(1).tolist()
     targets = (pack_rows(batch["labels"], lengths)[0, 1:] != IGNORE).nonzero()[:, 0]

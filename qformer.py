@@ -3,15 +3,11 @@
 A BERT with two kinds of rows. Query rows are learned vectors: they read the video by cross-attention in every second
 layer and have a feed-forward network of their own. Text rows are word pieces. Both meet in self-attention.
 
-                  queries (B, Q, E)         text (B, S)
-                        |                       |
-      x depth    [ self-attention over queries and text together ]
-                        |                       |
-                  cross-attention <- video      |        every second layer
-                        |                       |
-                  feed-forward             feed-forward
-                        v                       v
-                  hidden (B, Q + S, E)
+                 queries (B, Q, E)         text (B, S)
+               [ self-attention of queries and text together ]
+       x depth [ cross-attention <- video       |            ]     every second layer
+               [ feed-forward              feed-forward      ]
+                 hidden (B, Q + S, E)
 
     VTC contrast   queries and text encoded separately: are they similar, as vectors?
     VTM matching   queries and text in one pass:        do they belong together?
@@ -52,8 +48,7 @@ class QFormerConfig:
         if self.width % self.heads:
             raise ValueError(f"Q-Former width {self.width} is not a multiple of its {self.heads} heads")
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the parts: BERT's, post-norm, under BERT's names
+# --------------------------------------------------------------------- the parts: BERT's, post-norm, under BERT's names
 
 def drop_path(x, p, training):
     """Stochastic depth: zero the whole branch x (B, ..., E) of a sample with probability p, scale the others up."""
@@ -106,9 +101,8 @@ class Layer(nn.Module):
     def __init__(self, cfg, layer_idx):
         super().__init__()
         path_rate = cfg.drop_path * layer_idx / max(1, cfg.depth - 1)
-        has_cross = layer_idx % cfg.cross_every == 0
         self.attention = Attention(cfg, cfg.width, path_rate)
-        self.crossattention = Attention(cfg, cfg.vision_width, path_rate) if has_cross else None
+        self.crossattention = Attention(cfg, cfg.vision_width, path_rate) if layer_idx % cfg.cross_every == 0 else None
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(cfg.width, cfg.ffn)})
         self.output = Output(cfg, cfg.ffn, path_rate)
         self.intermediate_query = nn.ModuleDict({"dense": nn.Linear(cfg.width, cfg.ffn)})
@@ -149,8 +143,7 @@ class Embeddings(nn.Module):
             if S > limit:
                 raise ValueError(f"{S} word pieces, but the Q-Former takes at most {limit}: shorten the text")
             # subtle: text counts from 0 even after queries, which have no positions
-            position = torch.arange(S, device=ids.device)                       # (S,)
-            rows.append(self.word_embeddings(ids) + self.position_embeddings(position))
+            rows.append(self.word_embeddings(ids) + self.position_embeddings.weight[:S])    # (B, S, E)
         return self.dropout(self.LayerNorm(torch.cat(rows, dim=1)))             # (B, Q + S, E)
 
 class PredictionHead(nn.Module):
@@ -165,8 +158,7 @@ class PredictionHead(nn.Module):
         hidden = self.transform["LayerNorm"](F.gelu(self.transform["dense"](hidden)))
         return F.linear(hidden, word_embeddings, self.bias)                     # (B, S, V)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the Q-Former
+# --------------------------------------------------------------------------------------------------------- the Q-Former
 
 class QFormer(nn.Module):
     def __init__(self, cfg):
@@ -177,16 +169,13 @@ class QFormer(nn.Module):
             "encoder": nn.ModuleDict({"layer": nn.ModuleList(Layer(cfg, i) for i in range(cfg.depth))}),
         })
         self.cls = nn.ModuleDict({"predictions": PredictionHead(cfg)})
-        self._init_weights()
 
-    def _init_weights(self):
+        # initial weights. What all queries read alike adds up: if the outputs had no smaller std, two queries' cosine
+        # would be 0.9 before any training
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                std = module.weight.shape[1] ** -0.5
-                if ".output" in name:
-                    # what all queries read alike adds up; at full strength their cosine is 0.9 before any training
-                    std /= (2 * self.cfg.depth) ** 0.5
-                nn.init.normal_(module.weight, std=self.cfg.init_std or std)
+                std = module.weight.shape[1] ** -0.5 / ((2 * cfg.depth) ** 0.5 if ".output" in name else 1)
+                nn.init.normal_(module.weight, std=cfg.init_std or std)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
@@ -231,17 +220,14 @@ class QFormer(nn.Module):
             all_kv.append(kv)
         return hidden, *zip(*all_kv, strict=True)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# stage 1: the losses
+# -------------------------------------------------------------------------------------------------- stage 1: the losses
 
 def similarity(video_feats, text_feats):
     """video_feats (Nv, Q, e), text_feats (Nt, e), unit length -> (Nv, Nt): cosine, averaged over the queries."""
     return video_feats.mean(1) @ text_feats.T                                   # (Nv, e) @ (e, Nt) -> (Nv, Nt)
 
 def vtc_loss(sim, idx):
-    """Contrast, both ways. sim (B, B) videos x texts over temperature; idx (B,) names the clips: a clip that is in the
-    batch twice is no negative of itself but shares the target.
-    """
+    """Contrast, both ways. sim (B, B) videos x texts over temperature; idx (B,): equal clips share the target."""
     same = (idx[:, None] == idx[None]).float()                                  # (B, B)
     target = same / same.sum(1, keepdim=True)                                   # (B, B), rows sum to 1
     return (F.cross_entropy(sim, target) + F.cross_entropy(sim.T, target)) / 2
@@ -250,8 +236,7 @@ def negative_weights(sim, idx):
     """sim (B, B), row = anchor -> weights (B, B) of negatives: the more similar the likelier, the same clip never."""
     same = idx[:, None] == idx[None]                                            # (B, B)
     if same.device.type == "cpu" and same.all(1).any():                         # asking a GPU would sync it
-        raise ValueError(f"matching (VTM) needs for each clip another one in the batch, but the batch of {len(idx)} "
-                         f"holds a single clip, idx {idx[0].item()}: use a larger batch")
+        raise ValueError(f"VTM needs other clips, but the batch of {len(idx)} holds a single clip, idx {idx[0].item()}")
     return (sim.float().softmax(1) + 1e-4).masked_fill(same, 0)
 
 @torch.no_grad()
@@ -273,9 +258,7 @@ def vtg_loss(logits, ids, mask, label_smoothing):
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), target.flatten(), label_smoothing=label_smoothing)
 
 class Stage1Heads(nn.Module):
-    """The heads of stage 1, dropped afterwards. Q-Former and query tokens (1, Q, E) are arguments of its methods: if it
-    stored them, their weights would be registered twice.
-    """
+    """The heads of stage 1, dropped afterwards. Q-Former and queries are arguments, so their weights register once."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -285,9 +268,7 @@ class Stage1Heads(nn.Module):
         self.temp = nn.Parameter(torch.tensor(0.07))
 
     def temperature(self):
-        """temp within [0.001, 0.5], with temp's gradient. The official code clamps the parameter itself in every
-        forward pass (videochat2_qformer.py:229); here no pass changes a weight.
-        """
+        """temp in [0.001, 0.5] with its gradient; the official code clamps temp itself (videochat2_qformer.py:229)."""
         return self.temp.detach().clamp(0.001, 0.5) + (self.temp - self.temp.detach())
 
     def video_features(self, hidden):
@@ -310,11 +291,10 @@ class Stage1Heads(nn.Module):
 
     def losses(self, qformer, query_tokens, vision, batch, dec_id, dist, generator=None, vtg_only=False,
                global_negatives=False):
-        """{"vtc", "vtm", "vtg"}, to be added with equal weights; with vtg_only {"vtg"} alone.
-
-        batch: ids, mask (B, S), opening with [CLS], and idx (B,), which names the clips. dec_id replaces [CLS] for
-        generation. dist: infra.distributed.Distributed. VTC is over the batch of all processes. VTM draws its negatives
-        from this process's rows, as the official code does, or, global_negatives, from all. ValueError for one clip.
+        """{"vtc", "vtm", "vtg"}, to be added with equal weights; with vtg_only {"vtg"} alone. vision (B, N, C), batch:
+        ids, mask (B, S), opening with [CLS], and idx (B,), which names the clips. [DEC], dec_id, replaces it in VTG.
+        dist: infra.distributed.Distributed. VTC is over the batch of all processes. VTM draws its negatives from this
+        process's rows, as the official code does, or, global_negatives, from all. ValueError for one clip.
         """
         # the queries read the video; VTG and VTM reuse the keys and values of this pass
         ids, mask, idx = batch["ids"], batch["mask"], batch["idx"]

@@ -3,12 +3,11 @@
     "a red kite"  --WordPiece-->      [CLS] a red kit ##e      as for BERT: lower case, words split greedily
                   --SentencePiece-->  ▁a ▁red ▁k ite           as for LLaMA: a space starts a piece
 
-WordPiece follows BERT uncased (Devlin et al. 2018; google-research/bert, tokenization.py) plus the one token that
-VideoChat2 adds: [DEC], which starts a caption to be generated. SentencePiece is the library of that name, under the
-rules of Hugging Face's LlamaTokenizer (4.40.1, legacy): literal <s>, </s> and <unk> are split off first.
-Not here: prompts, labels and padding (prompt.py). An LLM's tokenizer is read, or trained for the toy, never changed.
+VideoChat2 adds one token to BERT's, [DEC], which starts a caption to be generated. SentencePiece is the library of that
+name; literal <s>, </s> and <unk> are split off first. Not here: prompts, labels and padding (prompt.py).
 
-    pytest tests/test_tokenizer.py
+Source: BERT uncased (arXiv 1810.04805; google-research/bert, tokenization.py); transformers 4.40.1, LlamaTokenizer.
+Run:    python -m pytest tests/test_tokenizer.py
 """
 import io
 import re
@@ -26,11 +25,10 @@ LITERALS = re.compile("(<s>|</s>|<unk>)")                  # special tokens when
 CJK = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # unified ideographs, extensions A-E, compatibility
                  "\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]")
 
-# ---- WordPiece -------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------ WordPiece
 
 class WordPiece:
     """The Q-Former's tokenizer. `vocab` lists the pieces in the order of their ids; "##" continues a word."""
-
     def __init__(self, vocab):
         if missing := [name for name in SPECIALS if name not in vocab]:
             raise ValueError(f"vocabulary of {len(vocab)} entries lacks {' '.join(missing)}")
@@ -75,10 +73,7 @@ class WordPiece:
         return [self.cls_id, *ids, *ends]
 
     def wordpiece(self, word):
-        """Ids of one word, greedily: the longest piece it starts with, then the longest "##" piece of the rest, ...
-
-        A word that cannot be split to its end is one [UNK].
-        """
+        """Ids of a word: the longest piece it starts with, the longest "##" piece of the rest, ...; else one [UNK]."""
         if len(word) > MAX_WORD:
             return [self.unk_id]
         ids, start = [], 0
@@ -116,11 +111,10 @@ def train_wordpiece(texts, path):
     vocab = dict.fromkeys([*SPECIALS, *by_count, *letters, *("##" + c for c in letters)])
     Path(path).write_text("\n".join(vocab) + "\n", encoding="utf-8")
 
-# ---- SentencePiece ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------------- SentencePiece
 
 class SentencePiece:
     """The LLM's tokenizer, from a tokenizer.model as LLaMA's. <s> and </s> are added only on request."""
-
     def __init__(self, path):
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such SentencePiece model (tokenizer.model)")
@@ -143,8 +137,7 @@ class SentencePiece:
 
     def encode_with_ends(self, text):
         """-> ids, and for each the index of its last character in `text`; so labels can follow the text (prompt.py)."""
-        # start: of the chunk in `text`
-        ids, ends, start = [], [], 0
+        ids, ends, start = [], [], 0                           # start: of the chunk in `text`
         for chunk in LITERALS.split(text):
             if chunk in self.special:
                 ids.append(self.special[chunk])
@@ -167,9 +160,7 @@ class SentencePiece:
 
 def train_sentencepiece(texts, path, vocab_size):
     """Writes a tokenizer.model made as LLaMA's was: BPE, single digits, bytes for unknown characters, text unchanged.
-
-    `vocab_size` is a maximum; few texts give fewer. Raises ValueError if it is too small for the single characters.
-    Pieces never mix brackets and letters, so the letter of "(B" is a token of its own. So is the newline.
+    "(B" is two pieces, the newline is one. vocab_size is a maximum; ValueError if there are more single characters.
     """
     model = io.BytesIO()
     try:

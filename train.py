@@ -1,14 +1,14 @@
 """The three training stages of VideoChat2, and the loop that trains each of them: python train.py --stage N
 
-    stage        what trains                             data          loss                                 paper's rate
-    1 align      Q-Former, queries                       captions      contrastive + matching + captioning  1e-4
-    2 connect    + ViT, projection, extra queries        captions      next token of the caption            1e-4
-    3 instruct   + the Q-Former's text half, LoRA        instructions  next token of the answers            2e-5
+    stage        what trains                               data          loss                        paper's rate
+    1 align      Q-Former, 32 queries, the losses' heads   captions      VTC + VTM + VTG             1e-4
+    2 connect    ViT, Q-Former, 96 queries, projection     captions      next token of the caption   1e-4
+    3 instruct   the same, and LoRA in the frozen LLM      instructions  next token of the answers   2e-5
 
 Each starts from the one before: OUT/init -> OUT/stage1 -> OUT/stage2 -> OUT/stage3. OUT/init is what the paper takes
 ready-made, ViT and BERT: `python -m weights.convert import` makes it of the official files, `python -m toy.pretrain`
-trains the toy's. The LLM stays frozen. Not here: the losses (qformer.py, model.py), batches (data.py), optimizers and
-what a stopped run resumes from (training/). Source: paper section 4, table 10; official tasks/train_{qformer,pt,it}.py.
+trains the toy's. Not here: the losses (qformer.py, model.py), batches (data.py), optimizers and resuming (training/).
+Source: paper section 4, table 10; official tasks/train_{qformer,pt,it}.py.
 
     python train.py --stage 1                              # the toy; resumes where it stopped
     torchrun --nproc_per_node 8 train.py --stage 1 --preset vicuna-7b --data ... --out ...
@@ -25,7 +25,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 
 import data
 from infra.cli import add_options, option, read_options, run
@@ -92,6 +91,7 @@ class TrainConfig:
 
     train_frames: int = option(None, "stages 2, 3: frames of a clip (stage 2: 4 in the paper, 8 in its code)", MODEL)
     max_text: int = option(None, "stages 2, 3: tokens of a prompt (stage 2: 32 in the paper, 512 in its code)", MODEL)
+    frame_sampling: str = option(None, "frames of a clip: rand, middle, official or mvbench (video.py)", MODEL)
     add_timestamps: bool = option(None, "stage 3: say when frames were taken", MODEL, aliases=("--tell-seconds",))
     flip: bool = option(None, "mirror half of the clips, as the official code does: left is then called right", MODEL)
     train_norm: str = option(None, "pixels: imagenet (official training) or clip (official evaluation)", MODEL)
@@ -102,14 +102,13 @@ class TrainConfig:
     repeat_image: bool = option(None, "stage 1: repeat an image for each temporal embedding", MODEL)
 
 MODEL_OPTIONS = [f.name for f in fields(TrainConfig) if f.metadata["group"] == MODEL]    # fields of model.Config too
+TOY_RECIPE = dict(batch=8, constant_until=0.5, beta2=0.99, cache_features=True, log_every=100)
 RECIPES = {  # preset -> stage -> what differs from TrainConfig's defaults
     "toy": {
         # 24,000, 24,000 and 43,200 clips; the first 92 % of stage 1 teach the queries to see, by captioning alone
-        1: dict(steps=3000, batch=8, lr=3e-4, muon_lr_scale=3.0, constant_until=0.5, beta2=0.99, vtg_only=0.92,
-                cache_features=True, log_every=100),
-        2: dict(steps=3000, batch=8, lr=3e-4, constant_until=0.5, beta2=0.99, cache_features=True, log_every=100),
-        3: dict(steps=5400, batch=8, lr=2e-4, lora_lr_scale=6.0, constant_until=0.5, beta2=0.99, cache_features=True,
-                log_every=100),
+        1: TOY_RECIPE | dict(steps=3000, lr=3e-4, muon_lr_scale=3.0, vtg_only=0.92),
+        2: TOY_RECIPE | dict(steps=3000, lr=3e-4),
+        3: TOY_RECIPE | dict(steps=5400, lr=2e-4, lora_lr_scale=6.0),
     },
     "micro": dict.fromkeys((1, 2, 3), dict(steps=4, batch=4, lr=1e-3, muon_lr_scale=1.0, lora_lr_scale=2.0, log_every=1,
                                            save_every=2, workers=0, cache_features=True)),
@@ -166,7 +165,7 @@ class Stage:
     """What fit trains: a model, where its batches come from, its loss, and how the result is written."""
     name: str                       # "stage 1", in the log
     folder: Path                    # of the finished checkpoint
-    model: nn.Module
+    model: torch.nn.Module
     dataset: object                 # of samples; data.Sampler draws their indices
     collate: Callable               # samples -> batch
     loss: Callable                  # batch, share of the steps done -> {name: scalar}; their sum is minimized
@@ -179,10 +178,10 @@ class Stage:
     def unfinished(self):
         return self.folder.with_name(f"{self.folder.name}.unfinished")     # what an interrupted run resumes from
 
-NEW = {1: ("query_tokens", "qformer.", "vision_temp_embed", "aligner.", "vision_layernorm."),   # start at random,
-       2: ("extra_query_tokens", "llama_proj."), 3: ()}                    # if the checkpoint before does not have them
-DROPPED = {1: ("norm.", "heads."),                                         # of the toy ViT's pretraining
-           2: ("aligner.", "vision_temp_embed", "qformer.cls."), 3: ()}    # of stage 1's losses
+# what a stage adds, at random where its checkpoint lacks it, and drops: heads of the toy's ViT, of stage 1's losses
+NEW = {1: ("query_tokens", "qformer.", "vision_temp_embed", "aligner.", "vision_layernorm."),
+       2: ("extra_query_tokens", "llama_proj."), 3: ()}
+DROPPED = {1: ("norm.", "heads."), 2: ("aligner.", "vision_temp_embed", "qformer.cls."), 3: ()}
 
 def build_stage(cfg, dist):
     """Stage 1, 2 or 3: its model, filled from the stage before, its data and its loss."""
@@ -200,16 +199,10 @@ def build_stage(cfg, dist):
 
     # the text of a batch is for the Q-Former in stage 1, for the LLM in stage 2, for both in stage 3
     model, llm_tok, llm = build_model(cfg, config, start, saved["llm"])    # stage 1 has no llm_tok
-    qformer_tok, n_video = WordPiece.load(start / "vocab.txt"), config.n_query + config.n_extra
+    qformer_tok = WordPiece.load(start / "vocab.txt")
+    collate = {1: data.collate_stage1, 2: data.collate_stage2, 3: data.collate_stage3}[cfg.stage]
+    collate = partial(collate, cfg=config, qformer_tok=qformer_tok, llm_tok=llm_tok)
     generator = torch.Generator().manual_seed(cfg.seed)                    # draws the hard negatives of matching
-    if cfg.stage == 1:
-        collate = data.Stage1Collate(qformer_tok, config.align_text, config.caption_sep)
-    elif cfg.stage == 2:
-        collate = data.Stage2Collate(llm_tok, n_video, config.max_text)
-    else:
-        collate = data.Stage3Collate(
-            llm_tok, qformer_tok, n_video, config.max_text, config.prompt_style, config.question_in_qformer,
-            config.add_timestamps, config.train_separators, min(config.max_text, config.qformer.max_positions))
 
     def loss(batch, progress):
         if cfg.stage > 1:
@@ -234,7 +227,7 @@ def build_stage(cfg, dist):
 
 def build_model(cfg, config, start, llm):
     """-> (VideoChat2 filled from the checkpoint `start`, the LLM's tokenizer, the LLM's {"path", "fingerprint"})."""
-    # blocks whose inside the backward pass computes again: less memory, more time
+    # blocks that the backward pass recomputes: less memory, more time
     config.vit.checkpoint_blocks |= "vit" in cfg.grad_checkpoint
     config.qformer.checkpoint_layers |= "qformer" in cfg.grad_checkpoint
     config.llama.checkpoint_layers |= "llm" in cfg.grad_checkpoint
@@ -250,7 +243,7 @@ def build_model(cfg, config, start, llm):
     model = VideoChat2(config, cfg.stage, defer_llm=True)
     load_strict(model, read_tensors(start / "model.safetensors"), start,
                 fresh=NEW[cfg.stage] + (checkpoint.LLM_PREFIX,), dropped=DROPPED[cfg.stage])
-    if cfg.stage == 1:                                                 # it has no LLM, and passes on which one is known
+    if cfg.stage == 1:                                                 # it has no LLM, but records which one to use
         return model, None, llm and llm | {"path": str(cfg.llm or start / llm["path"])}
 
     # stage 3 takes no other LLM than stage 2 had, and a stage 2 that resumes no other than it began with
@@ -263,7 +256,7 @@ def build_model(cfg, config, start, llm):
                                          int8=cfg.llm_int8)
 
 def load_clips(cfg, config, corpus, num_frames):
-    """The samples of --corpus, or of this file in the data folder, with the model's frames and pixels."""
+    """The samples of --corpus, or of the file `corpus` in the data folder, with the model's frames and pixels."""
     path = Path(cfg.corpus or Path(cfg.data) / corpus)
     if not path.is_file():
         hint = f"make the toy world: python -m toy.world --out {cfg.data}" if cfg.preset in resume.TOY_PRESETS else (
@@ -317,7 +310,7 @@ def fit(stage, cfg, dist):
             if stopping:
                 log.close()
                 saver.close()                              # OSError if the checkpoint cannot be written
-                command = "the same command" + ("" if cfg.resume else " without --restart")
+                command = "the same command" if cfg.resume else "the same command without --restart"
                 log.print_main(f"\n{stage.name}: stopped; {command} resumes from step {step + 1}")
                 sys.exit(128 + (stop.signal_number or signal.SIGTERM))
     log.close()
@@ -327,7 +320,6 @@ def fit(stage, cfg, dist):
 
 def forward_backward(stage, forward, micro_batches, n_targets, progress, scaler, cfg, dist):
     """Adds up the gradients of a step -> {name: loss}, whose mean over the processes is the loss of the step.
-
     n_targets: target tokens in the whole step, of all processes. progress: share of the steps done.
     """
     device_type, losses = torch.device(dist.device).type, {}

@@ -2,12 +2,12 @@
 
     path -> read_media(path, select) -> frames (T, 3, H, W) uint8, seconds -> Transform -> (T, 3, size, size) float
 
-Which frames: train_frame_indices for training, eval_frame_indices for the benchmark. Both are the official rules; what
-is odd in them is an option. A file that cannot be read raises a MediaError that names it, never an empty frame.
-Shape letters: model.py; size: pixels of a side. Not here: annotations, samples and batches (data.py), what becomes of
-the frames (vit_video.py). Source: the official dataset/video_utils.py and, for the benchmark, mvbench.ipynb.
+Which frames: train_frame_indices for training, eval_frame_indices for the benchmark. A file that cannot be read raises
+a MediaError that names it; it never gives an empty frame. Shape letters: model.py; size: pixels of a side.
+Not here: annotations, samples and batches (data.py), what becomes of the frames (vit_video.py).
 
-    pytest tests/test_video.py
+Source: the official dataset/video_utils.py and, for the benchmark, mvbench.ipynb.
+Run:    python -m pytest tests/test_video.py
 """
 import queue
 import struct
@@ -32,16 +32,15 @@ NORMS = {        # name: (mean, std) of red, green, blue in 0..1
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
 }
 
-# ---- which frames ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------- which frames
 
 def train_frame_indices(num_frames, n_total, sampling="rand", rng=None):
-    """num_frames of n_total frames, in order, one from each of num_frames equal intervals.
-
+    """num_frames of n_total frames, in order, one from each of num_frames equal intervals. A shorter video gives all
+    its frames and repeats the last. Source: video_utils.py, get_frame_indices.
     sampling   rand      any frame of the interval, drawn by rng (random.Random)
                middle    the middle frame
                official  drawn as the official code does
                mvbench   the frames that the benchmark takes
-    A shorter video gives all its frames and repeats the last. Source: video_utils.py, get_frame_indices.
     """
     if sampling == "mvbench":
         return eval_frame_indices(num_frames, n_total - 1, fps=1)
@@ -59,7 +58,7 @@ def train_frame_indices(num_frames, n_total, sampling="rand", rng=None):
         raise ValueError(f"sampling {sampling!r}: expected one of {', '.join(SAMPLING)}")
     # QUIRK video_utils.py:53-62: the last frame of an interval is never drawn; where one interval has a single frame,
     # all frames are drawn at random from the whole video
-    elif min(len(interval) for interval in intervals) > 1:
+    elif min(map(len, intervals)) > 1:
         indices = [rng.choice(interval[:-1]) for interval in intervals]
     else:
         indices = sorted(rng.sample(range(n_total), len(intervals)))
@@ -67,8 +66,7 @@ def train_frame_indices(num_frames, n_total, sampling="rand", rng=None):
 
 def eval_frame_indices(num_frames, max_frame, fps, bound=None, first_idx=0):
     """The benchmark's frames: the middles of equal parts of bound = (start, end) in seconds, or of the whole video.
-
-    Indices beyond the video are possible where the bound is. Source: mvbench.ipynb, MVBench_dataset.get_index.
+    A bound beyond the video gives indices beyond it. Source: mvbench.ipynb, MVBench_dataset.get_index.
     """
     start, end = bound or (-100_000, 100_000)
     start, end = max(first_idx, round(start * fps)), min(round(end * fps), max_frame)
@@ -78,17 +76,16 @@ def eval_frame_indices(num_frames, max_frame, fps, bound=None, first_idx=0):
 def train_frame_selector(num_frames, sampling="rand", rng=None, start=None, end=None):
     """A `select` for read_media: train_frame_indices between start and end (seconds), or of the whole video."""
     def select(first, last, fps):
-        offset, n_total = first, last - first + 1
+        n_total = last - first + 1
         if start is not None:
-            offset, n_total = first + int(start * fps), max(int((end - start) * fps), 1)
-        return [offset + i for i in train_frame_indices(num_frames, n_total, sampling, rng)]
+            first, n_total = first + int(start * fps), max(int((end - start) * fps), 1)
+        return [first + i for i in train_frame_indices(num_frames, n_total, sampling, rng)]
     return select
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------------------- reading
 
 class SampleError(ValueError):
     """What is wrong with one sample: "path: reason", in one line."""
-
     def __str__(self):
         # subtle: an error from a loader process arrives with its traceback in front of the message
         message = super().__str__().strip().split("\n")[-1]
@@ -112,39 +109,37 @@ def read_media(path, select, as_image=False, limit=TIME_LIMIT):
     if path.stat().st_size == 0:
         raise MediaError(f"{path}: the file is empty")
     if as_image or path.suffix.lower() in IMAGE_SUFFIXES:
-        return read_image(path)[None], [0.0]  # (1, 3, H, W)
+        return read_image(path)[None], [0.0]                                              # (1, 3, H, W)
     if path.suffix.lower() == ".gif":
         return read_gif(path, select)
     return with_timeout(limit, read_video, path, select)
 
 def with_timeout(limit, read, path, *args):
-    """read(path, *args) in a thread, which is abandoned (MediaError) if it takes more than `limit` seconds.
-
-    Neither an exception nor Ctrl-C interrupts a decoder in C that hangs on a damaged file. But it does not hold the
-    interpreter lock, so the process can continue without it; the thread ends with the process.
+    """read(path, *args) in a thread, which is abandoned (MediaError) if it takes more than `limit` seconds. Neither an
+    exception nor Ctrl-C interrupts a decoder in C that hangs on a damaged file. But it does not hold the interpreter
+    lock, so the process can continue without it; the thread ends with the process.
     """
     results = queue.SimpleQueue()
-
     def work():
         try:
-            results.put((read(path, *args), None))
+            results.put(read(path, *args))
         except BaseException as error:
-            results.put((None, error))
+            results.put(error)
 
     # a daemon, unlike the threads of an executor: Python does not wait for it at the end
     threading.Thread(target=work, daemon=True).start()
     try:
-        frames, error = results.get(timeout=limit)
+        result = results.get(timeout=limit)
     except queue.Empty:
         raise MediaError(f"{path}: decoding takes more than {limit:g} seconds") from None
-    if error is None:
-        return frames
     try:
-        raise error
+        if isinstance(result, BaseException):
+            raise result
+        return result
     finally:
-        # subtle: the error's traceback holds this frame, and the frame would hold the error. In such a circle decord's
+        # subtle: an error's traceback holds this frame, and the frame would hold the error. In such a circle decord's
         # reader outlives the call, and a loader process forked meanwhile aborts when it collects the reader
-        del error
+        del result
 
 @contextmanager
 def decode_errors(path, kind, *errors):
@@ -157,39 +152,34 @@ def decode_errors(path, kind, *errors):
         raise MediaError(f"{path}: cannot be decoded as {kind}") from error
 
 def read_video(path, select):
-    """As read_media, by decord."""
     with decode_errors(path, "a video", RuntimeError, decord.DECORDError):
         reader = decord.VideoReader(str(path), num_threads=1)  # more threads break on some webm files (decord #246)
         if len(reader) == 0:
             raise MediaError(f"{path}: the video has no frames")
-        fps = reader.get_avg_fps()
-        fps = fps if fps > 0 else 1.0
+        fps = reader.get_avg_fps() if reader.get_avg_fps() > 0 else 1.0
         indices = np.clip(select(0, len(reader) - 1, fps), 0, len(reader) - 1).tolist()
-        frames = get_frames(reader, indices)                                             # (T, H, W, 3)
+
+        # all frames in one call, so that no part of the file is decoded twice
+        try:
+            frames = reader.get_batch(indices).asnumpy()                                 # (T, H, W, 3)
+        except decord.DECORDError as error:
+            if "size must exactly match" not in str(error):
+                raise
+            # narrow videos (48 pixels) have padded rows; read one by one, decord takes the padding for more channels
+            frames = np.stack([reader[i].asnumpy() for i in indices])                    # (T, H, W, c)
+            t, height, width, _ = frames.shape
+            frames = frames.reshape(t, height, -1)[:, :, :3 * width].reshape(t, height, width, 3)
     # subtle: channels stay last in memory, as they came; resize is fastest on them
     return torch.from_numpy(frames).permute(0, 3, 1, 2), [i / fps for i in indices]      # (T, 3, H, W)
 
-def get_frames(reader, indices):
-    """Frames (T, H, W, 3) of a decord.VideoReader, in a single call, so that no part of the file is decoded twice."""
-    try:
-        return reader.get_batch(indices).asnumpy()
-    except decord.DECORDError as error:
-        if "size must exactly match" not in str(error):
-            raise
-    # the rows of narrow videos (48 pixels) are padded; read one by one, decord takes the padding for more channels
-    frames = np.stack([reader[i].asnumpy() for i in indices])                            # (T, H, W, c)
-    t, height, width, _ = frames.shape
-    return frames.reshape(t, height, -1)[:, :, :3 * width].reshape(t, height, width, 3)
-
 def read_gif(path, select):
-    """As read_video, but by Pillow, in half of decord's time; so does the official code (mvbench.ipynb, read_gif)."""
+    """By Pillow, in half of decord's time; so does the official code (mvbench.ipynb, read_gif)."""
     with decode_errors(path, "a GIF", *IMAGE_ERRORS, EOFError, struct.error, IndexError), Image.open(path) as image:
         # each frame builds on those before it, so all are decoded
         frames, seconds = [], 0.0
         for i, frame in enumerate(ImageSequence.Iterator(image), 1):
             if i * frame.width * frame.height > GIF_LIMIT:
-                raise MediaError(f"{path}: more than {i - 1} frames of {frame.width} x {frame.height} are too many "
-                                 "for a GIF: make a video of it")
+                raise MediaError(f"{path}: {i} frames of {frame.width} x {frame.height} are too many: make it a video")
             frames.append(frame.convert("RGB"))
             delay = image.info.get("duration", 0) / 1000
             seconds += delay if delay >= 0.02 else 0.1                                   # as browsers and FFmpeg do
@@ -202,8 +192,8 @@ def read_gif(path, select):
 def read_image(path):
     """(3, H, W) uint8 of any kind of image: grey, palette, transparency, CMYK."""
     with decode_errors(path, "an image", *IMAGE_ERRORS), Image.open(path) as image:
-        pixels = np.array(image.convert("RGB"))              # (H, W, 3)
-    return torch.from_numpy(pixels).permute(2, 0, 1)         # (3, H, W)
+        pixels = np.array(image.convert("RGB"))                                          # (H, W, 3)
+    return torch.from_numpy(pixels).permute(2, 0, 1)                                     # (3, H, W)
 
 def read_folder(path, select):
     last = len(list(path.glob("*.jpg")))
@@ -214,23 +204,21 @@ def read_folder(path, select):
     if missing:
         raise MediaError(f"{path}: the folder of {last} frames lacks {missing[0]:05d}.jpg")
     frames = [read_image(path / f"{i:05d}.jpg") for i in indices]
-    return torch.stack(frames), [(i - 1) / FOLDER_FPS for i in indices]  # (T, 3, H, W)
+    return torch.stack(frames), [(i - 1) / FOLDER_FPS for i in indices]                  # (T, 3, H, W)
 
 def read_eval_frames(path, num_frames, bound=None):
     """(T, 3, H, W) uint8: the frames of a medium that the benchmark takes, within bound = (start, end) in seconds."""
     frames, _ = read_media(path, lambda first, last, fps: eval_frame_indices(num_frames, last, fps, bound, first))
     return frames
 
-# ---- pixels ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------- pixels
 
 class Transform:
     """uint8 (T, 3, H, W) -> normalised float (T, 3, size, size), with the same crop for all frames.
-
     train: a random crop of `scale` of the area, ratio 3/4 to 4/3, resized; with `flip`, mirrored half of the time (off
     by default: it swaps left and right in the video but not in the text). Otherwise: short side to `size`, centre crop.
     crop=False: only resized.
     """
-
     def __init__(self, size, train=False, crop=True, norm="imagenet", scale=(0.5, 1.0), flip=False):
         if norm not in NORMS:
             raise ValueError(f"norm {norm!r}: expected one of {', '.join(NORMS)}")
@@ -238,22 +226,22 @@ class Transform:
         self.mean, self.std = (255 * torch.tensor(values).view(3, 1, 1) for values in NORMS[norm])
 
     def __call__(self, frames, rng=None):
+        # a random crop, resized; the centre of the resized frames; or all of them
+        (height, width), size = frames.shape[-2:], self.size
         if self.crop and self.train:
-            top, left, height, width = self.random_resized_crop(*frames.shape[-2:], rng)
-            frames = frames[..., top:top + height, left:left + width]
+            top, left, height, width = self.random_resized_crop(height, width, rng)
+            x = resize(frames[..., top:top + height, left:left + width], size, size)     # (T, 3, size, size)
         elif self.crop:
-            frames = self.center_crop(frames)
-        x = resize(frames, self.size, self.size)          # (T, 3, size, size)
+            short = min(height, width)
+            x = resize(frames, size * height // short, size * width // short)
+            top, left = (round((side - size) / 2) for side in x.shape[-2:])
+            x = x[..., top:top + size, left:left + size]                                 # (T, 3, size, size)
+        else:
+            x = resize(frames, size, size)                                               # (T, 3, size, size)
+
         if self.train and self.flip and rng.random() < 0.5:
             x = x.flip(-1)
         return (x - self.mean).div_(self.std)
-
-    def center_crop(self, frames):
-        height, width = frames.shape[-2:]
-        short = min(height, width)
-        x = resize(frames, self.size * height // short, self.size * width // short)
-        top, left = (round((side - self.size) / 2) for side in x.shape[-2:])
-        return x[..., top:top + self.size, left:left + self.size]  # (T, 3, size, size)
 
     def random_resized_crop(self, height, width, rng):
         """A random box: top, left, height, width. Source: torchvision, RandomResizedCrop."""
@@ -272,8 +260,7 @@ def resize(x, height, width):
     """Bicubic with antialiasing, within 2 levels of Pillow's. (T, 3, H, W) uint8 -> float (T, 3, height, width).
 
     subtle: on bytes, PyTorch rounds between its two passes, as Pillow does; on floats it does not, differs by up to 8
-    levels at sharp edges, and takes 16 times as long. Decoders can resize too, but differently: decord's result differs
-    by up to 68 levels.
+    levels at sharp edges, and takes 16 times as long. decord's own resizing differs by up to 68 levels.
     """
     if x.shape[-2:] != (height, width):
         x = F.interpolate(x, (height, width), mode="bicubic", antialias=True)

@@ -1,12 +1,10 @@
 """The video ViT: pixels (B, T, 3, H, W) -> patch features (B, T, L, C). model.py explains these letters.
 
-UMT-L/16, a plain ViT: every patch of every frame attends to every other (joint space-time attention). An image is a
-video of one frame.
+UMT-L/16, a plain ViT: every patch of every frame attends to every other. An image is a video of one frame.
 
     frames -> patches -> + position -> [ x + attention(norm(x)); x + mlp(norm(x)) ] x depth -> features
 
-Not here: the LayerNorm after it and stage 1's temporal embedding (model.py), the normalisation of pixels (video.py),
-drop path and a classification head (VideoChat2 uses neither).
+Not here: the LayerNorm after it and stage 1's temporal embedding (model.py), the normalisation of pixels (video.py).
 
 Source: UMT (arXiv 2303.16058); video_chat2/models/blip2/vit.py. Attribute names are those of l16_25m.pth.
 Run:    python -m pytest tests/test_vit_video.py
@@ -48,8 +46,7 @@ class ViTConfig:
     def grid(self):
         return self.img_size // self.patch_size     # patches along one side of a frame; L is its square
 
-# ----------------------------------------------------------------------------------------------------------------------
-# positions: fixed tables, not weights
+# --------------------------------------------------------------------------------- positions: fixed tables, not weights
 
 def sinusoid(n, width):
     """Positions 0..n-1 -> (n, width) float32: sin in the even columns, cos in the odd. Source: vit.py:163."""
@@ -85,8 +82,7 @@ def position_table(frames, grid, width, pos_table, T, device):
     table = F.interpolate(table, size=T, mode="linear", align_corners=False)    # (L, C, T)
     return table.permute(2, 0, 1).contiguous().to(device)                       # (T, L, C)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the network, parts before the whole
+# ---------------------------------------------------------------------------------- the network, parts before the whole
 
 class PatchEmbed(nn.Module):
     def __init__(self, cfg):
@@ -145,13 +141,11 @@ class VisionTransformer(nn.Module):
         self.cfg = cfg
         self.patch_embed = PatchEmbed(cfg)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
-        self.apply(self._init_weights)
-
-    def _init_weights(self, module):
-        if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=self.cfg.init_std or module.in_features ** -0.5)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=cfg.init_std or module.in_features ** -0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def positions(self, T, device):
         """(T, L, C), which forward adds to the patches."""

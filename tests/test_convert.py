@@ -12,7 +12,7 @@ from PIL import Image
 from videos import write_video
 
 import train
-from data import Stage2Collate, Stage3Collate
+from data import collate_stage2, collate_stage3
 from evaluation.engine import Engine
 from evaluation.protocol import Protocol
 from infra import files
@@ -237,12 +237,10 @@ def test_stage_3_gives_the_official_numbers(imported):
     cfg = model.cfg
     assert cfg.bos_ones and cfg.train_separators and cfg.question_in_qformer  # the preset's defaults
     set_trainable(model, 3)
-    collate = Stage3Collate(llm_tok, qformer_tok, 14, cfg.max_text, cfg.prompt_style, cfg.question_in_qformer,
-                            cfg.add_timestamps, cfg.train_separators)
     samples = [{"qas": case["qa"], "medium": "video", "path": "", "idx": 0, "bad": [], "video": video,
                 "seconds": [float(s) for s in case["msg"].split(" at ")[1].replace(" seconds. ", "").split(", ")]}
                for case, video in zip(spec, g["in.image"], strict=False)]
-    batch = collate(samples)
+    batch = collate_stage3(samples, cfg, qformer_tok, llm_tok)
     S = g["in.qformer_input_ids"].shape[1]
     assert torch.equal(batch["instruction_ids"][:, :S], g["in.qformer_input_ids"])
     vision = model.encode_video(batch["video"])
@@ -261,7 +259,7 @@ def test_stage_2_gives_the_official_numbers(imported, medium, key):
     samples = [{"text": text, "medium": medium, "path": "", "idx": 0, "bad": [], "video": video,
                 "prompt_choice": (asked + 0.5) / len(CAPTION_INSTRUCTIONS[medium])}
                for text, video in zip(spec["captions"], videos, strict=True)]
-    batch = Stage2Collate(llm_tok, 14, model.cfg.max_text)(samples)
+    batch = collate_stage2(samples, model.cfg, None, llm_tok)
     close(model.video_tokens(model.encode_video(batch["video"])), g[f"out.{key}img_embeds"])
     run_llm(model, batch, g, key)
     seen = gradients_are_the_recorded_ones(model, 2, g, f"grad.{key}")

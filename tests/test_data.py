@@ -2,6 +2,8 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,8 @@ from conftest import BERT_VOCAB
 from PIL import Image
 
 import data
-from data import Sampler, VideoTextDataset
+from data import Sampler, VideoTextDataset, collate_stage1, collate_stage2, collate_stage3
+from model import Config
 from prompt import IGNORE, VIDEO
 from tokenizer import SentencePiece, WordPiece
 from training import check_data
@@ -169,19 +172,21 @@ def tok(golden):
 def wordpiece(golden):
     return WordPiece.load(BERT_VOCAB)
 
+CFG = Config(n_query=5, n_extra=0, question_in_qformer=False, train_separators=False)
+
 def batches_of(dataset, collate, workers=0):
     return list(data.make_loader(dataset, Sampler(dataset, 2), collate, workers))
 
 def test_align_batch(world, wordpiece):
     (world / "media" / "2.gif").unlink()
-    batches = batches_of(clips(world), data.Stage1Collate(wordpiece))
+    batches = batches_of(clips(world), partial(collate_stage1, cfg=CFG, qformer_tok=wordpiece))
     batch = next(batch for batch in batches if batch["medium"] == "video")
     assert batch["video"].shape == (2, 4, 3, 32, 32) and batch["ids"].shape == batch["mask"].shape == (2, 8)
     assert batch["ids"][:, 0].tolist() == [wordpiece.cls_id] * 2 and batch["mask"].sum(1).tolist() == [3, 3]
     assert sum(len(batch["bad"]) for batch in batches) == 1
 
 def test_caption_batch(world, tok):
-    for batch in batches_of(clips(world), data.Stage2Collate(tok, n_video=5)):
+    for batch in batches_of(clips(world), partial(collate_stage2, cfg=CFG, qformer_tok=None, llm_tok=tok)):
         assert ((batch["ids"] == VIDEO).sum(1) == 5).all()
         for row, path in zip(batch["labels"], batch["paths"], strict=True):
             caption = tok.decode(row[row != IGNORE].tolist())
@@ -193,7 +198,7 @@ def test_instruct_batch(world, tok, wordpiece):
     write(world / "qa.json", [{"video": f"{k}.gif", "QA": qas, "start": 1, "end": 3} for k in range(4)])
     dataset = VideoTextDataset(load_corpus([[str(world / "qa.json"), str(world / "media"), "video"]]), 4, Transform(32))
     orders = set()
-    for batch in batches_of(dataset, data.Stage3Collate(tok, wordpiece, n_video=5)):
+    for batch in batches_of(dataset, partial(collate_stage3, cfg=CFG, qformer_tok=wordpiece, llm_tok=tok)):
         assert batch["instruction_ids"][0, :4].tolist() == [101, 3422, 1012, 102]
         assert batch["instruction_mask"].sum(1).tolist() == [4, 4]
         for ids, row in zip(batch["ids"], batch["labels"], strict=True):
@@ -204,8 +209,7 @@ def test_instruct_batch(world, tok, wordpiece):
                 ids[ids != VIDEO].tolist())
     assert len(orders) > 1  # the questions come in random order
     assert [qa["q"] for qa in qas] == ["one?", "two?", "three?"]
-    collate = data.Stage3Collate(tok, wordpiece, 5, question_in_qformer=True)
-    assert collate.instruction(qas[0]) == "Watch. one?" and collate.instruction({"q": "one?", "a": ""}) == ""
+    assert data.qformer_text(qas[0], True) == "Watch. one?" and data.qformer_text({"q": "one?", "a": ""}, True) == ""
 
 def test_seconds(golden):
     for case in json.loads((golden / "sampling.json").read_text())["seconds"]:
@@ -217,7 +221,8 @@ def test_an_instruction_that_leaves_no_room_names_its_entry(world, tok, wordpiec
     write(world / "qa.json", [{"video": "4.gif", "QA": [{"i": "Watch. " * 50, "q": "one?", "a": "Yes."}]}] * 2)
     dataset = VideoTextDataset(load_corpus([[str(world / "qa.json"), str(world / "media"), "video"]]), 4, Transform(32))
     with pytest.raises(SampleError) as caught:
-        batches_of(dataset, data.Stage3Collate(tok, wordpiece, 5, max_text=40), workers)
+        batches_of(dataset, partial(collate_stage3, cfg=replace(CFG, max_text=40), qformer_tok=wordpiece, llm_tok=tok),
+                   workers)
     assert str(caught.value).startswith(f"{world / 'media' / '4.gif'}: ") and isinstance(caught.value, ValueError)
     assert str(caught.value).endswith("ids of text before the video: shorten the instruction or raise max_text")
     assert "\n" not in str(caught.value)
@@ -225,11 +230,12 @@ def test_an_instruction_that_leaves_no_room_names_its_entry(world, tok, wordpiec
 def test_texts_have_no_video(world, tok, wordpiece):
     write(world / "text.json", [{"QA": [{"q": "one?", "a": "Yes."}]}] * 2)
     dataset = VideoTextDataset(load_corpus([[str(world / "text.json"), "", "text"]]), 4, Transform(32))
-    (batch,) = batches_of(dataset, data.Stage3Collate(tok, wordpiece, 5))
+    (batch,) = batches_of(dataset, partial(collate_stage3, cfg=CFG, qformer_tok=wordpiece, llm_tok=tok))
     assert batch["video"] is None and not (batch["ids"] == VIDEO).any() and batch["medium"] == "text"
 
 def test_workers_change_nothing(world, wordpiece):
-    runs = [batches_of(clips(world), data.Stage1Collate(wordpiece), workers) for workers in (0, 2)]
+    collate = partial(collate_stage1, cfg=CFG, qformer_tok=wordpiece)
+    runs = [batches_of(clips(world), collate, workers) for workers in (0, 2)]
     for one, two in zip(*runs, strict=True):
         assert torch.equal(one["video"], two["video"]) and torch.equal(one["ids"], two["ids"])
 
@@ -248,12 +254,6 @@ def test_check_lists_every_fault(world, capsys):
     assert "videos.json: 6 entries of video, 2 faulty: 1 empty text, 1 missing" in out
     assert check_data.main([str(world / "corpus.json"), "--decode"]) == 1
     assert "3.gif: cannot be decoded as a GIF" in capsys.readouterr().out
-
-def test_the_old_command_names_the_new_one(world):
-    command = [sys.executable, data.__file__, "check", "corpus.json", "--decode"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "data.py: run python -m training.check_data corpus.json --decode\n"
 
 def test_a_loader_that_is_left_open_does_not_keep_the_process(tmp_path):
     """Its workers heed a SIGTERM from it, by which multiprocessing ends them, and from nobody else."""

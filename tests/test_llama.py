@@ -159,8 +159,8 @@ def test_every_row_stops_by_itself():
     ids, mask = prompts((8, 3))
     free = ours.generate(ours.embed(ids), mask, max_new_tokens=8)
     stop = free[0][2]
-    stopped = ours.generate(ours.embed(ids), mask, max_new_tokens=8, stop=[stop])
-    assert stopped == [row[:row.index(stop)] if stop in row else row for row in free]
+    stopped = ours.generate(ours.embed(ids), mask, max_new_tokens=8, stop=lambda new: new[-1] == stop)
+    assert stopped == [row[:row.index(stop) + 1] if stop in row else row for row in free]
     two = ours.generate(ours.embed(ids), mask, max_new_tokens=8, stop=lambda new: len(new) == 2)
     assert two == [row[:2] for row in free]
 
