@@ -127,11 +127,15 @@ def with_timeout(limit, read, path, *args):
             results.put(error)
 
     # a daemon, unlike the threads of an executor: Python does not wait for it at the end
-    threading.Thread(target=work, daemon=True).start()
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
     try:
         result = results.get(timeout=limit)
     except queue.Empty:
         raise MediaError(f"{path}: decoding takes more than {limit:g} seconds") from None
+    except KeyboardInterrupt:
+        thread.join(timeout=2)  # a process that ends in the middle of decoding may abort instead of exiting with 130
+        raise
     try:
         if isinstance(result, BaseException):
             raise result

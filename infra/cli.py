@@ -9,6 +9,7 @@ Not here: what the options are (train.py, mvbench.py and the commands of the roo
     pytest tests/test_cli.py
 """
 import argparse
+import gc
 import os
 import signal
 import sys
@@ -61,6 +62,8 @@ def ignore_signals(worker_id):
     if hasattr(signal, "sigwaitinfo"):                         # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=exit_with_parent, daemon=True).start()
+    # what the parent left to the garbage collector stays untouched: decord's readers abort in a forked process
+    gc.freeze()
     # the thread that hands tensors over may fail while the parent exits; errors of samples are passed on elsewhere
     sys.excepthook = lambda *error: None
 

@@ -78,8 +78,8 @@ def save_text(text, path):
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
-def write_json(value, path):
-    save_text(json.dumps(value, indent=2) + "\n", path)
+def write_json(value, path, indent=2):
+    save_text(json.dumps(value, indent=indent) + "\n", path)
 
 def read_json(path):
     """FileNotFoundError or ValueError name the file, in one line."""

@@ -13,6 +13,7 @@ from videos import number, write_video
 
 import video as video_file
 from data import VideoTextDataset
+from infra.cli import ignore_signals
 from training.annotations import load_corpus
 from video import MediaError, Transform, read_media
 
@@ -98,7 +99,7 @@ def test_a_decoder_that_hangs_is_left_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(video_file.read_media, "__defaults__", (False, 0.5))
     (tmp_path / "a.json").write_text(json.dumps([{"video": f"{i}.mp4", "caption": f"clip {i}"} for i in range(3)]))
     dataset = VideoTextDataset(load_corpus([[str(tmp_path / "a.json"), str(tmp_path), "video"]]), 2, Transform(32))
-    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=1)
+    loader = torch.utils.data.DataLoader(dataset, None, num_workers=1, worker_init_fn=ignore_signals)
     begun = time.time()
     samples = list(loader)
     assert time.time() - begun < 30 and [s["text"] for s in samples] == ["clip 0", "clip 2", "clip 2"]
