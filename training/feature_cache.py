@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from infra.cli import ignore_signals
 from infra.files import atomic_folder, fingerprint, read_json
 from video import MediaError
 
@@ -70,7 +71,8 @@ def cache_features(vit, dataset, folder, device, workers=0, batch=32):
     # encode batch by batch, straight into a file on disk; an unreadable clip gets its error instead of a row
     vit, clips = vit.to(device).eval(), {}                                               # path -> what info.json says
     print(f"the ViT encodes {len(index_of):,} clips once; their features are written to {folder}", flush=True)
-    loader = DataLoader(list(index_of.items()), batch, collate_fn=partial(read_clips, dataset), num_workers=workers)
+    loader = DataLoader(list(index_of.items()), batch, collate_fn=partial(read_clips, dataset), num_workers=workers,
+                        worker_init_fn=ignore_signals)
     with atomic_folder(folder) as temporary:
         shape = len(index_of), dataset.num_frames, vit.cfg.grid ** 2, vit.cfg.width      # (clips, T, L, C)
         features = np.lib.format.open_memmap(temporary / "features.npy", "w+", np.float16, shape)

@@ -48,6 +48,8 @@ def read_bert(folder, cfg):
     path = Path(folder) / "model.safetensors"
     tensors = read_tensors(path if path.is_file() else path.with_name("pytorch_model.bin"))
     tensors = {n.replace(".gamma", ".weight").replace(".beta", ".bias"): t for n, t in tensors.items()}  # old spellings
+    if not any(n.startswith("bert.") for n in tensors):                    # saved without its pretraining heads
+        tensors = {f"bert.{n}": t for n, t in tensors.items()}
 
     # [DEC] is one word more than BERT has
     words, bias = "bert.embeddings.word_embeddings.weight", "cls.predictions.bias"
@@ -100,8 +102,9 @@ def collect(files, cfg, any_llm=False):
         preset, cfg = cfg, replace(cfg, llama=llm_config(files.llm))
         differences = [text for field, text in config_diff(cfg.llama, preset.llama).items() if field != "vocab_size"]
         if differences and not any_llm:
+            hint = " (as LLaMA-2 and Vicuna v1.5 have it)" if cfg.llama.max_positions == 4096 else ""
             raise ValueError(f"{files.llm} is another LLM than preset {cfg.preset}'s (Vicuna-7B v0 from LLaMA-1, or "
-                             f"Mistral-7B-Instruct-v0.2): {', '.join(differences)}. Released checkpoints give "
+                             f"Mistral-7B-Instruct-v0.2): {', '.join(differences)}{hint}. Released checkpoints give "
                              "gibberish with it; to train with it from stage 2 on, add --any-llm")
 
     # later files replace tensors of earlier ones; BERT is only a start
