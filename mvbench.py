@@ -30,7 +30,7 @@ import torch
 from evaluation import report
 from evaluation.batches import evaluate
 from evaluation.engine import Engine
-from evaluation.predictions import Condition, adopt_old_files, key_of
+from evaluation.predictions import Condition, key_of
 from evaluation.protocol import CONTROLS, DECODES, Protocol
 from evaluation.tasks import BENCHMARKS, describe, load_questions, missing_media
 from infra import cli
@@ -229,8 +229,6 @@ def prepare(args, dist):
     requested = {"", *split_names(args.controls), *["permute"] * args.permute}
     conditions = [Condition(Path(args.out) / args.setting, name, {"control": name, **settings}, dist.rank,
                             name in requested) for name in ("", *CONTROLS, "permute")]
-    if dist.is_main:
-        adopt_old_files(args.out, args.setting)
     conditions = [condition for condition in conditions if condition.requested or condition.is_finished()]
     if not dist.is_main:
         return questions, conditions
@@ -271,8 +269,6 @@ def answer_all(args, questions, conditions, dist):
             if args.strict_data and unread:
                 raise ValueError(f"{unread[0]} (--strict-data)")
             condition.write(rows)
-    for condition in conditions:
-        condition.close()
 
     # the time that is not accounted for goes to "all else"
     seconds |= engine.clock.seconds

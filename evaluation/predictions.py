@@ -5,23 +5,18 @@
     FOLDER/settings.json                what the answers depend on: checkpoint, prompt, frames, questions, ...
     FOLDER/predictions.blank.jsonl ...  the same for every other condition: a control, or "permute"
 
-A run resumes after any interruption: what is in these files is not asked again, and a line that a killed process left
-half written is dropped. Another checkpoint, prompt or number of frames is refused, with both values named.
+A run resumes after any interruption: answers in these files are not asked again.
 Not here: how the answers are made (engine.py), what the rows are worth (scorers.py, stats.py).
 
     pytest tests/test_predictions.py
 """
 import json
-import re
+import os
 from pathlib import Path
 
-from evaluation.protocol import CONTROLS
 from evaluation.scorers import is_right
 from evaluation.tasks import letter_of
 from infra.files import read_json, save_text, write_json
-
-# settings by the names that older versions wrote
-OLD_SETTINGS = {"asked for": "question prompt", "8 bits": "int8"}
 
 def key_of(row):
     """Which question, with its options in which order, a row answers."""
@@ -48,7 +43,7 @@ def read_rows(path):
         try:
             row = json.loads(line)
             rows[key_of(row)] = row
-            row["prediction"], row["candidates"], row["answer"]
+            row["prediction"], row["candidates"], row["answer"]          # without these, it is no prediction
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path}, line {number} is no prediction: delete the line, or --restart") from None
     return rows
@@ -67,9 +62,7 @@ class Condition:
         self.path = self.folder / f"predictions{suffix}.jsonl"
         self.settings_path = self.folder / f"settings{suffix}.json"
         self.rank_path = self.folder / f"predictions{suffix}.rank{rank}.jsonl"
-        self.file, self.rows = None, {}                        # rows: what read() found on disk, by key_of
-
-    # ---- questions
+        self.rows = {}                                         # what read() found on disk, by key_of
 
     def variants(self, q):
         """The question as this condition asks it: once, or in each cyclic order of its options but their own."""
@@ -91,9 +84,7 @@ class Condition:
 
     def saved(self):
         """settings.json: {"settings", "commands", ...}, or {} where there is none."""
-        info = read_json(self.settings_path) if self.settings_path.is_file() else {}
-        settings = {OLD_SETTINGS.get(what, what): value for what, value in info.get("settings", {}).items()}
-        return {**info, "settings": settings} if info else {}
+        return read_json(self.settings_path) if self.settings_path.is_file() else {}
 
     def is_finished(self):
         """Whether an earlier run with these settings has finished it."""
@@ -102,25 +93,29 @@ class Condition:
     def prepare(self, restart, notes):
         """In one process, before all others read: checks that the files have these settings, or deletes them.
 
-        notes: more to keep in settings.json; commands are collected. Raises ValueError naming what differs.
+        notes: more for settings.json; commands are collected. ValueError names the settings that differ.
         """
-        files, info = self.files(), {} if restart else self.saved()
         if restart:
-            for path in files:
+            for path in self.files():
                 path.unlink()
-        elif files:
-            old = info.get("settings", {})
-            differences = [f"{what}: {shorten(old.get(what))} there, {shorten(value)} now"
-                           for what, value in self.settings.items() if old.get(what) != value]
-            if differences:
-                raise ValueError(f"{files[0]} holds answers under other settings ({'; '.join(differences)}): choose "
-                                 "another folder with --out, or --restart to delete them and ask again")
-            for path in files:                                 # of a process that was killed while it wrote
-                drop_torn_line(path)
 
-        self.folder.mkdir(parents=True, exist_ok=True)
-        commands = [*(info.get("commands", []) if files else []), *notes["commands"]]
-        write_json({"settings": self.settings, **notes, "commands": list(dict.fromkeys(commands))}, self.settings_path)
+        # what is left must have these settings
+        files = self.files()
+        info = self.saved() if files else {}
+        old = info.get("settings", {})
+        differences = [f"{what}: {json.dumps(old.get(what)):.40} there, {json.dumps(value):.40} now"
+                       for what, value in self.settings.items() if old.get(what) != value]
+        if files and differences:
+            raise ValueError(f"{files[0]} holds answers under other settings ({'; '.join(differences)}): choose another "
+                             "folder with --out, or --restart to delete them and ask again")
+
+        # a process that was killed while it wrote has left half a line
+        for path in files:
+            complete = path.read_bytes().rfind(b"\n") + 1
+            if complete < path.stat().st_size:
+                os.truncate(path, complete)
+        commands = list(dict.fromkeys([*info.get("commands", []), *notes["commands"]]))     # each once
+        write_json({"settings": self.settings, **notes, "commands": commands}, self.settings_path)
 
     def check_media(self, questions):
         """ValueError if an answer is about another medium than the one that is there now."""
@@ -141,15 +136,8 @@ class Condition:
 
     def write(self, rows):
         """Appends rows to this process's file; they survive the end of the process, however it comes."""
-        if self.file is None:
-            self.file = open(self.rank_path, "a", encoding="utf-8")
-        self.file.write("".join(json.dumps(row) + "\n" for row in rows))
-        self.file.flush()
-
-    def close(self):
-        if self.file is not None:
-            self.file.close()
-            self.file = None
+        with open(self.rank_path, "a", encoding="utf-8") as f:
+            f.write("".join(json.dumps(row) + "\n" for row in rows))
 
     def merge(self, order):
         """In one process, when all are done: makes one file of all, sorted by these keys -> their rows, in order."""
@@ -161,26 +149,3 @@ class Condition:
             for path in parts:
                 path.unlink()
         return [rows[key] for key in order if key in rows]
-
-def shorten(value):
-    """A setting as an error shows it."""
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:37] + "..."
-
-def drop_torn_line(path):
-    """Cuts off what follows the last line end."""
-    data = path.read_bytes()
-    if data and not data.endswith(b"\n"):
-        with open(path, "r+b") as f:
-            f.truncate(data.rfind(b"\n") + 1)
-
-def adopt_old_files(out, setting):
-    """Moves files of older versions, which had the setting ("frames8.part") in each name, into the setting's folder."""
-    names = "|".join((*CONTROLS, "permute"))
-    pattern = re.compile(rf"(predictions|settings)((?:\.(?:{names}))?)\.{re.escape(setting)}((?:\.rank\d+)?\.jsonl?)")
-    for path in Path(out).glob("*.json*") if setting else ():
-        match = pattern.fullmatch(path.name)
-        new = Path(out) / setting / "".join(match.groups()) if match else path
-        if match and not new.exists():
-            new.parent.mkdir(exist_ok=True)
-            path.rename(new)
