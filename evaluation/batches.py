@@ -24,23 +24,20 @@ GROUP = 8       # clips that a loader process hands over at a time
 
 def load_clips(group, cfg):
     """Clips, each a (medium, bound) -> (the readable ones (B, T, 3, H, W) or None; for each "", or why it failed)."""
-    clips, errors = [], []
-    for media, bound in group:
+    clips, errors = [], [""] * len(group)
+    for i, (media, bound) in enumerate(group):
         try:
             clip = load_eval_clip(media, cfg, bound)
             clips.append(clip.expand(cfg.eval_frames, -1, -1, -1))                         # a picture is a still video
-            errors.append("")
-        except MediaError as error:
-            errors.append(str(error))
         except Exception as error:                             # whatever a decoder dies of, the others are asked
-            errors.append(f"{media}: {type(error).__name__}: {error}")
+            errors[i] = str(error) if isinstance(error, MediaError) else f"{media}: {type(error).__name__}: {error}"
     return torch.stack(clips) if clips else None, errors
 
 def batches_by_clip(questions, prompts, batch):
     """Questions -> batches of at most `batch` clips. A batch is a list: for each clip, the list of its questions.
 
-    Clips with long prompts come first: a batch's prompts are then of similar length, and a batch that does not fit into
-    memory fails at once. subtle: batches depend neither on what is answered already nor on the number of processes, so
+    Long prompts come first: a batch's prompts are then of similar length, and one that does not fit into memory fails at
+    once. subtle: batches depend neither on what is answered already nor on the number of processes, so
     a question is always computed together with the same others, and its numbers are the same to the last bit.
     """
     by_clip = defaultdict(list)
@@ -68,17 +65,15 @@ def evaluate(engine, questions, conditions, batch=32, workers=1, dist=None, scor
         for clips in batches:
             with engine.clock("waiting for data"):
                 videos, errors = zip(*[next(loader) for _ in range(0, len(clips), GROUP)], strict=True)
-            videos = [video for video in videos if video is not None]
-            pairs = list(zip(clips, sum(errors, []), strict=True))
+            videos, pairs = [v for v in videos if v is not None], list(zip(clips, sum(errors, []), strict=True))
             readable, unread = [qs for qs, error in pairs if not error], [pair for pair in pairs if pair[1]]
 
             # new rows under each condition; a question about a clip that cannot be read has a row, too
             answers = answer_batch(engine, torch.cat(videos), readable, prompts, conditions, batch) if videos else {}
             for condition in conditions:
-                rows = [make_row(v, answer, scorer) for v, answer in answers.get(condition.name, ())]
-                rows += [make_row(v, None, scorer, error)
-                         for qs, error in unread for q in qs for v in condition.variants(q)]
-                rows = [row for row in rows if condition.needs_answer(row)]
+                answered = answers.get(condition.name, [])
+                answered += [(v, error) for qs, error in unread for q in qs for v in condition.variants(q)]
+                rows = [make_row(v, answer, scorer) for v, answer in answered if condition.needs_answer(v)]
                 yield condition, rows
                 bar.update(len(rows))
 
@@ -88,31 +83,29 @@ def answer_batch(engine, video, questions, prompts, conditions, batch):
     prompts: those of the questions in their own order, by key_of. A condition with nothing to ask is left out.
     """
     seeds = [clip_seed(qs[0]["video"], qs[0]["bound"]) for qs in questions]
-    encoded, answers = {}, {}
+    shared, encoded, answers = not engine.protocol.question_in_qformer, {}, {}
     for condition in conditions:
         if not any(condition.todo(qs) for qs in questions):
             continue
 
-        # what is computed of the clips serves all orders of the options; so do the video tokens, unless the Q-Former
-        # reads the question
+        # what is computed of the clips serves all orders of the options; so do the video tokens, if they are shared
+        # by a clip's questions, because the Q-Former does not read these
         control = condition.control
         if control not in encoded:
-            vision, tokens = engine.encode_clips(video, control, seeds), None                  # (B, N, C)
-            if not engine.protocol.question_in_qformer:
-                tokens = engine.video_tokens(vision, control, seeds, [qs[0] for qs in questions])      # (B, Q, D)
-            encoded[control] = vision, tokens
-        vision, tokens = encoded[control]
+            vision = engine.encode_clips(video, control, seeds)                                # (B, N, C)
+            encoded[control] = vision if not shared else engine.video_tokens(                  # (B, Q, D)
+                vision, control, seeds, [qs[0] for qs in questions])
 
         # the questions, those with long prompts first, `batch` at a time
         variants = [(v, clip, prompts.get(key_of(v)) or engine.prompt(v))
-                for clip, qs in enumerate(questions) for q in qs for v in condition.variants(q)]
+                    for clip, qs in enumerate(questions) for q in qs for v in condition.variants(q)]
         variants.sort(key=lambda item: -len(item[2].ids))
         answers[condition.name] = []
         for i in range(0, len(variants), batch):
             qs, clips, qs_prompts = map(list, zip(*variants[i:i + batch], strict=True))
-            video_tokens, rows = tokens, clips
-            if tokens is None:                                 # then each question has video tokens of its own
-                video_tokens = engine.video_tokens(vision[clips], control, [seeds[clip] for clip in clips], qs)
-                rows = None
-            answers[condition.name] += zip(qs, engine.answer(qs, video_tokens, rows, qs_prompts), strict=True)
+            tokens = encoded[control]
+            if not shared:                                     # then each question has video tokens of its own
+                tokens = engine.video_tokens(tokens[clips], control, [seeds[clip] for clip in clips], qs)
+                clips = None
+            answers[condition.name] += zip(qs, engine.answer(qs, tokens, clips, qs_prompts), strict=True)
     return answers

@@ -2,24 +2,20 @@
 
     clips (B, T, 3, H, W) -> encode_clips (B, N, C) -> video_tokens (B, Q, D) -> answer: "(B) It jumps."
 
-1. The Q-Former reads the system prompt and not the question, so a clip's video tokens serve all of its questions.
-
-2. Prompts begin alike. The LLM reads each node of this tree once, on top of the cached keys and values above it:
+1. The Q-Former does not read the question, so a clip's video tokens serve all of its questions.
+2. Prompts begin alike: the LLM reads each node of this tree once, on top of the cached keys and values above it.
 
        head          "Carefully watch ... ###Human: <Video>"                                once
-        |- clip      video tokens, "</Video> ###Human: Carefully watch ... Question: What"    once a clip
-        |   |- tail  "moves? Options: (A) ... ###Assistant: Best option:("                    once a question
-        |   '- tail  "stops? Options: (A) ... ###Assistant: Best option:("
-        '- clip ...
+        '- clip      video tokens, "</Video> ###Human: Carefully watch ... Question: What"    once a clip
+            |- tail  "moves? Options: (A) ... ###Assistant: Best option:("                    once a question
+            '- tail  "stops? Options: (A) ... ###Assistant: Best option:("
 
-3. The options are drafts of the answer. The LLM's first token, B, says which one will probably follow. The next step
-   reads it all, and shows for each token what the LLM writes after it:
+3. The options are drafts of the answer: the first token, B, says which one will probably follow. The next step reads it
+   all, and shows for each token what the LLM writes after it (speculative decoding, arXiv 2211.17192):
 
        reads     B    )    It   jumps  .
        writes    )    It   jumps  .    ###         all accepted: the rest of the answer in one step
        or else   )    It   spins                   two accepted; "spins" is new, and the next step starts from there
-
-   So every answer is greedy generation's, token by token. (Speculative decoding, arXiv 2211.17192.)
 
 Not here: how questions are asked (protocol.py), what is a batch (batches.py), scores (scorers.py).
 Source: paper section 3; mvbench.ipynb.
@@ -30,6 +26,7 @@ import time
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
+from os.path import commonprefix        # of any lists
 
 import torch
 
@@ -61,15 +58,13 @@ class Clock:
         self.seconds[part] += time.perf_counter() - start
 
 def letter_ids(llm_tok):
-    """The ids of the letters A to E after a bracket.
-
-    subtle: SentencePiece has two pieces for a letter, one that begins a word ("_A") and one that continues it ("A").
-    After "Best option:(" the LLM writes the second; so a letter is encoded with its bracket, and the last id taken.
-    """
+    """The ids of the letters A to E after a bracket."""
+    # subtle: SentencePiece has a piece for a letter that begins a word ("_A"), and one for a letter that continues it
+    # ("A"). After "Best option:(" the LLM writes the second; so a letter is encoded with its bracket
     return [llm_tok.encode(f"({letter}")[-1] for letter in LETTERS]
 
 class Engine:
-    """A model with its tokenizers, asked by one protocol. The pictures are in the header of this file."""
+    """A model with its tokenizers, asked by one protocol."""
 
     def __init__(self, model, qformer_tok, llm_tok, protocol=None):
         self.model, self.qformer_tok, self.llm_tok = model, qformer_tok, llm_tok
@@ -139,10 +134,9 @@ class Engine:
                 letters = [row[:len(q["candidates"])] for q, row in zip(questions, p, strict=True)]
 
             if self.protocol.decode == "letter":
-                texts = [f"({LETTERS[argmax(p)]})" for p in letters]
-            else:
-                texts = map(self.text, self.generate_with_drafts(questions, prompts, logits.argmax(-1).tolist(), cache))
-            return [Answer(text, p, []) for text, p in zip(texts, letters, strict=True)]
+                return [Answer(f"({LETTERS[p.index(max(p))]})", p, []) for p in letters]
+            answers = self.generate_with_drafts(questions, prompts, logits.argmax(-1).tolist(), cache)
+            return [Answer(self.text(ids), p, []) for ids, p in zip(answers, letters, strict=True)]
 
     def prefill(self, prompts, video_tokens, clips, logits_to_keep=None):
         """The LLM reads the header's tree -> (hidden states (B, logits_to_keep, D) of the tails' last tokens, KVCache).
@@ -188,32 +182,21 @@ class Engine:
                 cache, rows = cache.select_rows([rows.index(i) for i in active]), active
 
             # a row's input is its last id, and a draft of what follows, as far as there is room
-            fed = []
-            for i in rows:
-                draft = continuation(answers[i], drafts[i])
-                fed.append([answers[i][-1], *draft[:max(0, limits[i] - len(answers[i]))]])
-            ids, mask = pad_ids(fed, self.llm_tok.eos_id, multiple=self.pad_multiple)                  # (rows, s)
+            tried = [continuation(answers[i], drafts[i])[:max(0, limits[i] - len(answers[i]))] for i in rows]
+            ids, mask = pad_ids([[answers[i][-1], *draft] for i, draft in zip(rows, tried, strict=True)],
+                                self.llm_tok.eos_id, multiple=self.pad_multiple)                       # (rows, s)
             hidden = llm(llm.embed(ids.to(self.model.device)), mask.to(self.model.device), cache)      # (rows, s, D)
             best = llm.lm_head(hidden).argmax(-1).tolist()                                             # (rows, s)
 
-            # accept what the draft got right, and hide the rest of it from the next steps
+            # accept what the draft got right, and the id after it; hide the rest of the draft from the next steps
             begin, n_new = cache.mask.shape[1] - ids.shape[1], []
             for row, i in enumerate(rows):
-                new = self.accept(answers[i], fed[row][1:], best[row])
-                answers[i] += new
-                n_new.append(len(new))
-                cache.mask[row, begin + len(new):] = 0
+                new = best[row][:len(commonprefix([best[row], tried[row]])) + 1]
+                n_new.append(next((n for n in range(1, len(new)) if self.is_complete(answers[i] + new[:n])), len(new)))
+                answers[i] += new[:n_new[row]]
+                cache.mask[row, begin + n_new[row]:] = 0
             cache.mask = cache.mask[:, :begin + max(n_new)]    # what no row has accepted leaves the cache
         return answers
-
-    def accept(self, answer, draft, best):
-        """The ids that continue an answer: the best ones, up to and including the first that is not the draft's."""
-        new = []
-        for i, expected in zip(best, [*draft, None], strict=False):
-            new.append(i)
-            if i != expected or self.is_complete(answer + new):
-                break
-        return new
 
     def drafts(self, q):
         """The answer that names each option, as ids, with the mark that ends it, as in training."""
@@ -233,12 +216,12 @@ class Engine:
 
     def option_prompts(self, q):
         """A prompt for each option: its text is the answer, and its ids are the labels. No prompt lists the options."""
-        def prompt(answer):
-            return chat_prompt(self.llm_tok, [], f"{self.protocol.system}Question: {q['question']}", self.n_video,
-                               self.protocol.system, prompt_style=self.model.cfg.prompt_style, answer_prompt=answer)
-        prompts = [prompt(text) for text in q["candidates"]]
+        empty, *prompts = [
+            chat_prompt(self.llm_tok, [], f"{self.protocol.system}Question: {q['question']}", self.n_video,
+                        self.protocol.system, prompt_style=self.model.cfg.prompt_style, answer_prompt=answer)
+            for answer in ("", *q["candidates"])]
         for p in prompts:
-            begin = common_length([prompt(""), p])
+            begin = common_length([empty, p])
             p.labels[begin:] = p.ids[begin:]
         return prompts
 
@@ -251,11 +234,10 @@ class Engine:
             target = [label for label in prompt.labels if label >= 0]
             logits = self.model.llama_model.lm_head(row[-len(target) - 1:-1]).float()          # (n, V)
             likelihoods[i].append(logits.log_softmax(-1)[range(len(target)), target].mean().item())
-        return [Answer(f"({LETTERS[argmax(p)]}) {q['candidates'][argmax(p)]}", [], p)
-                for q, p in zip(questions, likelihoods, strict=True)]
 
-def argmax(values):
-    return max(range(len(values)), key=values.__getitem__)
+        best = [p.index(max(p)) for p in likelihoods]
+        return [Answer(f"({LETTERS[i]}) {q['candidates'][i]}", [], p)
+                for i, q, p in zip(best, questions, likelihoods, strict=True)]
 
 def continuation(answer, drafts):
     """What follows, in one of the drafts, the longest piece that the answer ends with; [] if none has any of it.
@@ -274,5 +256,4 @@ def continuation(answer, drafts):
 
 def common_length(prompts):
     """How many ids all prompts begin with."""
-    first, last = min(p.ids for p in prompts), max(p.ids for p in prompts)      # in sorted order, these differ soonest
-    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return len(commonprefix([p.ids for p in prompts]))

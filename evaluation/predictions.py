@@ -26,11 +26,11 @@ def rotate_options(q, n):
     """The question with its options rotated by n: with 1, option B comes first."""
     return {**q, "candidates": q["candidates"][n:] + q["candidates"][:n], "shift": n}
 
-def make_row(q, answer, scorer, unread=""):
-    """A row of predictions.jsonl. unread: why the medium cannot be read; then there is no answer, and it is wrong."""
+def make_row(q, answer, scorer):
+    """A row of predictions.jsonl. answer: an engine.Answer, or a str that says why the medium cannot be read."""
     row = {**q, "letter": letter_of(q), "prediction": "", "letter_probabilities": []}
-    if unread:
-        row["unread"] = unread
+    if isinstance(answer, str):
+        row["unread"] = answer                                 # counts as wrong
     else:
         row |= {"prediction": answer.text, "letter_probabilities": [round(p, 4) for p in answer.letters]}
         row |= {"likelihoods": [round(p, 4) for p in answer.likelihoods]} if answer.likelihoods else {}
