@@ -2,11 +2,8 @@
 
     summarise   rows of predictions -> everything that can be said about them, as JSON knows it
     write       summary.json, mvbench.json (percent right by task), leaderboard.json, report.html (report_page.py)
-    show        the page's tables on the console
     compare     two runs on the same questions, paired: python mvbench.py compare A B
 
-The temporal gain ("needs time" in summary.json) is the score minus the better one of the controls "single" and
-"shuffle", which show what there is to see but not when.
 Not here: what counts as right (scorers.py), how certain a score is (stats.py), the page (report_page.py).
 Source of leaderboard.json: mvbench.ipynb, upload_leaderboard.json.
 
@@ -30,6 +27,8 @@ from evaluation.scorers import SCORERS, compare_scorers, is_right
 from evaluation.tasks import missing_media
 from infra.files import read_json, save_text, write_json
 
+# controls that show what there is to see but not when; the temporal gain ("needs time" in summary.json) is the score
+# minus the better one of the two
 TIMELESS = ("single", "shuffle")
 
 # ----------------------------------------------------------------------------------------------------------- the scores
@@ -59,8 +58,7 @@ def summarise(rows, questions, condition, benchmark, seconds):
 
     controls = {name: score(rows[name]) for name in rows if name not in ("", "permute")}
     *tasks, average = [task_line(name, plain, questions, controls) for name in score(plain)]
-    scorers, differing = compare_scorers(plain)
-    confidence = stats.calibration(plain)
+    (scorers, differing), confidence = compare_scorers(plain), stats.calibration(plain)
     return {
         "benchmark": benchmark.name, "tasks": tasks, "average": average | temporal_gain_interval(rows),
         "mean of tasks": sum(line["accuracy"] for line in tasks) / max(1, len(tasks)), "controls": list(controls),
@@ -68,10 +66,9 @@ def summarise(rows, questions, condition, benchmark, seconds):
         "letters": stats.letter_counts(plain),
         "permutations": stats.option_order_consistency(plain + rows["permute"]) if "permute" in rows else None,
         "calibration": confidence and {"error": confidence[0], "bins": confidence[1]},
-        "missing": missing_media(questions, benchmark),
+        "missing": missing_media(questions, benchmark), "unanswered": sum("unread" in row for row in plain),
         "unread": sorted({row["unread"] for row in plain if "unread" in row}),
-        "unanswered": sum("unread" in row for row in plain), "seconds": seconds, "software": software(),
-        **condition.saved()}
+        "seconds": {part: round(s, 3) for part, s in seconds.items()}, "software": software(), **condition.saved()}
 
 def task_line(name, rows, questions, controls):
     """A line of the table: one task's, or that of "Avg". controls: {control: score(its rows)}."""
@@ -96,11 +93,8 @@ def temporal_gain_interval(rows):
 
 def software():
     """Commit, versions and machine."""
-    git = ["git", "-C", str(Path(__file__).parent.parent), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
+    root = shlex.quote(str(Path(__file__).parent.parent))
+    commit = subprocess.getoutput(f"git -C {root} describe --always --dirty 2>/dev/null") or "unknown"
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     return {"commit": commit, "python": platform.python_version(), "torch": torch.__version__, "machine": machine}
 
@@ -115,11 +109,11 @@ def command_line():
 def write(summary, rows, folder, leaderboard):
     """Writes a run's files into its folder. leaderboard: whether all questions were meant, so that it may take them."""
     # the scores alone, in percent
-    tables = {f"mvbench.{name}" if name else "mvbench": score(rows[name]) for name in rows if name != "permute"}
+    tables = {f"mvbench.{name}".rstrip("."): score(rows[name]) for name in rows if name != "permute"}
     for name, table in (tables | {"chance": chance(rows[""])}).items():
         write_json({task: round(percent, 2) for task, percent in table.items()}, folder / f"{name}.json")
     if leaderboard and summary["average"]["asked"] == summary["average"]["there are"]:
-        write_json(score(rows[""]), folder / "leaderboard.json")
+        write_json(tables["mvbench"], folder / "leaderboard.json")
 
     write_json({"written": time.strftime("%Y-%m-%d %H:%M"), **summary}, folder / "summary.json")
     save_text(report_page.page(summary, rows[""]), folder / "report.html")
@@ -143,8 +137,7 @@ def print_table(head, lines):
 
 def compare(argv):
     """python mvbench.py compare A B: prints which of two runs is better, by task and over all."""
-    p = argparse.ArgumentParser(prog="mvbench.py compare", description="Two runs on the same questions: which one is "
-                                "better, and could luck explain the difference (McNemar's exact test)?")
+    p = argparse.ArgumentParser("mvbench.py compare", description="Is one of two runs better, or is it luck (McNemar)?")
     p.add_argument("a", help="a run: the folder of its results, its checkpoint, or a predictions.jsonl")
     p.add_argument("b", help="another run")
     p.add_argument("--scorer", choices=tuple(SCORERS), default="official", help="(default %(default)s)")
@@ -153,10 +146,9 @@ def compare(argv):
     # the questions that both have, which must be the same ones
     a, b = rows_of(args.a), rows_of(args.b)
     pairs = [(row, b[key]) for key, row in a.items() if key in b]
-    other = [x for x, y in pairs if any(x.get(k) != y.get(k) for k in ("question", "candidates", "answer"))]
     if not pairs:
         raise ValueError(f"{args.a} and {args.b} have no question in common")
-    if other:
+    if other := [x for x, y in pairs if any(x.get(k) != y.get(k) for k in ("question", "candidates", "answer"))]:
         raise ValueError(f"{len(other)} questions differ between {args.a} and {args.b}, the first being "
                          f"{other[0]['task']} {other[0]['index']}: they are not of the same benchmark")
 
@@ -175,9 +167,9 @@ def compare(argv):
     # the verdict is that of the last line, over all tasks
     low, high = stats.cluster_bootstrap([x for x, _ in pairs], [in_a - in_b for _, in_a, in_b in right])
     better = f"{'A' if score_a > score_b else 'B'} is better (p = {p:.3g})."
-    print(f"\nA - B over all: {score_a - score_b:+.2f}, 95 % over videos {100 * low:+.2f} to {100 * high:+.2f}. "
-          f"{better if p < 0.05 else f'The difference could be luck (p = {p:.2f}).'}\n"
-          "Of 20 tasks, one is at p < 0.05 by luck alone.")
+    print(f"\nA - B over all: {score_a - score_b:+.2f}, 95 % over videos {100 * low:+.2f} to {100 * high:+.2f}.",
+          better if p < 0.05 else f"The difference could be luck (p = {p:.2f}).",
+          "\nOf 20 tasks, one is at p < 0.05 by luck alone.")
     return 0
 
 def rows_of(path):

@@ -95,30 +95,26 @@ def letter_section(title, counts, notes):
              for letter, (_, key, answered) in counts.items() if key or answered]
     return Section(title, notes, ("letter", "is key, %", "answered, %"), lines)
 
-def origin_section(summary):
-    """Where the numbers come from: command, checkpoint, questions, settings, time and software."""
-    def listed(table):
-        return ", ".join(f"{name}: {round(value, 1) if isinstance(value, float) else value}"
-                         for name, value in table.items())
-    return Section("Where these numbers come from", [
-        "command: " + "; then ".join(summary["commands"]), f"checkpoint: {summary['checkpoint']}",
-        f"questions: {summary['data']}; {summary['version']}", listed(summary["settings"]),
-        f"seconds: {listed(summary['seconds'])}", listed(summary["software"])])
-
 # ------------------------------------------------------------------------------------------------------------- the page
 
 def page(summary, rows):
     """The whole page. rows: those of the run itself; their media are read again, for the frames of the examples."""
-    html, average = "", summary["average"]
-    for s in (*sections(summary), origin_section(summary)):
-        notes = "".join(f'<p class="soft">{escape(note)}</p>' for note in s.notes)
-        html += f"<h2>{s.title}</h2>{s.picture}{table(s.head, s.lines) if s.head else ''}{notes}"
+    average, origin = summary["average"], {
+        "command": "; then ".join(summary["commands"]), "checkpoint": summary["checkpoint"],
+        "questions": f"{summary['data']}; {summary['version']}",
+        **{what: ", ".join(f"{k}: {v}" for k, v in summary[what].items()) for what in ("settings", "seconds", "software")}}
 
     # the numbers that a reader sees first
     cards = {"right": average["accuracy"], "chance": average["chance"], **average["controls"]}
     if average["needs time"] is not None:
         cards["temporal gain"] = average["needs time"]
     cards = "".join(f'<div class="card"><small>{name}</small><b>{value:.1f}</b></div>' for name, value in cards.items())
+
+    # all that the console shows, too, and where it comes from
+    html = ""
+    for s in (*sections(summary), Section("Where these numbers come from", map(": ".join, origin.items()))):
+        notes = "".join(f'<p class="soft">{escape(note)}</p>' for note in s.notes)
+        html += f"<h2>{s.title}</h2>{s.picture}{table(s.head, s.lines) if s.head else ''}{notes}"
 
     # the answers on which the scorers differ
     differing = [[f"{row['task']} {row['index']}", row["prediction"], f"({row['letter']}) {row['answer']}",
