@@ -1,7 +1,4 @@
-"""Questions -> batches -> rows of predictions: what is decoded, computed and answered together.
-
-    questions by clip -> batches of clips, decoded ahead by other processes
-                      -> under each condition: vision, video tokens, answers (engine.py) -> rows (predictions.py)
+"""Questions -> batches of clips, decoded ahead by other processes -> answers under each condition -> rows.
 
 Not here: files and processes (mvbench.py), how a batch is answered (engine.py).
 
@@ -34,15 +31,14 @@ def load_clips(group, cfg):
     return torch.stack(clips) if clips else None, errors
 
 def batches_by_clip(questions, prompts, batch):
-    """Questions -> batches of at most `batch` clips. A batch is a list: for each clip, the list of its questions.
-
-    Long prompts come first: a batch's prompts are then of similar length, and one that does not fit into memory fails at
-    once. subtle: batches depend neither on what is answered already nor on the number of processes, so
-    a question is always computed together with the same others, and its numbers are the same to the last bit.
-    """
+    """Questions -> batches of at most `batch` clips. A batch is a list: for each clip, the list of its questions."""
+    # subtle: batches depend neither on what is answered already nor on the number of processes, so a question is always
+    # computed together with the same others, and its numbers are the same to the last bit
     by_clip = defaultdict(list)
     for q in questions:
         by_clip[q["media"], q["bound"]].append(q)
+
+    # long prompts first: a batch's are then of similar length, and one that does not fit into memory fails at once
     clips = sorted(by_clip.values(), key=lambda qs: -max(len(prompts[key_of(q)].ids) for q in qs))
     return [clips[i:i + batch] for i in range(0, len(clips), batch)]
 
@@ -78,10 +74,7 @@ def evaluate(engine, questions, conditions, batch=32, workers=1, dist=None, scor
                 bar.update(len(rows))
 
 def answer_batch(engine, video, questions, prompts, conditions, batch):
-    """Clips (B, T, 3, H, W), a list of questions for each -> {condition's name: [(question, Answer), ...]}.
-
-    prompts: those of the questions in their own order, by key_of. A condition with nothing to ask is left out.
-    """
+    """Clips (B, T, 3, H, W), a list of questions for each -> {condition: [(question, Answer), ...]}."""
     seeds = [clip_seed(qs[0]["video"], qs[0]["bound"]) for qs in questions]
     shared, encoded, answers = not engine.protocol.question_in_qformer, {}, {}
     for condition in conditions:

@@ -2,15 +2,14 @@
 
     clips (B, T, 3, H, W) -> encode_clips (B, N, C) -> video_tokens (B, Q, D) -> answer: "(B) It jumps."
 
-1. The Q-Former does not read the question, so a clip's video tokens serve all of its questions.
-2. Prompts begin alike: the LLM reads each node of this tree once, on top of the cached keys and values above it.
+1. Prompts begin alike: the LLM reads each node of this tree once, on top of the cached keys and values above it.
 
        head          "Carefully watch ... ###Human: <Video>"                                once
         '- clip      video tokens, "</Video> ###Human: Carefully watch ... Question: What"    once a clip
             |- tail  "moves? Options: (A) ... ###Assistant: Best option:("                    once a question
             '- tail  "stops? Options: (A) ... ###Assistant: Best option:("
 
-3. The options are drafts of the answer: the first token, B, says which one will probably follow. The next step reads it
+2. The options are drafts of the answer: the first token, B, says which one will probably follow. The next step reads it
    all, and shows for each token what the LLM writes after it (speculative decoding, arXiv 2211.17192):
 
        reads     B    )    It   jumps  .
@@ -26,7 +25,7 @@ import time
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
-from os.path import commonprefix        # of any lists
+from os.path import commonprefix  # of any lists
 
 import torch
 
@@ -43,20 +42,6 @@ class Answer:
     letters: list           # probability of each option's letter as the first token; [] without an answer prompt
     likelihoods: list       # mean log-probability of each option's tokens, for decode "likelihood"
 
-class Clock:
-    """Seconds by part: `with clock("ViT"): ...` adds to clock.seconds["ViT"]."""
-
-    def __init__(self, device="cpu"):
-        self.seconds, self.on_gpu = defaultdict(float), torch.device(device).type == "cuda"
-
-    @contextmanager
-    def __call__(self, part):
-        start = time.perf_counter()
-        yield
-        if self.on_gpu:
-            torch.cuda.synchronize()    # or the time would count for the next part, which waits for the GPU
-        self.seconds[part] += time.perf_counter() - start
-
 def letter_ids(llm_tok):
     """The ids of the letters A to E after a bracket."""
     # subtle: SentencePiece has a piece for a letter that begins a word ("_A"), and one for a letter that continues it
@@ -68,15 +53,24 @@ class Engine:
 
     def __init__(self, model, qformer_tok, llm_tok, protocol=None):
         self.model, self.qformer_tok, self.llm_tok = model, qformer_tok, llm_tok
-        self.protocol, self.clock = protocol or Protocol(), Clock(model.device)
+        self.protocol, self.seconds = protocol or Protocol(), defaultdict(float)               # seconds: by part
         self.n_video = model.cfg.n_query + model.cfg.n_extra
-        self.pad_multiple = 8 if self.clock.on_gpu else 1
+        self.pad_multiple = 8 if model.device.type == "cuda" else 1
         self.head_cache, self.blank_tokens = None, None        # computed when they are first needed
 
         # decoding is slow: only the ids that can end an answer are decoded to see whether they do
         self.letter_ids = letter_ids(llm_tok)
         self.last_ids = {i for i in range(llm_tok.vocab_size)
                          if i == llm_tok.eos_id or set("#\n") & set(llm_tok.decode([i]))}
+
+    @contextmanager
+    def clock(self, part):
+        """Adds the seconds that a block takes to self.seconds[part]."""
+        start = time.perf_counter()
+        yield
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()    # or the time would count for the next part, which waits for the GPU
+        self.seconds[part] += time.perf_counter() - start
 
     @torch.inference_mode()
     def encode_clips(self, video, control, seeds):
@@ -96,8 +90,8 @@ class Engine:
         shared = control in NO_VIDEO and not self.protocol.question_in_qformer
         tokens = self.blank_tokens if shared else None
         if tokens is None:
-            texts = [self.protocol.instruction(q) for q in questions]
-            texts = texts if self.protocol.question_in_qformer else texts[:1]                  # one for all rows
+            n_texts = len(questions) if self.protocol.question_in_qformer else 1               # one for all rows
+            texts = [self.protocol.instruction(q) for q in questions[:n_texts]]
             max_length = min(self.model.cfg.max_text, self.model.cfg.qformer.max_positions)
             rows = [self.qformer_tok.encode(text, max_length, sep=True, truncate="left") for text in texts]
             ids, mask = (t.to(vision.device) for t in pad_ids(rows, self.qformer_tok.pad_id))  # (B or 1, S)
@@ -115,10 +109,7 @@ class Engine:
 
     @torch.inference_mode()
     def answer(self, questions, video_tokens, clips=None, prompts=None):
-        """Questions -> an Answer for each. clips: the row of video_tokens (B, Q, D) for each; by default its own.
-
-        prompts: those of the questions, if the caller has them already.
-        """
+        """Questions -> an Answer for each. clips: the row of video_tokens (B, Q, D) of each; by default its own."""
         clips = list(range(len(questions))) if clips is None else clips
         with self.clock("LLM"):
             if self.protocol.decode == "likelihood":
@@ -139,23 +130,20 @@ class Engine:
             return [Answer(self.text(ids), p, []) for ids, p in zip(answers, letters, strict=True)]
 
     def prefill(self, prompts, video_tokens, clips, logits_to_keep=None):
-        """The LLM reads the header's tree -> (hidden states (B, logits_to_keep, D) of the tails' last tokens, KVCache).
-
-        Tails are padded on the left, so that all prompts end together.
-        """
+        """The LLM reads the header's tree -> (hidden states (B, logits_to_keep, D) of the tails' ends, KVCache)."""
         llm, device = self.model.llama_model, self.model.device
         begin, end = prompts[0].slot, prompts[0].slot + self.n_video                           # of the video tokens
 
         # the head
         if self.head_cache is None:
             self.head_cache = KVCache(llm.cfg.depth)
-            ids = torch.tensor([prompts[0].ids[:begin]], device=device)
-            llm(llm.embed(ids), cache=self.head_cache, logits_to_keep=0)
+            head = torch.tensor([prompts[0].ids[:begin]], device=device)
+            llm(llm.embed(head), cache=self.head_cache, logits_to_keep=0)
 
-        # what all prompts have in common ends before the token that predicts the answer: each tail has that one itself
+        # what all prompts have in common ends before the token that predicts the answer: each tail has that one itself,
+        # and is padded on the left, so that all prompts end together
         common = min(common_length(prompts), *(len(p.ids) - sum(i >= 0 for i in p.labels) - 1 for p in prompts))
-        tails = [p.ids[common:] for p in prompts]
-        ids, mask = pad_ids(tails, self.llm_tok.eos_id, "left", self.pad_multiple)             # (B, s)
+        ids, mask = pad_ids([p.ids[common:] for p in prompts], self.llm_tok.eos_id, "left", self.pad_multiple)  # (B, s)
 
         # the clips: video tokens, and the common text after them
         unique = list(dict.fromkeys(clips))
@@ -206,9 +194,10 @@ class Engine:
 
     def is_complete(self, ids):
         """Whether an answer ends here: by its length, by ### or </s>, or because its first line ends."""
-        ends = ids[-1] in self.last_ids and (is_finished(self.llm_tok, ids)
+        if len(ids) >= self.protocol.max_new_tokens:
+            return True
+        return ids[-1] in self.last_ids and (is_finished(self.llm_tok, ids)
                                              or "\n" in self.llm_tok.decode(ids[-4:]).lstrip())
-        return ends or len(ids) >= self.protocol.max_new_tokens
 
     def text(self, ids):
         """An answer's ids -> its first line, after the bracket that the prompt ends in."""
@@ -240,10 +229,8 @@ class Engine:
                 for i, q, p in zip(best, questions, likelihoods, strict=True)]
 
 def continuation(answer, drafts):
-    """What follows, in one of the drafts, the longest piece that the answer ends with; [] if none has any of it.
-
-    answer [.., 5, 6] and drafts [1, 5, 6, 7], [2, 6, 9] -> [7], for "5, 6" is longer than "6".
-    """
+    """What follows, in one of the drafts, the longest piece that the answer ends with; [] if none has any of it."""
+    # answer [.., 5, 6] and drafts [1, 5, 6, 7], [2, 6, 9] -> [7], for "5, 6" is longer than "6"
     best, longest = [], 0
     for draft in drafts:
         for at in range(1, len(draft)):

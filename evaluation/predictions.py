@@ -5,7 +5,6 @@
     FOLDER/settings.json                what the answers depend on: checkpoint, prompt, frames, questions, ...
     FOLDER/predictions.blank.jsonl ...  the same for every other condition: a control, or "permute"
 
-A run resumes after any interruption: answers in these files are not asked again.
 Not here: how the answers are made (engine.py), what the rows are worth (scorers.py, stats.py).
 
     pytest tests/test_predictions.py
@@ -49,10 +48,9 @@ def read_rows(path):
     return rows
 
 class Condition:
-    """One way to ask all questions, and its answers; each process has its own object, and writes its own file.
+    """One process's view of a condition. name: "" for the protocol itself, one of CONTROLS, or "permute".
 
-    name: "" for the protocol itself, one of CONTROLS, or "permute" for other orders of the options. settings: {what:
-    value}, as JSON knows them. requested: False for a condition that an earlier run has finished: it is only reported.
+    settings: {what: value}, as JSON knows them. requested: False for one that an earlier run has finished.
     """
 
     def __init__(self, folder, name="", settings=None, rank=0, requested=True):
@@ -91,29 +89,29 @@ class Condition:
         return self.path.is_file() and self.saved().get("settings") == self.settings
 
     def prepare(self, restart, notes):
-        """In one process, before all others read: checks that the files have these settings, or deletes them.
+        """In one process, before all others read: ValueError if the files have other settings; or deletes the files.
 
-        notes: more for settings.json; commands are collected. ValueError names the settings that differ.
+        notes: more for settings.json; its commands are added to those of earlier runs.
         """
-        if restart:
-            for path in self.files():
-                path.unlink()
+        files = self.files()
+        while restart and files:
+            files.pop().unlink()
 
         # what is left must have these settings
-        files = self.files()
         info = self.saved() if files else {}
         old = info.get("settings", {})
         differences = [f"{what}: {json.dumps(old.get(what)):.40} there, {json.dumps(value):.40} now"
                        for what, value in self.settings.items() if old.get(what) != value]
         if files and differences:
-            raise ValueError(f"{files[0]} holds answers under other settings ({'; '.join(differences)}): choose another "
-                             "folder with --out, or --restart to delete them and ask again")
+            raise ValueError(f"{files[0]} holds answers under other settings ({'; '.join(differences)}): choose "
+                             "another folder with --out, or --restart to delete them and ask again")
 
         # a process that was killed while it wrote has left half a line
         for path in files:
             complete = path.read_bytes().rfind(b"\n") + 1
             if complete < path.stat().st_size:
                 os.truncate(path, complete)
+
         commands = list(dict.fromkeys([*info.get("commands", []), *notes["commands"]]))     # each once
         write_json({"settings": self.settings, **notes, "commands": commands}, self.settings_path)
 
@@ -124,8 +122,7 @@ class Condition:
                  if "unread" not in row and sizes.get(key[:2], row["size"]) != row["size"]]
         if other:
             raise ValueError(f"{self.path} is about other media: {len(other)} have another size now, the first being "
-                             f"{other[0]['video']} of {other[0]['task']}; choose another folder with --out, or "
-                             "--restart to ask again")
+                             f"{other[0]['video']} of {other[0]['task']}; choose another --out, or --restart")
 
     def read(self):
         """{key: row} of everything on disk; of two rows for a question, the one whose medium could be read."""
@@ -142,10 +139,10 @@ class Condition:
     def merge(self, order):
         """In one process, when all are done: makes one file of all, sorted by these keys -> their rows, in order."""
         rows, parts = self.read(), [path for path in self.files() if path != self.path]
+        merged = {key: rows[key] for key in order if key in rows}
         if parts:
-            place = {key: i for i, key in enumerate(order)}
-            keys = sorted(rows, key=lambda key: (place.get(key, len(place)), key))     # rows of a larger run: last
-            save_text("".join(json.dumps(rows[key]) + "\n" for key in keys), self.path)
-            for path in parts:
-                path.unlink()
-        return [rows[key] for key in order if key in rows]
+            everything = merged | dict(sorted(rows.items()))   # rows of a larger run: last
+            save_text("".join(json.dumps(row) + "\n" for row in everything.values()), self.path)
+        for path in parts:
+            path.unlink()
+        return list(merged.values())

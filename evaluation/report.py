@@ -159,7 +159,8 @@ def compare(argv):
         score_a, score_b = (100 * sum(column) / len(of_task) for column in zip(*of_task, strict=True))
         only_a, only_b = of_task.count((True, False)), of_task.count((False, True))
         p = stats.mcnemar(only_a, only_b)
-        lines.append([name, f"{score_a:.1f}", f"{score_b:.1f}", f"{score_a - score_b:+.1f}", only_a, only_b, f"{p:.3g}"])
+        scores = [f"{score_a:.1f}", f"{score_b:.1f}", f"{score_a - score_b:+.1f}"]
+        lines.append([name, *scores, only_a, only_b, f"{p:.3g}"])
     unequal = f" (A has {len(a)}, B {len(b)})" if not len(a) == len(b) == len(pairs) else ""
     print(f"{len(pairs)} questions in common{unequal}; scorer: {args.scorer}\n")
     print_table(["task", "A", "B", "A - B", "only A", "only B", "p"], lines)
@@ -178,5 +179,5 @@ def rows_of(path):
     for place in (path, path / "predictions.jsonl", path / "mvbench" / "predictions.jsonl"):
         if place.is_file():
             return read_rows(place)
-    others = ", ".join(map(str, sorted(path.rglob("predictions*.jsonl"))))
-    raise FileNotFoundError(f"{path} is no finished run: it has no predictions.jsonl{others and f'; there are {others}'}")
+    others = ", ".join(map(str, sorted(path.rglob("predictions*.jsonl")))) or "no others"
+    raise FileNotFoundError(f"{path} is no finished run: it has no predictions.jsonl; there are {others}")

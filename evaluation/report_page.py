@@ -10,6 +10,7 @@ are inside the page, and there is no script. Not here: the numbers (report.py).
 """
 import base64
 import io
+import json
 import random
 from html import escape
 from pathlib import Path
@@ -45,11 +46,11 @@ def sections(summary):
         parts.append(Section("Without an answer", [count, *unread]))
 
     # how other scorers count the same answers, and which letters these are
-    differ = f"they differ on {summary['scorers differ']} questions; unparsed: the scorer took no option from the answer"
+    notes = [f"they differ on {summary['scorers differ']} questions; unparsed: the scorer took no option from the answer; "
+             "any key: it would count the answer as right under several keys"]
     lines = [[name, f"{s['percent']:.2f}", f"{s['right']}/{s['counted']}", s["unparsed"], s["any"]]
              for name, s in summary["scorers"].items()]
-    parts.append(Section("Four scorers", [differ + "; any key: it would be right under several keys"],
-                         ("scorer", "right, %", "of", "unparsed", "any key"), lines))
+    parts.append(Section("Four scorers", notes, ("scorer", "right, %", "of", "unparsed", "any key"), lines))
     parts.append(letter_section("Letters", summary["letters"], []))
 
     # is the answer the same in every order of the options, and right as often as it is sure?
@@ -58,10 +59,11 @@ def sections(summary):
             f"all orders of the options, {orders['questions']:,} questions: right {orders['mean']:.1f} in the mean, "
             f"{orders['always']:.1f} in every order; the same option in every order: {orders['same']:.1f}"]))
     if confidence := summary["calibration"]:
+        lines = [[f"{p:.2f}", f"{right:.2f}", n] for p, right, n in confidence["bins"]]
         parts.append(Section("Does it know when it knows?", [
             "confidence (the highest probability of a letter, among the options) and the share that is right differ by "
             f"{100 * confidence['error']:.1f} points in the mean (expected calibration error)"],
-            ("confidence", "right", "answers"), [[f"{p:.2f}", f"{right:.2f}", n] for p, right, n in confidence["bins"]]))
+            ("confidence", "right", "answers"), lines))
     return parts
 
 def task_section(summary):
@@ -99,20 +101,17 @@ def letter_section(title, counts, notes):
 
 def page(summary, rows):
     """The whole page. rows: those of the run itself; their media are read again, for the frames of the examples."""
-    average, origin = summary["average"], {
-        "command": "; then ".join(summary["commands"]), "checkpoint": summary["checkpoint"],
-        "questions": f"{summary['data']}; {summary['version']}",
-        **{what: ", ".join(f"{k}: {v}" for k, v in summary[what].items()) for what in ("settings", "seconds", "software")}}
-
     # the numbers that a reader sees first
+    average = summary["average"]
     cards = {"right": average["accuracy"], "chance": average["chance"], **average["controls"]}
     if average["needs time"] is not None:
         cards["temporal gain"] = average["needs time"]
     cards = "".join(f'<div class="card"><small>{name}</small><b>{value:.1f}</b></div>' for name, value in cards.items())
 
-    # all that the console shows, too, and where it comes from
-    html = ""
-    for s in (*sections(summary), Section("Where these numbers come from", map(": ".join, origin.items()))):
+    # all that the console shows, and where it comes from
+    html, sources = "", ("commands", "checkpoint", "data", "version", "settings", "seconds", "software")
+    origin = [f"{what}: {json.dumps(summary[what])}" for what in sources]
+    for s in (*sections(summary), Section("Where these numbers come from", origin)):
         notes = "".join(f'<p class="soft">{escape(note)}</p>' for note in s.notes)
         html += f"<h2>{s.title}</h2>{s.picture}{table(s.head, s.lines) if s.head else ''}{notes}"
 

@@ -61,10 +61,8 @@ def vlmevalkit(text, candidates):
     return official(text, candidates) | (options if len(options) == 1 else set())
 
 def strict(text, candidates):
-    """One option, named by its letter ("(B)" anywhere; "B", "B.", "B)", "B:" at the start) or by its whole text.
-
-    Nothing, if letter and text name different options, or for two letters, two texts, or a letter that is no option.
-    """
+    """One option, named by its letter ("(B)" anywhere; "B", "B.", "B)", "B:" at the start) or by its whole text."""
+    # nothing, if letter and text name different options, or for two letters, two texts, or a letter that is no option
     start = re.match(r"([A-E])(?:[.):]|$)", text.strip())
     letters = set(re.findall(r"\(([A-Z])\)", text.upper())) | ({start[1]} if start else set())
     texts = options_in(text, candidates)
@@ -78,7 +76,7 @@ def strict(text, candidates):
     return texts if len(different) == 1 and (hint is None or hint[1] in texts) else set()
 
 def options_in(text, candidates):
-    """Letters of the options whose text occurs as whole words, ignoring case, extra spaces and full stops at the end."""
+    """Letters of the options whose text occurs as whole words; case, extra spaces and final full stops do not count."""
     rest, *options = [" ".join(str(t).lower().split()).rstrip(".") for t in (text, *candidates)]
     occurring = set()
     for option in sorted(set(options), key=len, reverse=True):
@@ -105,10 +103,8 @@ def is_counted(scorer, row):
     return scorer != "lmms-eval" or row["prediction"] != "" or bool(row.get("unread"))
 
 def compare_scorers(rows):
-    """Rows -> ({scorer: {"right", "counted", "percent", "unparsed", "any"}}, the rows on which the scorers disagree).
-
-    unparsed: answers from which the scorer took no option; any: answers that it counts as right under several keys.
-    """
+    """Rows -> ({scorer: {"right", "counted", "percent", "unparsed", "any"}}, the rows on which they disagree)."""
+    # unparsed: answers from which the scorer took no option; any: those that it counts as right under several keys
     verdicts, table = [{name: is_right(name, row) for name in SCORERS} for row in rows], {}
     for name, scorer in SCORERS.items():
         n_letters = [len(scorer(row["prediction"], row["candidates"])) for row in rows if not row.get("unread")]

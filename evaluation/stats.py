@@ -1,12 +1,5 @@
 """How certain is a score? Intervals, paired comparisons, calibration, and how evenly the letters are used.
 
-    wilson                     95 % interval of a share of n questions
-    cluster_bootstrap          95 % interval of a mean over questions that share videos: videos are drawn, not questions
-    mcnemar                    two runs on the same questions: could luck explain the difference?
-    calibration                of the answers given with 80 % confidence, are 80 % right?
-    letter_counts              is a letter answered more often than it is the key?
-    option_order_consistency   is the same option chosen when the options change places?
-
 All take rows of predictions.jsonl. Not here: what counts as right (scorers.py).
 Source: Wilson 1927; Efron's percentile bootstrap, by clusters; McNemar 1947, the exact test; expected calibration
 error: arXiv 1706.04599; all orders of the options: MMBench's CircularEval, arXiv 2307.06281.
@@ -79,10 +72,8 @@ def letter_counts(rows):
     return {letter: (options[letter], keys[letter], answers[letter]) for letter in (*LETTERS, "")}
 
 def calibration(rows, bins=10):
-    """Rows with letter probabilities -> (expected calibration error, [(mean confidence, share right, n), ...]).
-
-    Confidence: the highest probability of a letter, as a share of all options' letters. None if no row has any.
-    """
+    """Rows -> (expected calibration error, [(mean confidence, share right, n), ...]); None without probabilities."""
+    # confidence: the highest probability of a letter, as a share of all options' letters
     by_bin = defaultdict(list)
     for row in rows:
         p = row.get("letter_probabilities") or [0]
@@ -97,10 +88,8 @@ def calibration(rows, bins=10):
     return sum(n * abs(mean - share) for mean, share, n in groups) / sum(n for *_, n in groups), groups
 
 def option_order_consistency(rows):
-    """Rows of all cyclic orders ("shift" 0, 1, ...) -> percentages over the questions that have them all.
-
-    questions: how many; mean: right, over all orders; always: right in every order; same: the same option is chosen in
-    every order; letters: as letter_counts, where each letter is the key equally often by construction.
+    """Rows of all cyclic orders ("shift" 0, 1, ...) -> {"questions": how many have them all, and of these, in percent,
+    "mean": right, "always": right in every order, "same": the same option in every order; "letters": as letter_counts}.
     """
     by_question = defaultdict(list)
     for row in rows:

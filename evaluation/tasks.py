@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark as a value. One in files of another format has a reader of its own (tests/test_mvbench.py has one)."""
+    """A benchmark as a value. One in files of another format needs its own reader: tests/test_mvbench.py has one."""
     name: str                               # as reports show it
     tasks: list                             # of Task, in the order of its table
     questions: Callable                     # (root, task) -> path of its file, entries as in MVBench's; None: no file
@@ -70,8 +71,8 @@ REVISED = ("EDXBD.mp4", "video_14727.mp4", "video_13446.mp4")
 
 def json_questions(root, task):
     """Reader of MVBench's layout: json/{task}.json, or {task}.json where everything is in one folder."""
-    path = Path(root) / f"{task.file}.json"
-    path = path if path.is_file() else Path(root) / "json" / path.name
+    path = Path(root, f"{task.file}.json")
+    path = path if path.is_file() else Path(root, "json", path.name)
     entries = read_json(path) if path.is_file() else None
     if entries is not None and not isinstance(entries, list):
         raise ValueError(f"{path} is a JSON {type(entries).__name__}, not a list of questions")
@@ -85,18 +86,12 @@ def mvbench_version(entries):
     return f"MVBench {'as revised on' if revised else 'before its revision of'} 2024-06-13"
 
 MVBENCH = Benchmark("MVBench", TASKS, json_questions, version=mvbench_version, leaderboard=True)
+TVBENCH_NAMES = (
+    "Action Count", "Object Count", "Action Sequence", "Object Shuffle", "Scene Transition", "Action Localization",
+    "Action Antonym", "Unexpected Action", "Egocentric Sequence", "Moving Direction")
 TVBENCH = Benchmark("TVBench", [
-    Task("Action Count", "AC", "action_count", "action_count"),
-    Task("Object Count", "OC", "object_count", "object_count"),
-    Task("Action Sequence", "AS", "action_sequence", "action_sequence", bound=True),
-    Task("Object Shuffle", "OS", "object_shuffle", "object_shuffle"),
-    Task("Scene Transition", "ST", "scene_transition", "scene_transition"),
-    Task("Action Localization", "AL", "action_localization", "action_localization", bound=True),
-    Task("Action Antonym", "AA", "action_antonym", "action_antonym"),
-    Task("Unexpected Action", "UA", "unexpected_action", "unexpected_action"),
-    Task("Egocentric Sequence", "ES", "egocentric_sequence", "egocentric_sequence"),
-    Task("Moving Direction", "MD", "moving_direction", "moving_direction"),
-], json_questions)
+    Task(name, re.sub("[^A-Z]", "", name), file, file, bound=name in ("Action Sequence", "Action Localization"))
+    for name in TVBENCH_NAMES for file in [name.lower().replace(" ", "_")]], json_questions)
 BENCHMARKS = {"mvbench": MVBENCH, "tvbench": TVBENCH}       # as --benchmark names them
 
 # -------------------------------------------------------------------------------------------------------- the questions
@@ -104,8 +99,7 @@ BENCHMARKS = {"mvbench": MVBENCH, "tvbench": TVBENCH}       # as --benchmark nam
 def load_questions(root, only=(), limit=0, benchmark=MVBENCH):
     """Benchmark folder -> list of dicts: task, index, video, media, size, bound, question, candidates, answer.
 
-    only: task names; limit: the first n questions of each task. Where the medium is missing, media is "". ValueError
-    names the file, the entry and what is wrong with it; FileNotFoundError a folder that holds none of the tasks.
+    Where the medium is missing, media is "". only: task names; limit: the first n questions of each task.
     """
     names = [task.name for task in benchmark.tasks]
     if unknown := sorted(set(only) - set(names)):
@@ -143,14 +137,12 @@ def make_question(task, index, entry, path, root):
             "answer": str(entry["answer"])}
 
 def find_media(root, folder, name):
-    """Path of a medium, in the official tree or in one that people have made of its archives; "" if it is missing.
-
-    The archives' folders may be in video/ or beside it, each inside a folder of its archive's name or not; later files
-    may be in data0613/; the media of a task, or of all tasks, may be in one flat folder. If the original is missing, an
-    .mp4 of the same name will do: something-something v2 is often converted.
-    """
+    """Path of a medium, in the official tree or in one that people have made of its archives; "" if it is missing."""
+    # if the original is missing, an .mp4 of the same name will do: something-something v2 is often converted
     first, last = folder.split("/")[0], folder.split("/")[-1]
     for variant in (name, Path(name).stem + ".mp4"):
+        # the archives' folders are in video/ or beside it, later files in data0613/; each folder is inside one of its
+        # archive's name or not; the media of a task, or of all tasks, may be in one flat folder
         for base in ("video", "video/data0613", "data0613", "."):
             for place in (folder, f"{first}/{folder}", last, first, ""):
                 path = Path(root, base, place, variant)
@@ -170,16 +162,13 @@ def missing_media(questions, benchmark=MVBENCH):
     return lines
 
 def describe(root, benchmark=MVBENCH):
-    """Benchmark folder -> (fingerprint of its questions, 16 hexadecimal digits; its version in words).
-
-    The fingerprint covers videos by name, bounds, questions, options and answers, not how the files are formatted.
-    """
+    """Benchmark folder -> (fingerprint of its questions, 16 hexadecimal digits; its version in words)."""
+    # the fingerprint covers what is asked, not how the files are formatted
     files = [(task.name, entry) for task in benchmark.tasks for entry in benchmark.questions(root, task)[1] or []]
     keys = ("video", "start", "end", "question", "candidates", "answer")
     content = json.dumps([[task, *map(entry.get, keys)] for task, entry in files])
-    words = benchmark.version([entry for _, entry in files]) if benchmark.version else (
-        f"{benchmark.name}, {len(files):,} questions")
-    return hashlib.sha256(content.encode()).hexdigest()[:16], words
+    version = benchmark.version or (lambda entries: f"{benchmark.name}, {len(entries):,} questions")
+    return hashlib.sha256(content.encode()).hexdigest()[:16], version([entry for _, entry in files])
 
 def letter_of(q):
     """The letter of the right answer. QUIRK mvbench.ipynb qa_template: of equal candidates the last one counts."""
