@@ -85,9 +85,10 @@ def answer_batch(engine, video, questions, prompts, conditions, batch):
         # by a clip's questions, because the Q-Former does not read these
         control = condition.control
         if control not in encoded:
-            vision = engine.encode_clips(video, control, seeds)                                # (B, N, C)
-            encoded[control] = vision if not shared else engine.video_tokens(                  # (B, Q, D)
-                vision, control, seeds, [qs[0] for qs in questions])
+            encoded[control] = engine.encode_clips(video, control, seeds)                      # (B, N, C)
+            if shared:
+                firsts = [qs[0] for qs in questions]
+                encoded[control] = engine.video_tokens(encoded[control], control, seeds, firsts)       # (B, Q, D)
 
         # the questions, those with long prompts first, `batch` at a time
         variants = [(v, clip, prompts.get(key_of(v)) or engine.prompt(v))

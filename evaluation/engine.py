@@ -225,8 +225,8 @@ class Engine:
             likelihoods[i].append(logits.log_softmax(-1)[range(len(target)), target].mean().item())
 
         best = [p.index(max(p)) for p in likelihoods]
-        return [Answer(f"({LETTERS[i]}) {q['candidates'][i]}", [], p)
-                for i, q, p in zip(best, questions, likelihoods, strict=True)]
+        texts = [f"({LETTERS[i]}) {q['candidates'][i]}" for i, q in zip(best, questions, strict=True)]
+        return [Answer(text, [], p) for text, p in zip(texts, likelihoods, strict=True)]
 
 def continuation(answer, drafts):
     """What follows, in one of the drafts, the longest piece that the answer ends with; [] if none has any of it."""

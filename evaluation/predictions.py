@@ -56,10 +56,9 @@ class Condition:
     def __init__(self, folder, name="", settings=None, rank=0, requested=True):
         self.folder, self.name, self.settings, self.requested = Path(folder), name, settings or {}, requested
         self.control = "" if name == "permute" else name
-        suffix = f".{name}" if name else ""
-        self.path = self.folder / f"predictions{suffix}.jsonl"
-        self.settings_path = self.folder / f"settings{suffix}.json"
-        self.rank_path = self.folder / f"predictions{suffix}.rank{rank}.jsonl"
+        kind = f".{name}" if name else ""
+        self.path, self.settings_path = self.folder / f"predictions{kind}.jsonl", self.folder / f"settings{kind}.json"
+        self.rank_path = self.folder / f"predictions{kind}.rank{rank}.jsonl"
         self.rows = {}                                         # what read() found on disk, by key_of
 
     def variants(self, q):

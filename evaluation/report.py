@@ -27,11 +27,8 @@ from evaluation.scorers import SCORERS, compare_scorers, is_right
 from evaluation.tasks import missing_media
 from infra.files import read_json, save_text, write_json
 
-# controls that show what there is to see but not when; the temporal gain ("needs time" in summary.json) is the score
-# minus the better one of the two
+# they show what there is to see but not when; the score minus the better one is the temporal gain, or "needs time"
 TIMELESS = ("single", "shuffle")
-
-# ----------------------------------------------------------------------------------------------------------- the scores
 
 def score(rows):
     """Rows -> {task: percent right, ..., "Avg": percent right of all questions}, the tasks in the rows' order."""
@@ -46,10 +43,9 @@ def chance(questions):
     return score([{"task": q["task"], "correct": 1 / len(q["candidates"])} for q in questions])
 
 def summarise(rows, questions, condition, benchmark, seconds):
-    """Everything that can be said about a run, as a dict.
+    """Everything that can be said about a run, as a dict. rows: {name of a condition: its rows}; "" is the run itself.
 
-    rows: {name of a condition: its rows}; "" is the run itself. questions: all that were meant, also those whose medium
-    is missing. condition: the run itself, whose folder may hold an earlier summary. seconds: {part: seconds}, or {}.
+    questions: also those without a medium. condition: the run itself, whose folder may hold an earlier summary.
     """
     # if nothing was asked, the times are those of the run that did ask
     plain, old = rows[""], condition.folder / "summary.json"
@@ -103,8 +99,6 @@ def command_line():
     n_processes = os.environ.get("WORLD_SIZE")
     launcher = ["torchrun", "--nproc_per_node", n_processes] if n_processes else ["python"]
     return shlex.join([*launcher, Path(sys.argv[0]).name, *sys.argv[1:]])
-
-# ------------------------------------------------------------------------------------------------------------ the files
 
 def write(summary, rows, folder, leaderboard):
     """Writes a run's files into its folder. leaderboard: whether all questions were meant, so that it may take them."""

@@ -1,10 +1,7 @@
-"""What a report shows, and report.html: one file that opens offline, on a phone and on a desk, in light and dark.
+"""What a report shows: tables and sentences for the console, and report.html, which also shows examples.
 
-    sections(summary)      tables and sentences, the same for the page and the console
-    page(summary, rows)    -> HTML: the sections, and examples with their frames
-
-assets/report.html is the page's frame, filled in here; the style (assets/report.css) and the frames (JPEG in base64)
-are inside the page, and there is no script. Not here: the numbers (report.py).
+The page is one file that opens offline, on a phone and on a desk, in light and dark: assets/report.html filled in, with
+assets/report.css and the frames (JPEG in base64) inside, and without a script. Not here: the numbers (report.py).
 
     pytest tests/test_report.py
 """
@@ -38,16 +35,15 @@ class Section(NamedTuple):
 def sections(summary):
     """A summary of report.summarise -> the Sections of its report. All but the picture is plain text."""
     # what is missing from the scores
-    parts, unread = [task_section(summary)], [f"  unread: {reason}" for reason in summary["unread"][:20]]
-    if summary["missing"]:
-        parts.append(Section("Not asked, and in no score", summary["missing"]))
-    if unread:
-        count = f"{summary['unanswered']} questions with an unreadable medium, counted as wrong:"
-        parts.append(Section("Without an answer", [count, *unread]))
+    parts, missing = [task_section(summary)], summary["missing"]
+    if unread := [f"  unread: {reason}" for reason in summary["unread"][:20]]:
+        missing = [*missing, f"{summary['unanswered']} questions with an unreadable medium, counted as wrong:", *unread]
+    if missing:
+        parts.append(Section("What is missing", missing))
 
     # how other scorers count the same answers, and which letters these are
-    notes = [f"they differ on {summary['scorers differ']} questions; unparsed: the scorer took no option from the answer; "
-             "any key: it would count the answer as right under several keys"]
+    notes = ["unparsed: the scorer took no option from the answer; any key: it would be right under several keys",
+             f"they differ on {summary['scorers differ']} questions"]
     lines = [[name, f"{s['percent']:.2f}", f"{s['right']}/{s['counted']}", s["unparsed"], s["any"]]
              for name, s in summary["scorers"].items()]
     parts.append(Section("Four scorers", notes, ("scorer", "right, %", "of", "unparsed", "any key"), lines))
@@ -73,9 +69,8 @@ def task_section(summary):
     notes = [f"mean of the tasks {summary['mean of tasks']:.1f}; intervals are Wilson's, the average's is over videos",
              *(f"{name}: {CONTROLS[name]}" for name in controls)]
     if timed:
-        notes.append(f"temporal gain: normal minus the better of single and shuffle; over all "
-                     f"{average['needs time']:+.1f} ({average['needs time low']:+.1f} to "
-                     f"{average['needs time high']:+.1f})")
+        interval = f"{average['needs time low']:+.1f} to {average['needs time high']:+.1f}"
+        notes.append(f"temporal gain: normal minus the better of single and shuffle; of the average: {interval} (95 %)")
 
     # a line and a bar for each task; last comes the average
     lines, bars = [], ""
@@ -151,7 +146,7 @@ def example(row):
     frames = frame_sheet(row)
     image = f'<img alt="frames" src="data:image/jpeg;base64,{frames}">' if frames else "<p>(no frames)</p>"
 
-    # percent of each option, among the options; none if the answer was only generated
+    # percent of each option, among the options, if they are known
     p = np.array(row["letter_probabilities"] or np.exp(row.get("likelihoods") or []))
     known = [f"<small>{x:.0f} %</small>{bar(x)}" for x in 100 * p / p.sum()] if p.sum() > 0 else ["<i></i>"] * 5
     options = ""
