@@ -30,25 +30,21 @@ def load_clips(group, cfg):
             errors[i] = str(error) if isinstance(error, MediaError) else f"{media}: {type(error).__name__}: {error}"
     return torch.stack(clips) if clips else None, errors
 
-def batches_by_clip(questions, prompts, batch):
-    """Questions -> batches of at most `batch` clips. A batch is a list: for each clip, the list of its questions."""
-    # subtle: batches depend neither on what is answered already nor on the number of processes, so a question is always
-    # computed together with the same others, and its numbers are the same to the last bit
-    by_clip = defaultdict(list)
-    for q in questions:
-        by_clip[q["media"], q["bound"]].append(q)
-
-    # long prompts first: a batch's are then of similar length, and one that does not fit into memory fails at once
-    clips = sorted(by_clip.values(), key=lambda qs: -max(len(prompts[key_of(q)].ids) for q in qs))
-    return [clips[i:i + batch] for i in range(0, len(clips), batch)]
-
 def evaluate(engine, questions, conditions, batch=32, workers=1, dist=None, scorer="official"):
     """Asks what has no answer yet, under all conditions; yields (condition, its new rows), batch by batch."""
-    # this process's batches: every n-th one, of those that still have something to ask
-    dist = dist or Distributed()
+    # clips, each a list of its questions; those with long prompts come first, so that a batch's prompts are of similar
+    # length, and a batch that does not fit into memory fails at once
+    dist, by_clip = dist or Distributed(), defaultdict(list)
     prompts = {key_of(q): engine.prompt(q) for q in questions}
-    batches = [clips for clips in batches_by_clip(questions, prompts, batch)[dist.rank::dist.size]
-               if any(condition.todo(qs) for condition in conditions for qs in clips)]
+    for q in questions:
+        by_clip[q["media"], q["bound"]].append(q)
+    clips = sorted(by_clip.values(), key=lambda qs: -max(len(prompts[key_of(q)].ids) for q in qs))
+
+    # this process's batches: every n-th one, of those that still have something to ask
+    # subtle: batches depend neither on what is answered already nor on the number of processes, so a question is always
+    # computed together with the same others, and its numbers are the same to the last bit
+    batches = [clips[i:i + batch] for i in range(0, len(clips), batch)][dist.rank::dist.size]
+    batches = [clips for clips in batches if any(c.todo(qs) for c in conditions for qs in clips)]
 
     # loader processes decode ahead, in groups: several of them can then work on a batch
     groups = [[(qs[0]["media"], qs[0]["bound"]) for qs in clips[i:i + GROUP]]

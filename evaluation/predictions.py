@@ -88,10 +88,7 @@ class Condition:
         return self.path.is_file() and self.saved().get("settings") == self.settings
 
     def prepare(self, restart, notes):
-        """In one process, before all others read: ValueError if the files have other settings; or deletes the files.
-
-        notes: more for settings.json; its commands are added to those of earlier runs.
-        """
+        """In one process, before all others read: ValueError if the files have other settings; or deletes the files."""
         files = self.files()
         while restart and files:
             files.pop().unlink()
@@ -111,7 +108,8 @@ class Condition:
             if complete < path.stat().st_size:
                 os.truncate(path, complete)
 
-        commands = list(dict.fromkeys([*info.get("commands", []), *notes["commands"]]))     # each once
+        # notes: more to know later; commands are added to those of earlier runs, each once
+        commands = list(dict.fromkeys([*info.get("commands", []), *notes["commands"]]))
         write_json({"settings": self.settings, **notes, "commands": commands}, self.settings_path)
 
     def check_media(self, questions):
@@ -124,8 +122,8 @@ class Condition:
                              f"{other[0]['video']} of {other[0]['task']}; choose another --out, or --restart")
 
     def read(self):
-        """{key: row} of everything on disk; of two rows for a question, the one whose medium could be read."""
-        rows = {}
+        """{key: row} of everything on disk."""
+        rows = {}                                              # of two for a question, the one with an answer stays
         for path in self.files():
             rows |= {key: row for key, row in read_rows(path).items() if key not in rows or "unread" in rows[key]}
         return rows

@@ -54,10 +54,19 @@ def summarise(rows, questions, condition, benchmark, seconds):
 
     controls = {name: score(rows[name]) for name in rows if name not in ("", "permute")}
     *tasks, average = [task_line(name, plain, questions, controls) for name in score(plain)]
+
+    # 95 % interval of the average's temporal gain, paired by question; in each draw, the better control counts
+    if average["needs time"] is not None:
+        columns = [{key_of(row): row["correct"] for row in rows[name]} for name in ("", *TIMELESS)]
+        paired = [row for row in plain if all(key_of(row) in column for column in columns)]
+        low, high = stats.cluster_bootstrap(paired, [[column[key_of(row)] for column in columns] for row in paired],
+                                            lambda means: means[:, 0] - means[:, 1:].max(1))
+        average |= {"needs time low": 100 * low, "needs time high": 100 * high}
+
     (scorers, differing), confidence = compare_scorers(plain), stats.calibration(plain)
     return {
-        "benchmark": benchmark.name, "tasks": tasks, "average": average | temporal_gain_interval(rows),
-        "mean of tasks": sum(line["accuracy"] for line in tasks) / max(1, len(tasks)), "controls": list(controls),
+        "benchmark": benchmark.name, "tasks": tasks, "average": average, "controls": list(controls),
+        "mean of tasks": sum(line["accuracy"] for line in tasks) / max(1, len(tasks)),
         "scorers": scorers, "scorers differ": len(differing), "differing": differing[:20],
         "letters": stats.letter_counts(plain),
         "permutations": stats.option_order_consistency(plain + rows["permute"]) if "permute" in rows else None,
@@ -77,22 +86,12 @@ def task_line(name, rows, questions, controls):
             "asked": len(of_task), "there are": sum(name in ("Avg", q["task"]) for q in questions),
             "chance": chance(of_task)["Avg"], "controls": scores, "needs time": gain}
 
-def temporal_gain_interval(rows):
-    """95 % interval of the average's temporal gain, paired by question; {} without the two controls."""
-    if not all(control in rows for control in TIMELESS):
-        return {}
-    columns = [{key_of(row): row["correct"] for row in rows[name]} for name in ("", *TIMELESS)]
-    paired = [row for row in rows[""] if all(key_of(row) in column for column in columns)]
-    low, high = stats.cluster_bootstrap(paired, [[column[key_of(row)] for column in columns] for row in paired],
-                                        lambda means: means[:, 0] - means[:, 1:].max(1))  # the better one in each draw
-    return {"needs time low": 100 * low, "needs time high": 100 * high}
-
 def software():
     """Commit, versions and machine."""
-    root = shlex.quote(str(Path(__file__).parent.parent))
-    commit = subprocess.getoutput(f"git -C {root} describe --always --dirty 2>/dev/null") or "unknown"
+    git = f"git -C {shlex.quote(str(Path(__file__).parent))} describe --always --dirty 2>/dev/null"
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    return {"commit": commit, "python": platform.python_version(), "torch": torch.__version__, "machine": machine}
+    return {"commit": subprocess.getoutput(git) or "unknown", "python": platform.python_version(),
+            "torch": torch.__version__, "machine": machine}
 
 def command_line():
     """The command that is running, as one would type it."""

@@ -80,8 +80,9 @@ def task_section(summary):
         lines.append([t["task"], right, f"{t['low']:.1f}-{t['high']:.1f}", f"{t['chance']:.1f}", *scores, asked])
         missing = f' <span class="bad">{asked}</span>' * (t["asked"] < t["there are"])
         bars += (f'<div class="row{" total" * (t is average)}"><span>{escape(t["task"])}{missing}</span>'
-                 f'{bar(t["accuracy"], t["low"], t["high"], t["chance"])}<span>{right} '
-                 f'<small>{t["low"]:.0f} to {t["high"]:.0f}</small></span></div>')
+                 f'<span class="bar"><i class="fill" style="width:{right}%"></i><i class="span" style="'
+                 f'left:{t["low"]:.1f}%;width:{t["high"] - t["low"]:.1f}%"></i><i class="odds" style="left:{t["chance"]:.1f}%"></i></span>'
+                 f'<span>{right} <small>{t["low"]:.0f} to {t["high"]:.0f}</small></span></div>')
     head = ("task", "right", "95 %", "chance", *controls, *["temporal gain"] * timed, "asked")
     return Section("Task by task", notes, head, lines, bars)
 
@@ -124,21 +125,14 @@ def table(head, lines):
                    + "".join(f"<td>{escape(str(cell))}</td>" for cell in line) + "</tr>" for line in lines)
     return f'<div class="wide"><table><tr>{"".join(f"<th>{name}</th>" for name in head)}</tr>{body}</table></div>'
 
-def bar(percent, low=0, high=0, chance=None):
-    """A bar, with an interval, and with a red mark at the chance level."""
-    odds = "" if chance is None else f'<i class="odds" style="left:{chance:.2f}%"></i>'
-    return (f'<span class="bar"><i class="fill" style="width:{percent:.2f}%"></i>'
-            f'<i class="span" style="left:{low:.2f}%;width:{high - low:.2f}%"></i>{odds}</span>')
-
 def examples(rows):
     """Of each task two right answers and two wrong ones, drawn at random."""
     html = ""
     for task in dict.fromkeys(row["task"] for row in rows):
-        html += f'<details><summary>{escape(task)}</summary><div class="examples">'
-        for right in (True, False):
-            of_task = [row for row in rows if row["task"] == task and "unread" not in row and row["correct"] == right]
-            html += "".join(map(example, random.Random(0).sample(of_task, min(2, len(of_task)))))
-        html += "</div></details>"
+        of_task = [row for row in rows if row["task"] == task and "unread" not in row]
+        groups = [[row for row in of_task if row["correct"] == right] for right in (True, False)]
+        cards = "".join(example(row) for group in groups for row in random.Random(0).sample(group, min(2, len(group))))
+        html += f'<details><summary>{escape(task)}</summary><div class="examples">{cards}</div></details>'
     return html
 
 def example(row):
@@ -148,7 +142,7 @@ def example(row):
 
     # percent of each option, among the options, if they are known
     p = np.array(row["letter_probabilities"] or np.exp(row.get("likelihoods") or []))
-    known = [f"<small>{x:.0f} %</small>{bar(x)}" for x in 100 * p / p.sum()] if p.sum() > 0 else ["<i></i>"] * 5
+    known = [f"<small>{x:.0f} %</small>" for x in 100 * p / p.sum()] if p.sum() > 0 else [""] * len(LETTERS)
     options = ""
     for letter, text, percent in zip(LETTERS, row["candidates"], known, strict=False):
         key = ' class="good"' if letter == row["letter"] else ""

@@ -17,6 +17,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from infra.files import read_json
@@ -138,16 +139,15 @@ def make_question(task, index, entry, path, root):
 
 def find_media(root, folder, name):
     """Path of a medium, in the official tree or in one that people have made of its archives; "" if it is missing."""
-    # if the original is missing, an .mp4 of the same name will do: something-something v2 is often converted
+    # the archives' folders are in video/ or beside it, later files in data0613/; each folder is inside one of its
+    # archive's name or not; the media of a task, or of all tasks, may be in one flat folder. If the original is missing,
+    # an .mp4 of the same name will do: something-something v2 is often converted
     first, last = folder.split("/")[0], folder.split("/")[-1]
-    for variant in (name, Path(name).stem + ".mp4"):
-        # the archives' folders are in video/ or beside it, later files in data0613/; each folder is inside one of its
-        # archive's name or not; the media of a task, or of all tasks, may be in one flat folder
-        for base in ("video", "video/data0613", "data0613", "."):
-            for place in (folder, f"{first}/{folder}", last, first, ""):
-                path = Path(root, base, place, variant)
-                if variant and path.exists():
-                    return str(path)
+    for variant, base, place in product((name, Path(name).stem + ".mp4"), ("video", "video/data0613", "data0613", "."),
+                                        (folder, f"{first}/{folder}", last, first, "")):
+        path = Path(root, base, place, variant)
+        if variant and path.exists():
+            return str(path)
     return ""
 
 def missing_media(questions, benchmark=MVBENCH):
