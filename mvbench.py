@@ -28,7 +28,7 @@ import torch
 from evaluation import report
 from evaluation.batches import evaluate
 from evaluation.engine import Engine
-from evaluation.predictions import Condition, adopt_old_files, key_of
+from evaluation.predictions import Condition, key_of
 from evaluation.protocol import CONTROLS, DECODES, Protocol
 from evaluation.tasks import BENCHMARKS, describe, load_questions, missing_media
 from infra import cli
@@ -222,8 +222,6 @@ def prepare(args, dist):
     requested = {"", *split_names(args.controls), *["permute"] * args.permute}  # "": the protocol itself
     conditions = [Condition(Path(args.out) / args.setting, name, {"control": name, **settings}, dist.rank,
                             name in requested) for name in ("", *CONTROLS, "permute")]
-    if dist.is_main:
-        adopt_old_files(args.out, args.setting)                        # of versions without a folder for each setting
     conditions = [condition for condition in conditions if condition.requested or condition.is_finished()]
     if not dist.is_main:
         return questions, conditions
@@ -262,16 +260,14 @@ def answer_all(args, questions, conditions, dist):
             if args.strict_data and (unread := [row["unread"] for row in rows if "unread" in row]):
                 raise ValueError(f"{unread[0]} (--strict-data)")
             condition.write(rows)
-    for condition in conditions:
-        condition.close()
 
     # the time that is not accounted for goes to "all else"
-    seconds |= engine.clock.seconds
+    seconds |= engine.seconds
     seconds["all else"] = time.perf_counter() - start - sum(seconds.values())
     if dist.size > 1:
         with engine.clock("waiting for other processes"):
             dist.barrier()                                             # only to measure how long they take
-    return {**seconds, **engine.clock.seconds, "in all": time.perf_counter() - start}
+    return {**seconds, **engine.seconds, "in all": time.perf_counter() - start}
 
 if __name__ == "__main__":
     cli.run(main, "mvbench.py", "stopped; the answers so far are saved, and the same command resumes")

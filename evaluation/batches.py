@@ -1,7 +1,4 @@
-"""Questions -> batches -> rows of predictions: what is decoded, computed and answered together.
-
-    questions by clip -> batches of clips, decoded ahead by other processes
-                      -> under each condition: vision, video tokens, answers (engine.py) -> rows (predictions.py)
+"""Questions -> batches of clips, decoded ahead by other processes -> answers under each condition -> rows.
 
 Not here: files and processes (mvbench.py), how a batch is answered (engine.py).
 
@@ -24,38 +21,30 @@ GROUP = 8       # clips that a loader process hands over at a time
 
 def load_clips(group, cfg):
     """Clips, each a (medium, bound) -> (the readable ones (B, T, 3, H, W) or None; for each "", or why it failed)."""
-    clips, errors = [], []
-    for media, bound in group:
+    clips, errors = [], [""] * len(group)
+    for i, (media, bound) in enumerate(group):
         try:
             clip = load_eval_clip(media, cfg, bound)
             clips.append(clip.expand(cfg.eval_frames, -1, -1, -1))                         # a picture is a still video
-            errors.append("")
-        except MediaError as error:
-            errors.append(str(error))
         except Exception as error:                             # whatever a decoder dies of, the others are asked
-            errors.append(f"{media}: {type(error).__name__}: {error}")
+            errors[i] = str(error) if isinstance(error, MediaError) else f"{media}: {type(error).__name__}: {error}"
     return torch.stack(clips) if clips else None, errors
-
-def batches_by_clip(questions, prompts, batch):
-    """Questions -> batches of at most `batch` clips. A batch is a list: for each clip, the list of its questions.
-
-    Clips with long prompts come first: a batch's prompts are then of similar length, and a batch that does not fit into
-    memory fails at once. subtle: batches depend neither on what is answered already nor on the number of processes, so
-    a question is always computed together with the same others, and its numbers are the same to the last bit.
-    """
-    by_clip = defaultdict(list)
-    for q in questions:
-        by_clip[q["media"], q["bound"]].append(q)
-    clips = sorted(by_clip.values(), key=lambda qs: -max(len(prompts[key_of(q)].ids) for q in qs))
-    return [clips[i:i + batch] for i in range(0, len(clips), batch)]
 
 def evaluate(engine, questions, conditions, batch=32, workers=1, dist=None, scorer="official"):
     """Asks what has no answer yet, under all conditions; yields (condition, its new rows), batch by batch."""
-    # this process's batches: every n-th one, of those that still have something to ask
-    dist = dist or Distributed()
+    # clips, each a list of its questions; those with long prompts come first, so that a batch's prompts are of similar
+    # length, and a batch that does not fit into memory fails at once
+    dist, by_clip = dist or Distributed(), defaultdict(list)
     prompts = {key_of(q): engine.prompt(q) for q in questions}
-    batches = [clips for clips in batches_by_clip(questions, prompts, batch)[dist.rank::dist.size]
-               if any(condition.todo(qs) for condition in conditions for qs in clips)]
+    for q in questions:
+        by_clip[q["media"], q["bound"]].append(q)
+    clips = sorted(by_clip.values(), key=lambda qs: -max(len(prompts[key_of(q)].ids) for q in qs))
+
+    # this process's batches: every n-th one, of those that still have something to ask
+    # subtle: batches depend neither on what is answered already nor on the number of processes, so a question is always
+    # computed together with the same others, and its numbers are the same to the last bit
+    batches = [clips[i:i + batch] for i in range(0, len(clips), batch)][dist.rank::dist.size]
+    batches = [clips for clips in batches if any(c.todo(qs) for c in conditions for qs in clips)]
 
     # loader processes decode ahead, in groups: several of them can then work on a batch
     groups = [[(qs[0]["media"], qs[0]["bound"]) for qs in clips[i:i + GROUP]]
@@ -68,51 +57,45 @@ def evaluate(engine, questions, conditions, batch=32, workers=1, dist=None, scor
         for clips in batches:
             with engine.clock("waiting for data"):
                 videos, errors = zip(*[next(loader) for _ in range(0, len(clips), GROUP)], strict=True)
-            videos = [video for video in videos if video is not None]
-            pairs = list(zip(clips, sum(errors, []), strict=True))
+            videos, pairs = [v for v in videos if v is not None], list(zip(clips, sum(errors, []), strict=True))
             readable, unread = [qs for qs, error in pairs if not error], [pair for pair in pairs if pair[1]]
 
             # new rows under each condition; a question about a clip that cannot be read has a row, too
             answers = answer_batch(engine, torch.cat(videos), readable, prompts, conditions, batch) if videos else {}
             for condition in conditions:
-                rows = [make_row(v, answer, scorer) for v, answer in answers.get(condition.name, ())]
-                rows += [make_row(v, None, scorer, error)
-                         for qs, error in unread for q in qs for v in condition.variants(q)]
-                rows = [row for row in rows if condition.needs_answer(row)]
+                answered = answers.get(condition.name, [])
+                answered += [(v, error) for qs, error in unread for q in qs for v in condition.variants(q)]
+                rows = [make_row(v, answer, scorer) for v, answer in answered if condition.needs_answer(v)]
                 yield condition, rows
                 bar.update(len(rows))
 
 def answer_batch(engine, video, questions, prompts, conditions, batch):
-    """Clips (B, T, 3, H, W), a list of questions for each -> {condition's name: [(question, Answer), ...]}.
-
-    prompts: those of the questions in their own order, by key_of. A condition with nothing to ask is left out.
-    """
+    """Clips (B, T, 3, H, W), a list of questions for each -> {condition: [(question, Answer), ...]}."""
     seeds = [clip_seed(qs[0]["video"], qs[0]["bound"]) for qs in questions]
-    encoded, answers = {}, {}
+    shared, encoded, answers = not engine.protocol.question_in_qformer, {}, {}
     for condition in conditions:
         if not any(condition.todo(qs) for qs in questions):
             continue
 
-        # what is computed of the clips serves all orders of the options; so do the video tokens, unless the Q-Former
-        # reads the question
+        # what is computed of the clips serves all orders of the options; so do the video tokens, if they are shared
+        # by a clip's questions, because the Q-Former does not read these
         control = condition.control
         if control not in encoded:
-            vision, tokens = engine.encode_clips(video, control, seeds), None                  # (B, N, C)
-            if not engine.protocol.question_in_qformer:
-                tokens = engine.video_tokens(vision, control, seeds, [qs[0] for qs in questions])      # (B, Q, D)
-            encoded[control] = vision, tokens
-        vision, tokens = encoded[control]
+            encoded[control] = engine.encode_clips(video, control, seeds)                      # (B, N, C)
+            if shared:
+                firsts = [qs[0] for qs in questions]
+                encoded[control] = engine.video_tokens(encoded[control], control, seeds, firsts)       # (B, Q, D)
 
         # the questions, those with long prompts first, `batch` at a time
         variants = [(v, clip, prompts.get(key_of(v)) or engine.prompt(v))
-                for clip, qs in enumerate(questions) for q in qs for v in condition.variants(q)]
+                    for clip, qs in enumerate(questions) for q in qs for v in condition.variants(q)]
         variants.sort(key=lambda item: -len(item[2].ids))
         answers[condition.name] = []
         for i in range(0, len(variants), batch):
             qs, clips, qs_prompts = map(list, zip(*variants[i:i + batch], strict=True))
-            video_tokens, rows = tokens, clips
-            if tokens is None:                                 # then each question has video tokens of its own
-                video_tokens = engine.video_tokens(vision[clips], control, [seeds[clip] for clip in clips], qs)
-                rows = None
-            answers[condition.name] += zip(qs, engine.answer(qs, video_tokens, rows, qs_prompts), strict=True)
+            tokens = encoded[control]
+            if not shared:                                     # then each question has video tokens of its own
+                tokens = engine.video_tokens(tokens[clips], control, [seeds[clip] for clip in clips], qs)
+                clips = None
+            answers[condition.name] += zip(qs, engine.answer(qs, tokens, clips, qs_prompts), strict=True)
     return answers

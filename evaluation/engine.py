@@ -2,24 +2,19 @@
 
     clips (B, T, 3, H, W) -> encode_clips (B, N, C) -> video_tokens (B, Q, D) -> answer: "(B) It jumps."
 
-1. The Q-Former reads the system prompt and not the question, so a clip's video tokens serve all of its questions.
-
-2. Prompts begin alike. The LLM reads each node of this tree once, on top of the cached keys and values above it:
+1. Prompts begin alike: the LLM reads each node of this tree once, on top of the cached keys and values above it.
 
        head          "Carefully watch ... ###Human: <Video>"                                once
-        |- clip      video tokens, "</Video> ###Human: Carefully watch ... Question: What"    once a clip
-        |   |- tail  "moves? Options: (A) ... ###Assistant: Best option:("                    once a question
-        |   '- tail  "stops? Options: (A) ... ###Assistant: Best option:("
-        '- clip ...
+        '- clip      video tokens, "</Video> ###Human: Carefully watch ... Question: What"    once a clip
+            |- tail  "moves? Options: (A) ... ###Assistant: Best option:("                    once a question
+            '- tail  "stops? Options: (A) ... ###Assistant: Best option:("
 
-3. The options are drafts of the answer. The LLM's first token, B, says which one will probably follow. The next step
-   reads it all, and shows for each token what the LLM writes after it:
+2. The options are drafts of the answer: the first token, B, says which one will probably follow. The next step reads it
+   all, and shows for each token what the LLM writes after it (speculative decoding, arXiv 2211.17192):
 
        reads     B    )    It   jumps  .
        writes    )    It   jumps  .    ###         all accepted: the rest of the answer in one step
        or else   )    It   spins                   two accepted; "spins" is new, and the next step starts from there
-
-   So every answer is greedy generation's, token by token. (Speculative decoding, arXiv 2211.17192.)
 
 Not here: how questions are asked (protocol.py), what is a batch (batches.py), scores (scorers.py).
 Source: paper section 3; mvbench.ipynb.
@@ -30,6 +25,7 @@ import time
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
+from os.path import commonprefix  # of any lists
 
 import torch
 
@@ -46,42 +42,35 @@ class Answer:
     letters: list           # probability of each option's letter as the first token; [] without an answer prompt
     likelihoods: list       # mean log-probability of each option's tokens, for decode "likelihood"
 
-class Clock:
-    """Seconds by part: `with clock("ViT"): ...` adds to clock.seconds["ViT"]."""
-
-    def __init__(self, device="cpu"):
-        self.seconds, self.on_gpu = defaultdict(float), torch.device(device).type == "cuda"
-
-    @contextmanager
-    def __call__(self, part):
-        start = time.perf_counter()
-        yield
-        if self.on_gpu:
-            torch.cuda.synchronize()    # or the time would count for the next part, which waits for the GPU
-        self.seconds[part] += time.perf_counter() - start
-
 def letter_ids(llm_tok):
-    """The ids of the letters A to E after a bracket.
-
-    subtle: SentencePiece has two pieces for a letter, one that begins a word ("_A") and one that continues it ("A").
-    After "Best option:(" the LLM writes the second; so a letter is encoded with its bracket, and the last id taken.
-    """
+    """The ids of the letters A to E after a bracket."""
+    # subtle: SentencePiece has a piece for a letter that begins a word ("_A"), and one for a letter that continues it
+    # ("A"). After "Best option:(" the LLM writes the second; so a letter is encoded with its bracket
     return [llm_tok.encode(f"({letter}")[-1] for letter in LETTERS]
 
 class Engine:
-    """A model with its tokenizers, asked by one protocol. The pictures are in the header of this file."""
+    """A model with its tokenizers, asked by one protocol."""
 
     def __init__(self, model, qformer_tok, llm_tok, protocol=None):
         self.model, self.qformer_tok, self.llm_tok = model, qformer_tok, llm_tok
-        self.protocol, self.clock = protocol or Protocol(), Clock(model.device)
+        self.protocol, self.seconds = protocol or Protocol(), defaultdict(float)               # seconds: by part
         self.n_video = model.cfg.n_query + model.cfg.n_extra
-        self.pad_multiple = 8 if self.clock.on_gpu else 1
+        self.pad_multiple = 8 if model.device.type == "cuda" else 1
         self.head_cache, self.blank_tokens = None, None        # computed when they are first needed
 
         # decoding is slow: only the ids that can end an answer are decoded to see whether they do
         self.letter_ids = letter_ids(llm_tok)
         self.last_ids = {i for i in range(llm_tok.vocab_size)
                          if i == llm_tok.eos_id or set("#\n") & set(llm_tok.decode([i]))}
+
+    @contextmanager
+    def clock(self, part):
+        """Adds the seconds that a block takes to self.seconds[part]."""
+        start = time.perf_counter()
+        yield
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()    # or the time would count for the next part, which waits for the GPU
+        self.seconds[part] += time.perf_counter() - start
 
     @torch.inference_mode()
     def encode_clips(self, video, control, seeds):
@@ -101,8 +90,8 @@ class Engine:
         shared = control in NO_VIDEO and not self.protocol.question_in_qformer
         tokens = self.blank_tokens if shared else None
         if tokens is None:
-            texts = [self.protocol.instruction(q) for q in questions]
-            texts = texts if self.protocol.question_in_qformer else texts[:1]                  # one for all rows
+            n_texts = len(questions) if self.protocol.question_in_qformer else 1               # one for all rows
+            texts = [self.protocol.instruction(q) for q in questions[:n_texts]]
             max_length = min(self.model.cfg.max_text, self.model.cfg.qformer.max_positions)
             rows = [self.qformer_tok.encode(text, max_length, sep=True, truncate="left") for text in texts]
             ids, mask = (t.to(vision.device) for t in pad_ids(rows, self.qformer_tok.pad_id))  # (B or 1, S)
@@ -120,10 +109,7 @@ class Engine:
 
     @torch.inference_mode()
     def answer(self, questions, video_tokens, clips=None, prompts=None):
-        """Questions -> an Answer for each. clips: the row of video_tokens (B, Q, D) for each; by default its own.
-
-        prompts: those of the questions, if the caller has them already.
-        """
+        """Questions -> an Answer for each. clips: the row of video_tokens (B, Q, D) of each; by default its own."""
         clips = list(range(len(questions))) if clips is None else clips
         with self.clock("LLM"):
             if self.protocol.decode == "likelihood":
@@ -139,29 +125,25 @@ class Engine:
                 letters = [row[:len(q["candidates"])] for q, row in zip(questions, p, strict=True)]
 
             if self.protocol.decode == "letter":
-                texts = [f"({LETTERS[argmax(p)]})" for p in letters]
-            else:
-                texts = map(self.text, self.generate_with_drafts(questions, prompts, logits.argmax(-1).tolist(), cache))
-            return [Answer(text, p, []) for text, p in zip(texts, letters, strict=True)]
+                return [Answer(f"({LETTERS[p.index(max(p))]})", p, []) for p in letters]
+            answers = self.generate_with_drafts(questions, prompts, logits.argmax(-1).tolist(), cache)
+            return [Answer(self.text(ids), p, []) for ids, p in zip(answers, letters, strict=True)]
 
     def prefill(self, prompts, video_tokens, clips, logits_to_keep=None):
-        """The LLM reads the header's tree -> (hidden states (B, logits_to_keep, D) of the tails' last tokens, KVCache).
-
-        Tails are padded on the left, so that all prompts end together.
-        """
+        """The LLM reads the header's tree -> (hidden states (B, logits_to_keep, D) of the tails' ends, KVCache)."""
         llm, device = self.model.llama_model, self.model.device
         begin, end = prompts[0].slot, prompts[0].slot + self.n_video                           # of the video tokens
 
         # the head
         if self.head_cache is None:
             self.head_cache = KVCache(llm.cfg.depth)
-            ids = torch.tensor([prompts[0].ids[:begin]], device=device)
-            llm(llm.embed(ids), cache=self.head_cache, logits_to_keep=0)
+            head = torch.tensor([prompts[0].ids[:begin]], device=device)
+            llm(llm.embed(head), cache=self.head_cache, logits_to_keep=0)
 
-        # what all prompts have in common ends before the token that predicts the answer: each tail has that one itself
+        # what all prompts have in common ends before the token that predicts the answer: each tail has that one itself,
+        # and is padded on the left, so that all prompts end together
         common = min(common_length(prompts), *(len(p.ids) - sum(i >= 0 for i in p.labels) - 1 for p in prompts))
-        tails = [p.ids[common:] for p in prompts]
-        ids, mask = pad_ids(tails, self.llm_tok.eos_id, "left", self.pad_multiple)             # (B, s)
+        ids, mask = pad_ids([p.ids[common:] for p in prompts], self.llm_tok.eos_id, "left", self.pad_multiple)  # (B, s)
 
         # the clips: video tokens, and the common text after them
         unique = list(dict.fromkeys(clips))
@@ -188,32 +170,21 @@ class Engine:
                 cache, rows = cache.select_rows([rows.index(i) for i in active]), active
 
             # a row's input is its last id, and a draft of what follows, as far as there is room
-            fed = []
-            for i in rows:
-                draft = continuation(answers[i], drafts[i])
-                fed.append([answers[i][-1], *draft[:max(0, limits[i] - len(answers[i]))]])
-            ids, mask = pad_ids(fed, self.llm_tok.eos_id, multiple=self.pad_multiple)                  # (rows, s)
+            tried = [continuation(answers[i], drafts[i])[:max(0, limits[i] - len(answers[i]))] for i in rows]
+            ids, mask = pad_ids([[answers[i][-1], *draft] for i, draft in zip(rows, tried, strict=True)],
+                                self.llm_tok.eos_id, multiple=self.pad_multiple)                       # (rows, s)
             hidden = llm(llm.embed(ids.to(self.model.device)), mask.to(self.model.device), cache)      # (rows, s, D)
             best = llm.lm_head(hidden).argmax(-1).tolist()                                             # (rows, s)
 
-            # accept what the draft got right, and hide the rest of it from the next steps
+            # accept what the draft got right, and the id after it; hide the rest of the draft from the next steps
             begin, n_new = cache.mask.shape[1] - ids.shape[1], []
             for row, i in enumerate(rows):
-                new = self.accept(answers[i], fed[row][1:], best[row])
-                answers[i] += new
-                n_new.append(len(new))
-                cache.mask[row, begin + len(new):] = 0
+                new = best[row][:len(commonprefix([best[row], tried[row]])) + 1]
+                n_new.append(next((n for n in range(1, len(new)) if self.is_complete(answers[i] + new[:n])), len(new)))
+                answers[i] += new[:n_new[row]]
+                cache.mask[row, begin + n_new[row]:] = 0
             cache.mask = cache.mask[:, :begin + max(n_new)]    # what no row has accepted leaves the cache
         return answers
-
-    def accept(self, answer, draft, best):
-        """The ids that continue an answer: the best ones, up to and including the first that is not the draft's."""
-        new = []
-        for i, expected in zip(best, [*draft, None], strict=False):
-            new.append(i)
-            if i != expected or self.is_complete(answer + new):
-                break
-        return new
 
     def drafts(self, q):
         """The answer that names each option, as ids, with the mark that ends it, as in training."""
@@ -223,9 +194,10 @@ class Engine:
 
     def is_complete(self, ids):
         """Whether an answer ends here: by its length, by ### or </s>, or because its first line ends."""
-        ends = ids[-1] in self.last_ids and (is_finished(self.llm_tok, ids)
+        if len(ids) >= self.protocol.max_new_tokens:
+            return True
+        return ids[-1] in self.last_ids and (is_finished(self.llm_tok, ids)
                                              or "\n" in self.llm_tok.decode(ids[-4:]).lstrip())
-        return ends or len(ids) >= self.protocol.max_new_tokens
 
     def text(self, ids):
         """An answer's ids -> its first line, after the bracket that the prompt ends in."""
@@ -233,12 +205,12 @@ class Engine:
 
     def option_prompts(self, q):
         """A prompt for each option: its text is the answer, and its ids are the labels. No prompt lists the options."""
-        def prompt(answer):
-            return chat_prompt(self.llm_tok, [], f"{self.protocol.system}Question: {q['question']}", self.n_video,
-                               self.protocol.system, prompt_style=self.model.cfg.prompt_style, answer_prompt=answer)
-        prompts = [prompt(text) for text in q["candidates"]]
+        empty, *prompts = [
+            chat_prompt(self.llm_tok, [], f"{self.protocol.system}Question: {q['question']}", self.n_video,
+                        self.protocol.system, prompt_style=self.model.cfg.prompt_style, answer_prompt=answer)
+            for answer in ("", *q["candidates"])]
         for p in prompts:
-            begin = common_length([prompt(""), p])
+            begin = common_length([empty, p])
             p.labels[begin:] = p.ids[begin:]
         return prompts
 
@@ -251,17 +223,14 @@ class Engine:
             target = [label for label in prompt.labels if label >= 0]
             logits = self.model.llama_model.lm_head(row[-len(target) - 1:-1]).float()          # (n, V)
             likelihoods[i].append(logits.log_softmax(-1)[range(len(target)), target].mean().item())
-        return [Answer(f"({LETTERS[argmax(p)]}) {q['candidates'][argmax(p)]}", [], p)
-                for q, p in zip(questions, likelihoods, strict=True)]
 
-def argmax(values):
-    return max(range(len(values)), key=values.__getitem__)
+        best = [p.index(max(p)) for p in likelihoods]
+        texts = [f"({LETTERS[i]}) {q['candidates'][i]}" for i, q in zip(best, questions, strict=True)]
+        return [Answer(text, [], p) for text, p in zip(texts, likelihoods, strict=True)]
 
 def continuation(answer, drafts):
-    """What follows, in one of the drafts, the longest piece that the answer ends with; [] if none has any of it.
-
-    answer [.., 5, 6] and drafts [1, 5, 6, 7], [2, 6, 9] -> [7], for "5, 6" is longer than "6".
-    """
+    """What follows, in one of the drafts, the longest piece that the answer ends with; [] if none has any of it."""
+    # answer [.., 5, 6] and drafts [1, 5, 6, 7], [2, 6, 9] -> [7], for "5, 6" is longer than "6"
     best, longest = [], 0
     for draft in drafts:
         for at in range(1, len(draft)):
@@ -274,5 +243,4 @@ def continuation(answer, drafts):
 
 def common_length(prompts):
     """How many ids all prompts begin with."""
-    first, last = min(p.ids for p in prompts), max(p.ids for p in prompts)      # in sorted order, these differ soonest
-    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return len(commonprefix([p.ids for p in prompts]))

@@ -5,23 +5,17 @@
     FOLDER/settings.json                what the answers depend on: checkpoint, prompt, frames, questions, ...
     FOLDER/predictions.blank.jsonl ...  the same for every other condition: a control, or "permute"
 
-A run resumes after any interruption: what is in these files is not asked again, and a line that a killed process left
-half written is dropped. Another checkpoint, prompt or number of frames is refused, with both values named.
 Not here: how the answers are made (engine.py), what the rows are worth (scorers.py, stats.py).
 
     pytest tests/test_predictions.py
 """
 import json
-import re
+import os
 from pathlib import Path
 
-from evaluation.protocol import CONTROLS
 from evaluation.scorers import is_right
 from evaluation.tasks import letter_of
 from infra.files import read_json, save_text, write_json
-
-# settings by the names that older versions wrote
-OLD_SETTINGS = {"asked for": "question prompt", "8 bits": "int8"}
 
 def key_of(row):
     """Which question, with its options in which order, a row answers."""
@@ -31,11 +25,11 @@ def rotate_options(q, n):
     """The question with its options rotated by n: with 1, option B comes first."""
     return {**q, "candidates": q["candidates"][n:] + q["candidates"][:n], "shift": n}
 
-def make_row(q, answer, scorer, unread=""):
-    """A row of predictions.jsonl. unread: why the medium cannot be read; then there is no answer, and it is wrong."""
+def make_row(q, answer, scorer):
+    """A row of predictions.jsonl. answer: an engine.Answer, or a str that says why the medium cannot be read."""
     row = {**q, "letter": letter_of(q), "prediction": "", "letter_probabilities": []}
-    if unread:
-        row["unread"] = unread
+    if isinstance(answer, str):
+        row["unread"] = answer                                 # counts as wrong
     else:
         row |= {"prediction": answer.text, "letter_probabilities": [round(p, 4) for p in answer.letters]}
         row |= {"likelihoods": [round(p, 4) for p in answer.likelihoods]} if answer.likelihoods else {}
@@ -48,28 +42,24 @@ def read_rows(path):
         try:
             row = json.loads(line)
             rows[key_of(row)] = row
-            row["prediction"], row["candidates"], row["answer"]
+            row["prediction"], row["candidates"], row["answer"]          # without these, it is no prediction
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path}, line {number} is no prediction: delete the line, or --restart") from None
     return rows
 
 class Condition:
-    """One way to ask all questions, and its answers; each process has its own object, and writes its own file.
+    """One process's view of a condition. name: "" for the protocol itself, one of CONTROLS, or "permute".
 
-    name: "" for the protocol itself, one of CONTROLS, or "permute" for other orders of the options. settings: {what:
-    value}, as JSON knows them. requested: False for a condition that an earlier run has finished: it is only reported.
+    settings: {what: value}, as JSON knows them. requested: False for one that an earlier run has finished.
     """
 
     def __init__(self, folder, name="", settings=None, rank=0, requested=True):
         self.folder, self.name, self.settings, self.requested = Path(folder), name, settings or {}, requested
         self.control = "" if name == "permute" else name
-        suffix = f".{name}" if name else ""
-        self.path = self.folder / f"predictions{suffix}.jsonl"
-        self.settings_path = self.folder / f"settings{suffix}.json"
-        self.rank_path = self.folder / f"predictions{suffix}.rank{rank}.jsonl"
-        self.file, self.rows = None, {}                        # rows: what read() found on disk, by key_of
-
-    # ---- questions
+        kind = f".{name}" if name else ""
+        self.path, self.settings_path = self.folder / f"predictions{kind}.jsonl", self.folder / f"settings{kind}.json"
+        self.rank_path = self.folder / f"predictions{kind}.rank{rank}.jsonl"
+        self.rows = {}                                         # what read() found on disk, by key_of
 
     def variants(self, q):
         """The question as this condition asks it: once, or in each cyclic order of its options but their own."""
@@ -91,36 +81,36 @@ class Condition:
 
     def saved(self):
         """settings.json: {"settings", "commands", ...}, or {} where there is none."""
-        info = read_json(self.settings_path) if self.settings_path.is_file() else {}
-        settings = {OLD_SETTINGS.get(what, what): value for what, value in info.get("settings", {}).items()}
-        return {**info, "settings": settings} if info else {}
+        return read_json(self.settings_path) if self.settings_path.is_file() else {}
 
     def is_finished(self):
         """Whether an earlier run with these settings has finished it."""
         return self.path.is_file() and self.saved().get("settings") == self.settings
 
     def prepare(self, restart, notes):
-        """In one process, before all others read: checks that the files have these settings, or deletes them.
+        """In one process, before all others read: ValueError if the files have other settings; or deletes the files."""
+        files = self.files()
+        while restart and files:
+            files.pop().unlink()
 
-        notes: more to keep in settings.json; commands are collected. Raises ValueError naming what differs.
-        """
-        files, info = self.files(), {} if restart else self.saved()
-        if restart:
-            for path in files:
-                path.unlink()
-        elif files:
-            old = info.get("settings", {})
-            differences = [f"{what}: {shorten(old.get(what))} there, {shorten(value)} now"
-                           for what, value in self.settings.items() if old.get(what) != value]
-            if differences:
-                raise ValueError(f"{files[0]} holds answers under other settings ({'; '.join(differences)}): choose "
-                                 "another folder with --out, or --restart to delete them and ask again")
-            for path in files:                                 # of a process that was killed while it wrote
-                drop_torn_line(path)
+        # what is left must have these settings
+        info = self.saved() if files else {}
+        old = info.get("settings", {})
+        differences = [f"{what}: {json.dumps(old.get(what)):.40} there, {json.dumps(value):.40} now"
+                       for what, value in self.settings.items() if old.get(what) != value]
+        if files and differences:
+            raise ValueError(f"{files[0]} holds answers under other settings ({'; '.join(differences)}): choose "
+                             "another folder with --out, or --restart to delete them and ask again")
 
-        self.folder.mkdir(parents=True, exist_ok=True)
-        commands = [*(info.get("commands", []) if files else []), *notes["commands"]]
-        write_json({"settings": self.settings, **notes, "commands": list(dict.fromkeys(commands))}, self.settings_path)
+        # a process that was killed while it wrote has left half a line
+        for path in files:
+            complete = path.read_bytes().rfind(b"\n") + 1
+            if complete < path.stat().st_size:
+                os.truncate(path, complete)
+
+        # notes: more to know later; commands are added to those of earlier runs, each once
+        commands = list(dict.fromkeys([*info.get("commands", []), *notes["commands"]]))
+        write_json({"settings": self.settings, **notes, "commands": commands}, self.settings_path)
 
     def check_media(self, questions):
         """ValueError if an answer is about another medium than the one that is there now."""
@@ -129,58 +119,27 @@ class Condition:
                  if "unread" not in row and sizes.get(key[:2], row["size"]) != row["size"]]
         if other:
             raise ValueError(f"{self.path} is about other media: {len(other)} have another size now, the first being "
-                             f"{other[0]['video']} of {other[0]['task']}; choose another folder with --out, or "
-                             "--restart to ask again")
+                             f"{other[0]['video']} of {other[0]['task']}; choose another --out, or --restart")
 
     def read(self):
-        """{key: row} of everything on disk; of two rows for a question, the one whose medium could be read."""
-        rows = {}
+        """{key: row} of everything on disk."""
+        rows = {}                                              # of two for a question, the one with an answer stays
         for path in self.files():
             rows |= {key: row for key, row in read_rows(path).items() if key not in rows or "unread" in rows[key]}
         return rows
 
     def write(self, rows):
         """Appends rows to this process's file; they survive the end of the process, however it comes."""
-        if self.file is None:
-            self.file = open(self.rank_path, "a", encoding="utf-8")
-        self.file.write("".join(json.dumps(row) + "\n" for row in rows))
-        self.file.flush()
-
-    def close(self):
-        if self.file is not None:
-            self.file.close()
-            self.file = None
+        with open(self.rank_path, "a", encoding="utf-8") as f:
+            f.write("".join(json.dumps(row) + "\n" for row in rows))
 
     def merge(self, order):
         """In one process, when all are done: makes one file of all, sorted by these keys -> their rows, in order."""
         rows, parts = self.read(), [path for path in self.files() if path != self.path]
+        merged = {key: rows[key] for key in order if key in rows}
         if parts:
-            place = {key: i for i, key in enumerate(order)}
-            keys = sorted(rows, key=lambda key: (place.get(key, len(place)), key))     # rows of a larger run: last
-            save_text("".join(json.dumps(rows[key]) + "\n" for key in keys), self.path)
-            for path in parts:
-                path.unlink()
-        return [rows[key] for key in order if key in rows]
-
-def shorten(value):
-    """A setting as an error shows it."""
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:37] + "..."
-
-def drop_torn_line(path):
-    """Cuts off what follows the last line end."""
-    data = path.read_bytes()
-    if data and not data.endswith(b"\n"):
-        with open(path, "r+b") as f:
-            f.truncate(data.rfind(b"\n") + 1)
-
-def adopt_old_files(out, setting):
-    """Moves files of older versions, which had the setting ("frames8.part") in each name, into the setting's folder."""
-    names = "|".join((*CONTROLS, "permute"))
-    pattern = re.compile(rf"(predictions|settings)((?:\.(?:{names}))?)\.{re.escape(setting)}((?:\.rank\d+)?\.jsonl?)")
-    for path in Path(out).glob("*.json*") if setting else ():
-        match = pattern.fullmatch(path.name)
-        new = Path(out) / setting / "".join(match.groups()) if match else path
-        if match and not new.exists():
-            new.parent.mkdir(exist_ok=True)
-            path.rename(new)
+            everything = merged | dict(sorted(rows.items()))   # rows of a larger run: last
+            save_text("".join(json.dumps(row) + "\n" for row in everything.values()), self.path)
+        for path in parts:
+            path.unlink()
+        return list(merged.values())

@@ -1,8 +1,5 @@
 """How questions are asked: the paper's protocol with its ablations, and the controls, which take something away.
 
-    Protocol()                             the paper's: system prompt, "Best option:(", greedy generation
-    apply_control(video, "shuffle", 7)     a clip's frames under a control
-
 What a model still answers right under a control did not need what was taken away.
 Not here: how answers are computed (engine.py), what the scores say (report.py). Source: paper tables 8, 9 and 11; the
 likelihood of each option: SEED-Bench, arXiv 2307.16125, section 3.3.

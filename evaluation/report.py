@@ -1,13 +1,10 @@
 """What an evaluation says: the scores, each with its denominator, its uncertainty and its controls.
 
-    summarise      rows of predictions -> everything that can be said about them, as JSON knows it
-    write          summary.json, mvbench.json (percent right by task), leaderboard.json, report.html (report_page.py)
-    show           the table on the console
-    compare        two runs on the same questions, paired: python mvbench.py compare A B
+    summarise   rows of predictions -> everything that can be said about them, as JSON knows it
+    write       summary.json, mvbench.json (percent right by task), leaderboard.json, report.html (report_page.py)
+    compare     two runs on the same questions, paired: python mvbench.py compare A B
 
-The temporal gain is the score minus the better one of the controls "single" and "shuffle", which show what there is to
-see but not when ("needs time" in summary.json).
-Not here: what counts as right (scorers.py), how certain a score is (stats.py), the page's HTML (report_page.py).
+Not here: what counts as right (scorers.py), how certain a score is (stats.py), the page (report_page.py).
 Source of leaderboard.json: mvbench.ipynb, upload_leaderboard.json.
 
     pytest tests/test_report.py
@@ -24,24 +21,14 @@ from pathlib import Path
 
 import torch
 
-from evaluation import report_page
+from evaluation import report_page, stats
 from evaluation.predictions import key_of, read_rows
 from evaluation.scorers import SCORERS, compare_scorers, is_right
-from evaluation.stats import (
-    accuracy_interval,
-    calibration,
-    cluster_bootstrap,
-    letter_counts,
-    mcnemar,
-    option_order_consistency,
-    wilson,
-)
 from evaluation.tasks import missing_media
 from infra.files import read_json, save_text, write_json
 
+# they show what there is to see but not when; the score minus the better one is the temporal gain, or "needs time"
 TIMELESS = ("single", "shuffle")
-
-# ----------------------------------------------------------------------------------------------------------- the scores
 
 def score(rows):
     """Rows -> {task: percent right, ..., "Avg": percent right of all questions}, the tasks in the rows' order."""
@@ -56,62 +43,55 @@ def chance(questions):
     return score([{"task": q["task"], "correct": 1 / len(q["candidates"])} for q in questions])
 
 def summarise(rows, questions, condition, benchmark, seconds):
-    """Everything that can be said about a run, as a dict.
+    """Everything that can be said about a run, as a dict. rows: {name of a condition: its rows}; "" is the run itself.
 
-    rows: {name of a condition: its rows}; "" is the run itself. questions: all that were meant, also those whose medium
-    is missing. condition: the run itself, whose folder may hold an earlier summary. seconds: {part: seconds}, or {}.
+    questions: also those without a medium. condition: the run itself, whose folder may hold an earlier summary.
     """
     # if nothing was asked, the times are those of the run that did ask
-    plain, info, old = rows[""], condition.saved(), condition.folder / "summary.json"
+    plain, old = rows[""], condition.folder / "summary.json"
     if not seconds and old.is_file():
         seconds = read_json(old).get("seconds", {})
 
     controls = {name: score(rows[name]) for name in rows if name not in ("", "permute")}
     *tasks, average = [task_line(name, plain, questions, controls) for name in score(plain)]
-    scorers, differing = compare_scorers(plain)
-    confidence = calibration(plain)
+
+    # 95 % interval of the average's temporal gain, paired by question; in each draw, the better control counts
+    if average["needs time"] is not None:
+        columns = [{key_of(row): row["correct"] for row in rows[name]} for name in ("", *TIMELESS)]
+        paired = [row for row in plain if all(key_of(row) in column for column in columns)]
+        low, high = stats.cluster_bootstrap(paired, [[column[key_of(row)] for column in columns] for row in paired],
+                                            lambda means: means[:, 0] - means[:, 1:].max(1))
+        average |= {"needs time low": 100 * low, "needs time high": 100 * high}
+
+    (scorers, differing), confidence = compare_scorers(plain), stats.calibration(plain)
     return {
-        "benchmark": benchmark.name, "tasks": tasks, "average": average | temporal_gain_interval(rows),
-        "mean of tasks": sum(line["accuracy"] for line in tasks) / max(1, len(tasks)), "controls": list(controls),
+        "benchmark": benchmark.name, "tasks": tasks, "average": average, "controls": list(controls),
+        "mean of tasks": sum(line["accuracy"] for line in tasks) / max(1, len(tasks)),
         "scorers": scorers, "scorers differ": len(differing), "differing": differing[:20],
-        "letters": letter_counts(plain),
-        "permutations": option_order_consistency(plain + rows["permute"]) if "permute" in rows else None,
+        "letters": stats.letter_counts(plain),
+        "permutations": stats.option_order_consistency(plain + rows["permute"]) if "permute" in rows else None,
         "calibration": confidence and {"error": confidence[0], "bins": confidence[1]},
-        "missing": missing_media(questions, benchmark),
+        "missing": missing_media(questions, benchmark), "unanswered": sum("unread" in row for row in plain),
         "unread": sorted({row["unread"] for row in plain if "unread" in row}),
-        "unanswered": sum("unread" in row for row in plain), "seconds": seconds, "software": software(), **info}
+        "seconds": {part: round(s, 3) for part, s in seconds.items()}, "software": software(), **condition.saved()}
 
 def task_line(name, rows, questions, controls):
     """A line of the table: one task's, or that of "Avg". controls: {control: score(its rows)}."""
     of_task = [row for row in rows if name in ("Avg", row["task"])]
     right = [row["correct"] for row in of_task]
-    low, high = accuracy_interval(of_task, right) if name == "Avg" else wilson(sum(right), len(right))
-    accuracy = score(of_task)["Avg"]
-    scores = {control: table[name] for control, table in controls.items() if name in table}
+    low, high = stats.accuracy_interval(of_task, right) if name == "Avg" else stats.wilson(sum(right), len(right))
+    accuracy, scores = score(of_task)["Avg"], {control: table[name] for control, table in controls.items()}
     gain = accuracy - max(scores[c] for c in TIMELESS) if all(c in scores for c in TIMELESS) else None
     return {"task": name, "accuracy": accuracy, "low": 100 * low, "high": 100 * high, "right": sum(right),
             "asked": len(of_task), "there are": sum(name in ("Avg", q["task"]) for q in questions),
             "chance": chance(of_task)["Avg"], "controls": scores, "needs time": gain}
 
-def temporal_gain_interval(rows):
-    """95 % interval of the average's temporal gain, paired by question; {} without the two controls."""
-    if not all(control in rows for control in TIMELESS):
-        return {}
-    columns = [{key_of(row): row["correct"] for row in rows[name]} for name in ("", *TIMELESS)]
-    paired = [row for row in rows[""] if all(key_of(row) in column for column in columns)]
-    low, high = cluster_bootstrap(paired, [[column[key_of(row)] for column in columns] for row in paired],
-                                  lambda means: means[:, 0] - means[:, 1:].max(1))     # the better one in each draw
-    return {"needs time low": 100 * low, "needs time high": 100 * high}
-
 def software():
     """Commit, versions and machine."""
-    git = ["git", "-C", str(Path(__file__).parent.parent), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
+    git = f"git -C {shlex.quote(str(Path(__file__).parent))} describe --always --dirty 2>/dev/null"
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    return {"commit": commit, "python": platform.python_version(), "torch": torch.__version__, "machine": machine}
+    return {"commit": subprocess.getoutput(git) or "unknown", "python": platform.python_version(),
+            "torch": torch.__version__, "machine": machine}
 
 def command_line():
     """The command that is running, as one would type it."""
@@ -119,79 +99,38 @@ def command_line():
     launcher = ["torchrun", "--nproc_per_node", n_processes] if n_processes else ["python"]
     return shlex.join([*launcher, Path(sys.argv[0]).name, *sys.argv[1:]])
 
-# ------------------------------------------------------------------------------------------------------------ the files
-
 def write(summary, rows, folder, leaderboard):
     """Writes a run's files into its folder. leaderboard: whether all questions were meant, so that it may take them."""
-    def percent(table):
-        return {name: round(value, 2) for name, value in table.items()}
-    for name in rows:
-        if name != "permute":
-            write_json(percent(score(rows[name])), folder / f"mvbench{'.' * bool(name)}{name}.json")
-    write_json(percent(chance(rows[""])), folder / "chance.json")
-    write_json({"written": time.strftime("%Y-%m-%d %H:%M"), **summary}, folder / "summary.json")
+    # the scores alone, in percent
+    tables = {f"mvbench.{name}".rstrip("."): score(rows[name]) for name in rows if name != "permute"}
+    for name, table in (tables | {"chance": chance(rows[""])}).items():
+        write_json({task: round(percent, 2) for task, percent in table.items()}, folder / f"{name}.json")
     if leaderboard and summary["average"]["asked"] == summary["average"]["there are"]:
-        write_json(score(rows[""]), folder / "leaderboard.json")
+        write_json(tables["mvbench"], folder / "leaderboard.json")
+
+    write_json({"written": time.strftime("%Y-%m-%d %H:%M"), **summary}, folder / "summary.json")
     save_text(report_page.page(summary, rows[""]), folder / "report.html")
 
-# ---------------------------------------------------------------------------------------------------------- the console
-
 def show(summary):
-    """Prints the table, the scorers, and what else a reader of the scores should know."""
-    average, controls = summary["average"], summary["controls"]
-    timed = average["needs time"] is not None
-    print(f"\n{'task':26}{'right':>7}{'95 %':>13}{'chance':>8}" + "".join(f"{control:>9}" for control in controls)
-          + f"{'temporal gain':>15}" * timed + f"{'asked':>11}")
-    for line in (*summary["tasks"], average):
-        interval = f"{line['low']:.1f}-{line['high']:.1f}"
-        text = f"{line['task']:26}{line['accuracy']:7.1f}{interval:>13}{line['chance']:8.1f}"
-        text += "".join(f"{line['controls'].get(control, float('nan')):9.1f}" for control in controls)
-        text += f"{line['needs time']:+15.1f}" if timed else ""
-        text += f"{line['asked']}/{line['there are']}".rjust(11)
-        print("-" * len(text) + "\n" + text if line is average else text)
-    print(f"\nmean of the tasks {summary['mean of tasks']:.1f}; intervals are Wilson's, the average's is over videos")
-    if timed:
-        print(f"temporal gain: normal minus the better of single and shuffle; over all {average['needs time']:+.1f} "
-              f"({average['needs time low']:+.1f} to {average['needs time high']:+.1f})")
+    """Prints what the page says in words."""
+    for section in report_page.sections(summary):
+        print(f"\n{section.title}\n")
+        print_table(section.head, section.lines)
+        print(*section.notes, sep="\n")
 
-    print(f"\n{'scorer':14}{'right':>8}{'of':>12}{'unparsed':>10}{'any key':>9}")
-    for name, s in summary["scorers"].items():
-        print(f"{name:14}{s['percent']:8.2f}{s['right']:>6}/{s['counted']:<5}{s['unparsed']:10}{s['any']:9}")
-    print(f"they differ on {summary['scorers differ']} questions")
-    show_biases(summary)
-
-    # what is missing from the scores
-    if summary["missing"]:
-        print("\nnot asked, and in no score:\n  " + "\n  ".join(summary["missing"]))
-    if summary["unanswered"]:
-        print(f"\n{summary['unanswered']} questions with an unreadable medium, counted as wrong:")
-        print("\n".join(f"  unread: {reason}" for reason in summary["unread"][:5]))
-
-def show_biases(summary):
-    """Prints how letters, confidence and the order of the options go with the answers."""
-    letters = summary["letters"]
-    print(f"\n{'letter':10}" + "".join(f"{letter or 'none':>8}" for letter in letters))
-    for what, i in (("is key", 1), ("answered", 2)):
-        print(f"{what:10}" + "".join(f"{counts[i]:8}" for counts in letters.values()))
-
-    # is it right as often as it is sure, and does the order of the options matter?
-    if summary["calibration"]:
-        print(f"\nconfidence and the share that is right differ by {100 * summary['calibration']['error']:.1f} points "
-              "in the mean (expected calibration error)")
-    if orders := summary["permutations"]:
-        n = max(1, sum(answered for *_, answered in orders["letters"].values())) / 100
-        shares = ", ".join(f"{letter or 'none'} {answered / n:.1f} %" + f" (key {key / n:.1f})" * bool(options)
-                           for letter, (options, key, answered) in orders["letters"].items())
-        print(f"\nall orders of the options, {orders['questions']} questions: right {orders['mean']:.1f} in the mean, "
-              f"{orders['always']:.1f} in every order; the same option in every order: {orders['same']:.1f}\n"
-              f"  answered {shares}")
+def print_table(head, lines):
+    """Prints cells in columns; a rule sets off the line of "Avg"."""
+    table = [list(map(str, line)) for line in (head, *lines)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for first, *others in table if head else ():
+        text = "  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])])
+        print("-" * len(text) + "\n" + text if first == "Avg" else text)
 
 # ------------------------------------------------------------------------------------------------------------- two runs
 
 def compare(argv):
     """python mvbench.py compare A B: prints which of two runs is better, by task and over all."""
-    p = argparse.ArgumentParser(prog="mvbench.py compare", description="Two runs on the same questions: which one is "
-                                "better, and could luck explain the difference (McNemar's exact test)?")
+    p = argparse.ArgumentParser("mvbench.py compare", description="Is one of two runs better, or is it luck (McNemar)?")
     p.add_argument("a", help="a run: the folder of its results, its checkpoint, or a predictions.jsonl")
     p.add_argument("b", help="another run")
     p.add_argument("--scorer", choices=tuple(SCORERS), default="official", help="(default %(default)s)")
@@ -200,43 +139,38 @@ def compare(argv):
     # the questions that both have, which must be the same ones
     a, b = rows_of(args.a), rows_of(args.b)
     pairs = [(row, b[key]) for key, row in a.items() if key in b]
-    other = [x for x, y in pairs if any(x.get(k) != y.get(k) for k in ("question", "candidates", "answer"))]
     if not pairs:
         raise ValueError(f"{args.a} and {args.b} have no question in common")
-    if other:
+    if other := [x for x, y in pairs if any(x.get(k) != y.get(k) for k in ("question", "candidates", "answer"))]:
         raise ValueError(f"{len(other)} questions differ between {args.a} and {args.b}, the first being "
                          f"{other[0]['task']} {other[0]['index']}: they are not of the same benchmark")
-    unequal = f" (A has {len(a)}, B {len(b)})" if not len(a) == len(b) == len(pairs) else ""
-    print(f"{len(pairs)} questions in common{unequal}; scorer: {args.scorer}\n\n"
-          f"{'task':26}{'A':>7}{'B':>7}{'A - B':>8}{'only A':>8}{'only B':>8}{'p':>9}")
 
     # a line for each task, and one for all
-    right = [(x["task"], is_right(args.scorer, x), is_right(args.scorer, y)) for x, y in pairs]
+    right, lines = [(x["task"], is_right(args.scorer, x), is_right(args.scorer, y)) for x, y in pairs], []
     for name in [*dict.fromkeys(task for task, *_ in right), "Avg"]:
         of_task = [(in_a, in_b) for task, in_a, in_b in right if name in ("Avg", task)]
         score_a, score_b = (100 * sum(column) / len(of_task) for column in zip(*of_task, strict=True))
         only_a, only_b = of_task.count((True, False)), of_task.count((False, True))
-        p = mcnemar(only_a, only_b)
-        line = (f"{name:26}{score_a:7.1f}{score_b:7.1f}{score_a - score_b:+8.1f}{only_a:8}{only_b:8}"
-                + (f"{p:9.4f}" if p >= 1e-4 else f"{'<0.0001':>9}"))
-        print("-" * len(line) + "\n" + line if name == "Avg" else line)
+        p = stats.mcnemar(only_a, only_b)
+        scores = [f"{score_a:.1f}", f"{score_b:.1f}", f"{score_a - score_b:+.1f}"]
+        lines.append([name, *scores, only_a, only_b, f"{p:.3g}"])
+    unequal = f" (A has {len(a)}, B {len(b)})" if not len(a) == len(b) == len(pairs) else ""
+    print(f"{len(pairs)} questions in common{unequal}; scorer: {args.scorer}\n")
+    print_table(["task", "A", "B", "A - B", "only A", "only B", "p"], lines)
 
     # the verdict is that of the last line, over all tasks
-    low, high = cluster_bootstrap([x for x, _ in pairs], [in_a - in_b for _, in_a, in_b in right])
-    verdict = f"The difference could be luck (p = {p:.2f})."
-    if p < 0.05:
-        verdict = f"{'A' if score_a > score_b else 'B'} is better (p {f'= {p:.4f}' if p >= 1e-4 else '< 0.0001'})."
-    print(f"\nA - B over all: {score_a - score_b:+.2f}, 95 % over videos {100 * low:+.2f} to {100 * high:+.2f}. "
-          f"{verdict}\nOf 20 tasks, one is at p < 0.05 by luck alone.")
+    low, high = stats.cluster_bootstrap([x for x, _ in pairs], [in_a - in_b for _, in_a, in_b in right])
+    better = f"{'A' if score_a > score_b else 'B'} is better (p = {p:.3g})."
+    print(f"\nA - B over all: {score_a - score_b:+.2f}, 95 % over videos {100 * low:+.2f} to {100 * high:+.2f}.",
+          better if p < 0.05 else f"The difference could be luck (p = {p:.2f}).",
+          "\nOf 20 tasks, one is at p < 0.05 by luck alone.")
     return 0
 
 def rows_of(path):
     """A run's rows by key: of a file, of a folder's predictions.jsonl, or of a checkpoint's mvbench folder."""
-    places = [Path(path), Path(path) / "predictions.jsonl", Path(path) / "mvbench" / "predictions.jsonl"]
-    file = next((place for place in places if place.is_file()), None)
-    if file is None:
-        others = [str(f) for pattern in ("predictions*.jsonl", "*/predictions*.jsonl", "mvbench/*/predictions*.jsonl")
-                  for f in sorted(Path(path).glob(pattern))]
-        hint = f"; there are {', '.join(others)}" if others else ""
-        raise FileNotFoundError(f"{path} is no finished run: it has no predictions.jsonl{hint}")
-    return read_rows(file)
+    path = Path(path)
+    for place in (path, path / "predictions.jsonl", path / "mvbench" / "predictions.jsonl"):
+        if place.is_file():
+            return read_rows(place)
+    others = ", ".join(map(str, sorted(path.rglob("predictions*.jsonl")))) or "no others"
+    raise FileNotFoundError(f"{path} is no finished run: it has no predictions.jsonl; there are {others}")

@@ -1,12 +1,5 @@
 """How certain is a score? Intervals, paired comparisons, calibration, and how evenly the letters are used.
 
-    wilson                     95 % interval of a share of n questions
-    cluster_bootstrap          95 % interval of a mean over questions that share videos: videos are drawn, not questions
-    mcnemar                    two runs on the same questions: could luck explain the difference?
-    calibration                of the answers given with 80 % confidence, are 80 % right?
-    letter_counts              is a letter answered more often than it is the key?
-    option_order_consistency   is the same option chosen when the options change places?
-
 All take rows of predictions.jsonl. Not here: what counts as right (scorers.py).
 Source: Wilson 1927; Efron's percentile bootstrap, by clusters; McNemar 1947, the exact test; expected calibration
 error: arXiv 1706.04599; all orders of the options: MMBench's CircularEval, arXiv 2307.06281.
@@ -14,7 +7,7 @@ error: arXiv 1706.04599; all orders of the options: MMBench's CircularEval, arXi
     pytest tests/test_stats.py
 """
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import numpy as np
 
@@ -33,7 +26,7 @@ def wilson(right, n):
     half = Z * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n)) / shrink
     return max(0.0, middle - half), min(1.0, middle + half)
 
-def cluster_bootstrap(rows, values, statistic=None, seed=0):
+def cluster_bootstrap(rows, values, statistic=lambda means: means, seed=0):
     """Mean of values, one for each row (right: 1 or 0) -> (low, high), 95 %, by drawing the rows' videos again.
 
     With k values for each row, (n, k), `statistic` maps the means of many draws (draws, k) to a number each (draws,).
@@ -42,7 +35,8 @@ def cluster_bootstrap(rows, values, statistic=None, seed=0):
     for row, value in zip(rows, values, strict=True):
         groups[row["media"]].append(value)
     if not groups:
-        return 0.0, 1.0
+        return 0.0, 1.0                                        # nothing is known
+
     sums = np.array([np.sum(group, 0) for group in groups.values()], dtype=float)          # (videos,) or (videos, k)
     sizes = np.array([len(group) for group in groups.values()], dtype=float)               # (videos,)
 
@@ -50,17 +44,14 @@ def cluster_bootstrap(rows, values, statistic=None, seed=0):
     rng, results = np.random.default_rng(seed), []
     for _ in range(DRAWS // 100):
         drawn = rng.integers(len(sums), size=(100, len(sums)))
-        means = (sums[drawn].sum(1).T / sizes[drawn].sum(1)).T                             # (100,) or (100, k)
-        results.append(statistic(means) if statistic else means)
+        results.append(statistic((sums[drawn].sum(1).T / sizes[drawn].sum(1)).T))          # of (100,) or (100, k)
     low, high = np.percentile(np.concatenate(results), (2.5, 97.5))
     return float(low), float(high)
 
 def accuracy_interval(rows, right):
     """cluster_bootstrap of booleans. If they are all the same, draws show nothing: Wilson's interval of n videos."""
-    if len(set(right)) == 1:
-        n_videos = len({row["media"] for row in rows})
-        return wilson(n_videos if right[0] else 0, n_videos)
-    return cluster_bootstrap(rows, right)
+    n_videos = len({row["media"] for row in rows})
+    return cluster_bootstrap(rows, right) if len(set(right)) != 1 else wilson(n_videos * right[0], n_videos)
 
 def mcnemar(only_a, only_b):
     """How many questions only A, and only B, has right -> the exact two-sided p of "both are equally good"."""
@@ -71,54 +62,45 @@ def mcnemar(only_a, only_b):
 def answered_letter(row):
     """The letter that the official scorer takes from an answer, or "" if it takes none or several."""
     accepted = official(row["prediction"], row["candidates"])
-    return next(iter(accepted)) if len(accepted) == 1 else ""
+    return accepted.pop() if len(accepted) == 1 else ""
 
 def letter_counts(rows):
     """{letter: (how often it is an option, the key, the answer)}; "" counts the answers that are no letter."""
-    table = {letter: [0, 0, 0] for letter in (*LETTERS, "")}
-    for row in rows:
-        if not row.get("unread"):
-            for letter in LETTERS[:len(row["candidates"])]:
-                table[letter][0] += 1
-            table[letter_of(row)][1] += 1
-            table[answered_letter(row)][2] += 1
-    return {letter: tuple(counts) for letter, counts in table.items()}
+    rows = [row for row in rows if not row.get("unread")]
+    options = Counter(letter for row in rows for letter in LETTERS[:len(row["candidates"])])
+    keys, answers = Counter(map(letter_of, rows)), Counter(map(answered_letter, rows))
+    return {letter: (options[letter], keys[letter], answers[letter]) for letter in (*LETTERS, "")}
 
 def calibration(rows, bins=10):
-    """Rows with letter probabilities -> (expected calibration error, [(mean confidence, share right, n), ...]).
-
-    Confidence: the highest probability of a letter, as a share of all options' letters. None if no row has any.
-    """
-    points = []
+    """Rows -> (expected calibration error, [(mean confidence, share right, n), ...]); None without probabilities."""
+    # confidence: the highest probability of a letter, as a share of all options' letters
+    by_bin = defaultdict(list)
     for row in rows:
-        p = np.array(row.get("letter_probabilities") or [])
-        if p.sum() > 0:
-            points.append((p.max() / p.sum(), LETTERS[int(p.argmax())] == letter_of(row)))
-    if not points:
+        p = row.get("letter_probabilities") or [0]
+        if sum(p) > 0:
+            confidence, right = max(p) / sum(p), LETTERS[p.index(max(p))] == letter_of(row)
+            by_bin[min(int(confidence * bins), bins - 1)].append((confidence, right))
+    if not by_bin:
         return None
-    confidence, right = np.array(points, dtype=float).T                                    # (n,), (n,)
-    bin_of = np.minimum((confidence * bins).astype(int), bins - 1)                         # (n,)
-    groups = [(float(confidence[bin_of == i].mean()), float(right[bin_of == i].mean()), int((bin_of == i).sum()))
-              for i in range(bins) if (bin_of == i).any()]
-    return sum(n * abs(mean - share) for mean, share, n in groups) / len(points), groups
+
+    # the error: how far the two are apart, in the mean over all answers
+    groups = [(*map(float, np.mean(points, 0)), len(points)) for _, points in sorted(by_bin.items())]
+    return sum(n * abs(mean - share) for mean, share, n in groups) / sum(n for *_, n in groups), groups
 
 def option_order_consistency(rows):
-    """Rows of all cyclic orders ("shift" 0, 1, ...) -> percentages over the questions that have them all.
-
-    questions: how many; mean: right, over all orders; always: right in every order; same: the same option is chosen in
-    every order; letters: as letter_counts, where each letter is the key equally often by construction.
+    """Rows of all cyclic orders ("shift" 0, 1, ...) -> {"questions": how many have them all, and of these, in percent,
+    "mean": right, "always": right in every order, "same": the same option in every order; "letters": as letter_counts}.
     """
     by_question = defaultdict(list)
     for row in rows:
         by_question[row["task"], row["index"]].append(row)
     complete = [group for group in by_question.values() if len(group) == len(group[0]["candidates"])]
 
-    n_always = n_same = 0
-    for group in complete:
-        letters = [answered_letter(row) for row in group]
-        texts = {row["candidates"][LETTERS.index(c)] if c else "" for row, c in zip(group, letters, strict=True)}
-        n_always += all(row["correct"] for row in group)
-        n_same += len(texts) == 1 and texts != {""}
+    # the texts that are chosen in any order; "" for none
+    texts = [{row["candidates"][LETTERS.index(letter)] if (letter := answered_letter(row)) else "" for row in group}
+             for group in complete]
+    n_same = sum(len(chosen) == 1 and chosen != {""} for chosen in texts)
+    n_always = sum(all(row["correct"] for row in group) for group in complete)
     answers, n = [row for group in complete for row in group], max(1, len(complete))
     return {"questions": len(complete), "mean": 100 * sum(row["correct"] for row in answers) / max(1, len(answers)),
             "always": 100 * n_always / n, "same": 100 * n_same / n, "letters": letter_counts(answers)}

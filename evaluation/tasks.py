@@ -3,8 +3,7 @@
     MVBench/json/action_sequence.json     [{"video", "question", "candidates", "answer", "start", "end"}, ...]
     MVBench/video/star/Charades_v1_480/   the media; find_media knows the other trees that the archives unpack into
 
-A benchmark is a value: a name, tasks, a function that reads a task's file, and a scorer. MVBENCH and TVBENCH are two
-of them, and the toy world has MVBench's layout; one with files of another format needs a reader of its own.
+A benchmark is a value, like MVBENCH and TVBENCH; the toy world has MVBench's layout.
 Not here: how a question is asked (engine.py) and scored (scorers.py), how the toy's questions are made (qagen).
 Source: paper table 1; mvbench.ipynb, data_list; TVBench: arXiv 2410.07752, github.com/daniel-cores/tvbench.
 
@@ -14,9 +13,11 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from infra.files import read_json
@@ -25,7 +26,7 @@ LETTERS = "ABCDE"
 
 @dataclass(frozen=True)
 class Task:
-    """A row of a benchmark's table: its names, and where its questions and media are."""
+    """A row of a benchmark's table."""
     name: str               # "Action Sequence"
     short: str              # "AS"
     file: str               # json/{file}.json
@@ -34,20 +35,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark as a value. All of them share everything but the reader, `questions`.
-
-    questions(root, task) -> (path of the task's file, its entries, or None if there is no such file). An entry is a
-    dict as in MVBench's files, whatever the file looks like: "video", "question", "candidates", "answer" (one of the
-    candidates), and for a task with bounds "start" and "end" in seconds. For a file with a column for each option:
-
-        def columns(root, task):
-            path = Path(root) / "val.csv"
-            return path, [{"video": row["video"] + ".mp4", "question": row["question"], "answer": row["a" + row["key"]],
-                           "candidates": [row[f"a{i}"] for i in range(5)]} for row in csv.DictReader(open(path))]
-    """
+    """A benchmark as a value. One in files of another format needs its own reader: tests/test_mvbench.py has one."""
     name: str                               # as reports show it
     tasks: list                             # of Task, in the order of its table
-    questions: Callable
+    questions: Callable                     # (root, task) -> path of its file, entries as in MVBench's; None: no file
     scorer: str = "official"                # of scorers.SCORERS: what "correct" means in predictions.jsonl
     version: Callable | None = None         # entries of all tasks -> which published version this is, in words
     leaderboard: bool = False               # whether a leaderboard takes leaderboard.json
@@ -81,8 +72,8 @@ REVISED = ("EDXBD.mp4", "video_14727.mp4", "video_13446.mp4")
 
 def json_questions(root, task):
     """Reader of MVBench's layout: json/{task}.json, or {task}.json where everything is in one folder."""
-    path = Path(root) / f"{task.file}.json"
-    path = path if path.is_file() else Path(root) / "json" / f"{task.file}.json"
+    path = Path(root, f"{task.file}.json")
+    path = path if path.is_file() else Path(root, "json", path.name)
     entries = read_json(path) if path.is_file() else None
     if entries is not None and not isinstance(entries, list):
         raise ValueError(f"{path} is a JSON {type(entries).__name__}, not a list of questions")
@@ -92,24 +83,16 @@ def mvbench_version(entries):
     """Which of the published versions of MVBench has these entries."""
     if len(entries) != 4000:
         return f"{len(entries):,} questions: none of MVBench's published versions, which have 4,000"
-    for name in REVISED:
-        if any(entry.get("video") == name for entry in entries):
-            return f"MVBench as revised on 2024-06-13 (it asks about {name})"
-    return "MVBench before its revision of 2024-06-13 (it asks about none of " + ", ".join(REVISED) + ")"
+    revised = any(entry.get("video") in REVISED for entry in entries)
+    return f"MVBench {'as revised on' if revised else 'before its revision of'} 2024-06-13"
 
 MVBENCH = Benchmark("MVBench", TASKS, json_questions, version=mvbench_version, leaderboard=True)
+TVBENCH_NAMES = (
+    "Action Count", "Object Count", "Action Sequence", "Object Shuffle", "Scene Transition", "Action Localization",
+    "Action Antonym", "Unexpected Action", "Egocentric Sequence", "Moving Direction")
 TVBENCH = Benchmark("TVBench", [
-    Task("Action Count", "AC", "action_count", "action_count"),
-    Task("Object Count", "OC", "object_count", "object_count"),
-    Task("Action Sequence", "AS", "action_sequence", "action_sequence", bound=True),
-    Task("Object Shuffle", "OS", "object_shuffle", "object_shuffle"),
-    Task("Scene Transition", "ST", "scene_transition", "scene_transition"),
-    Task("Action Localization", "AL", "action_localization", "action_localization", bound=True),
-    Task("Action Antonym", "AA", "action_antonym", "action_antonym"),
-    Task("Unexpected Action", "UA", "unexpected_action", "unexpected_action"),
-    Task("Egocentric Sequence", "ES", "egocentric_sequence", "egocentric_sequence"),
-    Task("Moving Direction", "MD", "moving_direction", "moving_direction"),
-], json_questions)
+    Task(name, re.sub("[^A-Z]", "", name), file, file, bound=name in ("Action Sequence", "Action Localization"))
+    for name in TVBENCH_NAMES for file in [name.lower().replace(" ", "_")]], json_questions)
 BENCHMARKS = {"mvbench": MVBENCH, "tvbench": TVBENCH}       # as --benchmark names them
 
 # -------------------------------------------------------------------------------------------------------- the questions
@@ -117,31 +100,22 @@ BENCHMARKS = {"mvbench": MVBENCH, "tvbench": TVBENCH}       # as --benchmark nam
 def load_questions(root, only=(), limit=0, benchmark=MVBENCH):
     """Benchmark folder -> list of dicts: task, index, video, media, size, bound, question, candidates, answer.
 
-    only: task names; limit: the first n questions of each task. Where the medium is missing, media is "". ValueError
-    names the file, the entry and what is wrong with it; FileNotFoundError a folder that holds none of the tasks.
+    Where the medium is missing, media is "". only: task names; limit: the first n questions of each task.
     """
     names = [task.name for task in benchmark.tasks]
-    unknown = sorted(set(only) - set(names))
-    if unknown:
+    if unknown := sorted(set(only) - set(names)):
         raise ValueError(f"{benchmark.name} has no task {', '.join(unknown)}; its tasks are {', '.join(names)}")
 
-    questions, missing = [], []
-    for task in benchmark.tasks:
-        if only and task.name not in only:
-            continue
-        path, entries = benchmark.questions(root, task)
-        if entries is None:
-            missing.append(path)
-            continue
-        questions += [make_question(task, i, entry, path, root) for i, entry in enumerate(entries[:limit or None])]
-
     # one missing file is a task less; if all are missing, the folder is the wrong one
-    if missing and not questions:
+    files = [(task, *benchmark.questions(root, task)) for task in benchmark.tasks if not only or task.name in only]
+    missing = [path for _, path, entries in files if entries is None]
+    if len(missing) == len(files):
         raise FileNotFoundError(f"{missing[0]} does not exist, nor does the file of any other task: --data is the "
                                 "folder that holds json/ and video/ of the benchmark")
     for path in missing:
         print(f"{path} does not exist: this task is left out", file=sys.stderr)
-    return questions
+    return [make_question(task, i, entry, path, root)
+            for task, path, entries in files for i, entry in enumerate((entries or [])[:limit or None])]
 
 def make_question(task, index, entry, path, root):
     """One entry of a task's file, checked, with its medium found."""
@@ -156,56 +130,45 @@ def make_question(task, index, entry, path, root):
     if entry["answer"] not in entry["candidates"]:
         raise ValueError(f"{path}, entry {index}: the answer {entry['answer']!r} is not among the candidates")
 
+    # its size tells a medium from another of the same name: a file's bytes, a folder's number of files
     media = find_media(root, task.folder, entry["video"])
-    return {"task": task.name, "index": index, "video": entry["video"], "media": media, "size": media_size(media),
+    size = len(os.listdir(media)) if os.path.isdir(media) else os.path.getsize(media) if media else 0
+    return {"task": task.name, "index": index, "video": entry["video"], "media": media, "size": size,
             "bound": bound, "question": entry["question"], "candidates": list(map(str, entry["candidates"])),
             "answer": str(entry["answer"])}
 
 def find_media(root, folder, name):
-    """Path of a medium, in the official tree or in one that people have made of its archives; "" if it is missing.
-
-    The archives' folders may be in video/ or beside it, each inside a folder of its archive's name or not; later files
-    may be in data0613/; the media of a task, or of all tasks, may be in one flat folder. If the original is missing, an
-    .mp4 of the same name will do: something-something v2 is often converted.
-    """
+    """Path of a medium, in the official tree or in one that people have made of its archives; "" if it is missing."""
+    # the archives' folders are in video/ or beside it, later files in data0613/; each folder is inside one of its
+    # archive's name or not; the media of a task, or of all tasks, may be in one flat folder. If the original is missing,
+    # an .mp4 of the same name will do: something-something v2 is often converted
     first, last = folder.split("/")[0], folder.split("/")[-1]
-    bases = [Path(root) / base for base in ("video", "video/data0613", "data0613", ".")]
-    folders = [base / sub for base in bases for sub in (folder, f"{first}/{folder}", last, first, "")]
-    for variant in (name, Path(name).stem + ".mp4"):
-        for place in folders:
-            if (place / variant).exists() and (place / variant) != place:
-                return str(place / variant)
+    for variant, base, place in product((name, Path(name).stem + ".mp4"), ("video", "video/data0613", "data0613", "."),
+                                        (folder, f"{first}/{folder}", last, first, "")):
+        path = Path(root, base, place, variant)
+        if variant and path.exists():
+            return str(path)
     return ""
-
-def media_size(media):
-    """What tells a medium from another of the same name: its bytes, or a folder's number of files; 0 if missing."""
-    if not media:
-        return 0
-    return len(os.listdir(media)) if os.path.isdir(media) else os.path.getsize(media)
 
 def missing_media(questions, benchmark=MVBENCH):
     """A line for each task with missing media: how many of its questions have none, and why that may be."""
     lines = []
     for task in benchmark.tasks:
         has_media = [bool(q["media"]) for q in questions if q["task"] == task.name]
+        hint = "; NTU RGB+D's owners give these videos out, on request" if task.short == "FP" else ""
         if not all(has_media):
-            hint = "; NTU RGB+D's owners give these videos out, on request" if task.short == "FP" else ""
             lines.append(f"{task.name}: {has_media.count(False)} of {len(has_media)} media are missing "
                          f"(video/{task.folder}/){hint}")
     return lines
 
 def describe(root, benchmark=MVBENCH):
-    """Benchmark folder -> (fingerprint of its questions, 16 hexadecimal digits; its version in words).
-
-    The fingerprint covers videos by name, bounds, questions, options and answers, not how the files are formatted.
-    """
-    entries = [(task.name, entry) for task in benchmark.tasks for entry in benchmark.questions(root, task)[1] or []]
+    """Benchmark folder -> (fingerprint of its questions, 16 hexadecimal digits; its version in words)."""
+    # the fingerprint covers what is asked, not how the files are formatted
+    files = [(task.name, entry) for task in benchmark.tasks for entry in benchmark.questions(root, task)[1] or []]
     keys = ("video", "start", "end", "question", "candidates", "answer")
-    content = json.dumps([[task, *map(entry.get, keys)] for task, entry in entries])
-    version = f"{benchmark.name}, {len(entries):,} questions"
-    if benchmark.version:
-        version = benchmark.version([entry for _, entry in entries])
-    return hashlib.sha256(content.encode()).hexdigest()[:16], version
+    content = json.dumps([[task, *map(entry.get, keys)] for task, entry in files])
+    version = benchmark.version or (lambda entries: f"{benchmark.name}, {len(entries):,} questions")
+    return hashlib.sha256(content.encode()).hexdigest()[:16], version([entry for _, entry in files])
 
 def letter_of(q):
     """The letter of the right answer. QUIRK mvbench.ipynb qa_template: of equal candidates the last one counts."""

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from evaluation.predictions import Condition, adopt_old_files, key_of
+from evaluation.predictions import Condition, key_of
 
 def rows(*indices, task="AC", **more):
     return [{"task": task, "index": i, "prediction": f"({i}) é", "candidates": ["a", "b"], "answer": "a", **more}
@@ -71,18 +71,3 @@ def test_a_line_that_is_no_prediction_is_named_and_an_answer_is_worth_more_than_
 
 def test_orders_of_the_options_are_different_answers():
     assert key_of(rows(0)[0]) == ("AC", 0, 0) and key_of(rows(0, shift=2)[0]) == ("AC", 0, 2)
-
-def test_files_of_older_versions_move_into_their_setting_s_folder(tmp_path):
-    """They named the setting in each file, and two settings in other words."""
-    named = {"predictions.part.jsonl": "predictions.jsonl", "settings.blank.part.json": "settings.blank.json",
-             "predictions.blank.part.rank0.jsonl": "predictions.blank.rank0.jsonl"}
-    others = ["predictions.jsonl", "predictions.blank.jsonl", "predictions.frames8.part.jsonl", "summary.part.json"]
-    for name in (*named, *others):
-        (tmp_path / name).write_text(name)
-    adopt_old_files(tmp_path, "")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*named, *others])
-    adopt_old_files(tmp_path, "part")
-    assert {path.name: path.read_text() for path in (tmp_path / "part").iterdir()} == {n: o for o, n in named.items()}
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == sorted(others)
-    (tmp_path / "settings.json").write_text(json.dumps({"settings": {"asked for": "x", "8 bits": False}}))
-    assert opened(tmp_path, settings={"question prompt": "x", "int8": False}).is_finished()

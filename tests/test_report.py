@@ -121,7 +121,7 @@ def test_what_stands_in_questions_and_commands_stays_text(tmp_path, plain):
 def test_unanswered_questions_are_on_the_page(tmp_path, plain):
     rows = [*plain[""], row("Action Count", 10, False, unread="<a>.mp4: no such file", prediction="")]
     html = report_page.page(summary_of(tmp_path, {"": rows}), rows)
-    assert "1 questions are about a medium that cannot be read" in html and "&lt;a&gt;.mp4: no such file" in html
+    assert "1 questions with an unreadable medium, counted as wrong" in html and "&lt;a&gt;.mp4: no such file" in html
 
 # ---- files and comparisons -------------------------------------------------------------------------------------------
 
