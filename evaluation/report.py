@@ -121,9 +121,9 @@ def show(summary):
 def print_table(head, lines):
     """Prints cells in columns; a rule sets off the line of "Avg"."""
     table = [list(map(str, line)) for line in (head, *lines)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    widths = [max(map(len, column)) for column in list(zip(*table, strict=True))[1:]]
     for first, *others in table if head else ():
-        text = "  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])])
+        text = "  ".join([first.ljust(26), *map(str.rjust, others, widths)])
         print("-" * len(text) + "\n" + text if first == "Avg" else text)
 
 # ------------------------------------------------------------------------------------------------------------- two runs

@@ -80,8 +80,9 @@ def task_section(summary):
         lines.append([t["task"], right, f"{t['low']:.1f}-{t['high']:.1f}", f"{t['chance']:.1f}", *scores, asked])
         missing = f' <span class="bad">{asked}</span>' * (t["asked"] < t["there are"])
         bars += (f'<div class="row{" total" * (t is average)}"><span>{escape(t["task"])}{missing}</span>'
-                 f'<span class="bar"><i class="fill" style="width:{right}%"></i><i class="span" style="'
-                 f'left:{t["low"]:.1f}%;width:{t["high"] - t["low"]:.1f}%"></i><i class="odds" style="left:{t["chance"]:.1f}%"></i></span>'
+                 f'<span class="bar"><i class="fill" style="width:{right}%"></i>'
+                 f'<i class="span" style="left:{t["low"]:.1f}%;width:{t["high"] - t["low"]:.1f}%"></i>'
+                 f'<i class="odds" style="left:{t["chance"]:.1f}%"></i></span>'
                  f'<span>{right} <small>{t["low"]:.0f} to {t["high"]:.0f}</small></span></div>')
     head = ("task", "right", "95 %", "chance", *controls, *["temporal gain"] * timed, "asked")
     return Section("Task by task", notes, head, lines, bars)

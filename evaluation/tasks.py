@@ -140,8 +140,8 @@ def make_question(task, index, entry, path, root):
 def find_media(root, folder, name):
     """Path of a medium, in the official tree or in one that people have made of its archives; "" if it is missing."""
     # the archives' folders are in video/ or beside it, later files in data0613/; each folder is inside one of its
-    # archive's name or not; the media of a task, or of all tasks, may be in one flat folder. If the original is missing,
-    # an .mp4 of the same name will do: something-something v2 is often converted
+    # archive's name or not; the media of a task, or of all tasks, may be in one flat folder. If the original is
+    # missing, an .mp4 of the same name will do: something-something v2 is often converted
     first, last = folder.split("/")[0], folder.split("/")[-1]
     for variant, base, place in product((name, Path(name).stem + ".mp4"), ("video", "video/data0613", "data0613", "."),
                                         (folder, f"{first}/{folder}", last, first, "")):
