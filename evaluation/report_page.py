@@ -59,7 +59,7 @@ def sections(summary):
         parts.append(Section("Does it know when it knows?", [
             "confidence (the highest probability of a letter, among the options) and the share that is right differ by "
             f"{100 * confidence['error']:.1f} points in the mean (expected calibration error)"],
-            ("confidence", "right", "answers"), lines))
+            ("confidence", "right", "answers"), lines, calibration_picture(confidence["bins"])))
     return parts
 
 def task_section(summary):
@@ -75,10 +75,10 @@ def task_section(summary):
     # a line and a bar for each task; last comes the average
     lines, bars = [], ""
     for t in (*summary["tasks"], average):
-        asked, right = f"{t['asked']}/{t['there are']}", f"{t['accuracy']:.1f}"
+        covered, right = f"{t['asked']}/{t['there are']}", f"{t['accuracy']:.1f}"
         scores = [f"{score:.1f}" for score in t["controls"].values()] + ([f"{t['needs time']:+.1f}"] if timed else [])
-        lines.append([t["task"], right, f"{t['low']:.1f}-{t['high']:.1f}", f"{t['chance']:.1f}", *scores, asked])
-        missing = f' <span class="bad">{asked}</span>' * (t["asked"] < t["there are"])
+        lines.append([t["task"], right, f"{t['low']:.1f}-{t['high']:.1f}", f"{t['chance']:.1f}", *scores, covered])
+        missing = f' <span class="bad">{covered}</span>' * (t["asked"] < t["there are"])
         bars += (f'<div class="row{" total" * (t is average)}"><span>{escape(t["task"])}{missing}</span>'
                  f'<span class="bar"><i class="fill" style="width:{right}%"></i>'
                  f'<i class="span" style="left:{t["low"]:.1f}%;width:{t["high"] - t["low"]:.1f}%"></i>'
@@ -93,6 +93,19 @@ def letter_section(title, counts, notes):
     lines = [[letter or "none", f"{key / n:.1f}", f"{answered / n:.1f}"]
              for letter, (_, key, answered) in counts.items() if key or answered]
     return Section(title, notes, ("letter", "is key, %", "answered, %"), lines)
+
+def calibration_picture(bins):
+    """Confidence from left to right, the share that is right upwards: a dot on the diagonal is as sure as it should be."""
+    most = max(n for *_, n in bins)
+    dots = "".join(f'<circle cx="{30 + 200 * p:.1f}" cy="{210 - 200 * right:.1f}" r="{3 + 9 * (n / most) ** 0.5:.1f}" '
+                   f'fill="var(--fill)"><title>{n} answers: confidence {p:.2f}, right {right:.2f}</title></circle>'
+                   for p, right, n in bins)
+    return ('<svg viewBox="0 0 260 240" style="max-width:22rem;width:100%" role="img" aria-label="calibration">'
+            '<path d="M30 10V210H230" fill="none" stroke="var(--soft)"/>'
+            f'<path d="M30 210L230 10" stroke="var(--line)" stroke-dasharray="4"/>{dots}'
+            '<g fill="var(--soft)" font-size="12"><text x="30" y="226">0</text><text x="222" y="226">1</text>'
+            '<text x="90" y="236">confidence</text><text x="18" y="16">1</text>'
+            '<text x="14" y="130" transform="rotate(-90 14 130)">right</text></g></svg>')
 
 # ------------------------------------------------------------------------------------------------------------- the page
 

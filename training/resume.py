@@ -14,13 +14,13 @@ import hashlib
 import json
 import shutil
 import threading
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from infra.distributed import full_tensor, shard_like
+from infra.distributed import full_tensor, raise_together, shard_like
 from infra.files import atomic_folder, hash_file, load_strict, lock_folder, read_json, read_tensors, save_tensors
 from weights import checkpoint
 
@@ -65,12 +65,19 @@ def latest(folder, report=print, names=None):
 
 @contextmanager
 def locked(stage, cfg, dist):
-    """Within it, no other run writes into the folder of the unfinished run."""
-    with lock_folder(stage.unfinished) if dist.is_main else nullcontext():
-        # what a killed process has left half-written and, with --no-resume, the checkpoints too
-        for path in list(stage.unfinished.iterdir()) if dist.is_main else ():
-            if path.is_dir() and (not cfg.resume or path.name.startswith(".")):
-                shutil.rmtree(path)
+    """Within it, no other run writes into the folder of the unfinished run. OSError, in every process, if one does."""
+    problem = None
+    with ExitStack() as stack:
+        if dist.is_main:
+            try:
+                stack.enter_context(lock_folder(stage.unfinished))
+                # what a killed process has left half-written and, with --no-resume, the checkpoints too
+                for path in list(stage.unfinished.iterdir()):
+                    if path.is_dir() and (not cfg.resume or path.name.startswith(".")):
+                        shutil.rmtree(path)
+            except OSError as error:
+                problem = error
+        raise_together(problem, dist)
         yield
 
 def init_checkpoint(cfg):
