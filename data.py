@@ -13,6 +13,7 @@ Source: the official pt_dataset.py and it_dataset.py.
 Run:    python -m pytest tests/test_data.py
 """
 import random
+import sys
 
 import numpy as np
 import torch
@@ -248,3 +249,6 @@ def qformer_text(qa, with_question):
     """The instruction of a turn, with its question if with_question; never the question alone."""
     text = qa.get("i") or ""
     return f"{text} {qa.get('q') or ''}".strip() if text and with_question else text
+
+if __name__ == "__main__":                                             # "check" was a command of this file
+    sys.exit(f"data.py holds no command; check annotations with: python -m training.check_data {' '.join(sys.argv[2:])}")

@@ -95,7 +95,7 @@ def letter_section(title, counts, notes):
     return Section(title, notes, ("letter", "is key, %", "answered, %"), lines)
 
 def calibration_picture(bins):
-    """Confidence from left to right, the share that is right upwards: a dot on the diagonal is as sure as it should be."""
+    """Confidence (x) against the share that is right (y); a dot on the diagonal is as sure as it should be."""
     most = max(n for *_, n in bins)
     dots = "".join(f'<circle cx="{30 + 200 * p:.1f}" cy="{210 - 200 * right:.1f}" r="{3 + 9 * (n / most) ** 0.5:.1f}" '
                    f'fill="var(--fill)"><title>{n} answers: confidence {p:.2f}, right {right:.2f}</title></circle>'

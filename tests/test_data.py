@@ -264,3 +264,7 @@ def test_a_loader_that_is_left_open_does_not_keep_the_process(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], cwd=Path(data.__file__).parent, capture_output=True,
                           text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "[0, 1, 2, 3]\n", "")
+
+def test_the_old_command_of_the_checker_names_the_new_one():
+    done = subprocess.run([sys.executable, data.__file__, "check", "corpus.json"], capture_output=True, text=True)
+    assert done.returncode == 1 and "python -m training.check_data corpus.json" in done.stderr
