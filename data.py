@@ -251,4 +251,4 @@ def qformer_text(qa, with_question):
     return f"{text} {qa.get('q') or ''}".strip() if text and with_question else text
 
 if __name__ == "__main__":                                             # "check" was a command of this file
-    sys.exit(f"data.py holds no command; check annotations with: python -m training.check_data {' '.join(sys.argv[2:])}")
+    sys.exit(f"data.py holds no command; check annotations by: python -m training.check_data {' '.join(sys.argv[2:])}")
