@@ -35,8 +35,7 @@ class VideoTextDataset(torch.utils.data.Dataset):
                        "bad": ["clips/dog.mp4: no such file"]}                   # unreadable media that it replaces
 
     sampling: which frames of a clip (video.train_frame_indices). If self.features is set (feature_cache.Features),
-    "features" (T, L, C) replace "video". More than max_bad unreadable media in a row raise MediaError.
-    """
+    "features" (T, L, C) replace "video". More than max_bad unreadable media in a row raise MediaError."""
     def __init__(self, sources, num_frames, transform, sampling="rand", seed=0, max_bad=10):
         if sampling not in SAMPLING:
             raise ValueError(f"frame_sampling {sampling!r}: expected one of {', '.join(SAMPLING)}")
@@ -126,8 +125,7 @@ class Sampler:
         world_size=2, rank=1, grad_accum=2  [2] [4] [9] [5] ..         # micro-batches: grad_accum of them are a step
 
     dataset: anything with a length; groups() and lengths() are used if it has them. A source of weight 2.5 is in an
-    epoch twice, and a random half of it once more. To resume: skip_to(step).
-    """
+    epoch twice, and a random half of it once more. To resume: skip_to(step)."""
     def __init__(self, dataset, batch_size, seed=0, rank=0, world_size=1, grad_accum=1):
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.rank, self.world_size, self.micro_batches = rank, world_size, grad_accum

@@ -50,8 +50,7 @@ class LlamaConfig:
 
 class KVCache:
     """Keys and values of all tokens so far, and their padding mask. To hide a token from all later ones, zero its
-    column of the mask; to forget the last tokens, shorten the mask.
-    """
+    column of the mask; to forget the last tokens, shorten the mask."""
     def __init__(self, depth):
         self.layers = [None] * depth    # k, v (B, kv_heads, room, hs) each, of which the first S columns are in use
         self.mask = None                # (B, S) 1 = token
@@ -105,8 +104,7 @@ def rope_cos_sin(positions, head_size, theta, dtype):
 
 def apply_rope(x, cos, signed_sin):
     """Rotate x (B, S, nh, hs) by the angles of its positions: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
-    subtle: channel j pairs with j + hs/2 (Hugging Face), not with its neighbour (the paper, Meta's files).
-    """
+    subtle: channel j pairs with j + hs/2 (Hugging Face), not with its neighbour (the paper, Meta's files)."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), signed_sin)    # (B, S, nh, hs)
 
 class Attention(nn.Module):
@@ -178,8 +176,7 @@ class Layer(nn.Module):
 
 def attention_mask(mask, s, dtype):
     """What the s newest tokens may see of all S: (B or 1, 1, s, S), 0 or -inf, to be added to the scores; None where
-    causality alone is right. mask: the padding mask (B, S), 1 = token.
-    """
+    causality alone is right. mask: the padding mask (B, S), 1 = token."""
     S, no_padding = mask.shape[1], mask.all().item()
     # subtle: padding after the last real token does no harm, for no real token sees what comes after it
     if no_padding and s in (1, S) or s == S and (mask.diff(dim=1) <= 0).all():
@@ -194,8 +191,7 @@ def attention_mask(mask, s, dtype):
 
 class Llama(nn.Module):
     """forward reads padded batches, with a cache or without; forward_packed reads texts without padding, for training.
-    Both return hidden states after the final norm: logits are self.lm_head(hidden), where a caller needs them.
-    """
+    Both return hidden states after the final norm: logits are self.lm_head(hidden), where a caller needs them."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -225,8 +221,7 @@ class Llama(nn.Module):
     def forward(self, embeds, mask=None, cache=None, logits_to_keep=None):
         """embeds (B, s, D), mask (B, s) 1 = token, padding left or right -> hidden (B, s, D). With a KVCache, both are
         of the new tokens. logits_to_keep: return the last tokens only; the last layer then computes no others, and with
-        0 only fills the cache. ValueError beyond cfg.max_positions tokens.
-        """
+        0 only fills the cache. ValueError beyond cfg.max_positions tokens."""
         # the mask of all tokens so far, and the positions of the new ones; padding is not counted
         s = embeds.shape[1]
         if mask is None:
@@ -244,8 +239,7 @@ class Llama(nn.Module):
 
     def forward_packed(self, embeds, lengths, target_positions=None):
         """embeds (1, N, D): texts of these lengths, one after another; each sees itself only -> hidden (1, N, D), or
-        (1, n, D) at target_positions (n,). ValueError for a text beyond cfg.max_positions tokens.
-        """
+        (1, n, D) at target_positions (n,). ValueError for a text beyond cfg.max_positions tokens."""
         self._check_length(max(lengths))
         positions = torch.cat([torch.arange(n, device=embeds.device) for n in lengths])[None]   # (1, N)
         return self._layers(embeds, positions, embeds.shape[1], lengths=lengths, target_positions=target_positions)
@@ -269,8 +263,7 @@ class Llama(nn.Module):
     def generate(self, embeds, mask=None, max_new_tokens=100, stop=None, temperature=0.0, generator=None):
         """Continue prompts: embeds (B, S, D), padded on the left (else ValueError) -> B lists of new ids.
         stop: a function of a row's new ids, True where the row is complete; what completed it stays. temperature 0 is
-        greedy; above it, tokens are sampled with generator, a CPU one.
-        """
+        greedy; above it, tokens are sampled with generator, a CPU one."""
         if mask is not None and not mask[:, -1].all():
             raise ValueError("a prompt ends in padding: generate needs prompts padded on the left")
         cache = KVCache(self.cfg.depth)

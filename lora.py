@@ -58,8 +58,7 @@ def replace_module(root, name, new):
 
 def add_lora(module, names, r, alpha, dropout=0.0):
     """Wrap every Linear inside module whose last name is one of names ("q_proj", ...) -> their full names. ValueError,
-    and nothing is wrapped, if no Linear has one of the names: a typo would silently train less.
-    """
+    and nothing is wrapped, if no Linear has one of the names: a typo would silently train less."""
     linears = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
     last_names = {name.rpartition(".")[2] for name in linears}
     unknown = sorted(set(names) - last_names)

@@ -122,8 +122,7 @@ PRESETS = {name: partial(Config.from_dict, {"preset": name, **differences}) for 
 class VideoChat2(nn.Module):
     """The parts of one stage under the official checkpoint's names. Stage 1 has the heads of its losses (aligner) and
     no LLM; stages 2 and 3 have extra queries, projection and LLM; stage 3 has LoRA in the LLM. defer_llm: the LLM's
-    weights get no memory until weights.checkpoint.attach_llm.
-    """
+    weights get no memory until weights.checkpoint.attach_llm."""
     def __init__(self, cfg, stage, defer_llm=False):
         super().__init__()
         self.cfg, self.stage = cfg, stage
@@ -162,8 +161,7 @@ class VideoChat2(nn.Module):
 
     def stage1_losses(self, batch, dec_id, dist, generator=None, vtg_only=False, global_negatives=False):
         """Stage 1: {"vtc", "vtm", "vtg"} of video (B, T, 3, H, W) and captions ids, mask (B, S), idx (B,). The other
-        arguments are those of Stage1Heads.losses. Raises ValueError if VTM would have a single clip.
-        """
+        arguments are those of Stage1Heads.losses. Raises ValueError if VTM would have a single clip."""
         if not vtg_only and not global_negatives and batch.get("clips", 2) < 2:
             raise ValueError("matching (VTM) needs for each clip another one in the batch, but a batch of "
                              f"{len(batch['idx'])} holds a single clip: choose a larger --batch for each process")
@@ -212,8 +210,7 @@ class VideoChat2(nn.Module):
 
     def lm_loss(self, batch):
         """Stages 2 and 3: mean cross-entropy over the label tokens of video, ids, mask, labels (B, S), padded right.
-        The collate functions add lengths and targets (prompt.add_packing); made here, they would sync a GPU.
-        """
+        The collate functions add lengths and targets (prompt.add_packing); made here, they would sync a GPU."""
         batch = batch if "targets" in batch else add_packing(batch)
         embeds = self.input_embeds(batch)                           # (B, S, D)
         if self.stage == 3 and self.cfg.bos_ones:
@@ -223,8 +220,7 @@ class VideoChat2(nn.Module):
 def next_token_loss(llama, embeds, labels, lengths, targets):
     """Next-token cross-entropy, mean over labels != IGNORE: embeds (B, S, D), labels (B, S), padded right, with their
     lengths and targets (n,) by prompt.add_packing -> scalar, 0 without targets. Padding is not read at all, and logits
-    are computed only at targets: the vocabulary is the model's widest axis.
-    """
+    are computed only at targets: the vocabulary is the model's widest axis."""
     hidden = llama.forward_packed(pack_rows(embeds, lengths), lengths, targets)     # (1, n, D)
     logits = llama.lm_head(hidden[0]).float()                       # (n, V)
     next_ids = pack_rows(labels, lengths)[0].index_select(0, targets + 1)   # (n,)
@@ -241,8 +237,7 @@ FROZEN = {  # stage: the names that do not train, as a pattern; everything else 
 
 def set_trainable(model, stage, vit=True):
     """Freezes what the stage does not train, and the ViT unless vit -> rows (part, parameters, trained), for the log;
-    LoRA is separate from the LLM that contains it.
-    """
+    LoRA is separate from the LLM that contains it."""
     frozen = FROZEN[stage] if vit else FROZEN[1] + "|" + FROZEN[stage]
     rows = {}
     for name, p in model.named_parameters():

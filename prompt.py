@@ -52,8 +52,7 @@ class Prompt:
 def encode_spans(tok, spans):
     """Spans [(text, trained), ...], joined and tokenised once; an id is trained if its last character's span is.
 
-        [(" ###Assistant: ", False), ("A red kite.", True)]  ->  labels . . . A red kite .
-    """
+        [(" ###Assistant: ", False), ("A red kite.", True)]  ->  labels . . . A red kite ."""
     trained_chars = [trained for text, trained in spans for _ in text]
     ids, ends = tok.encode_with_ends("".join(text for text, _ in spans))
     return Prompt(ids, [i if trained_chars[end] else IGNORE for i, end in zip(ids, ends, strict=True)])
@@ -67,8 +66,7 @@ def insert_slot(tok, before, n_video, after):
 
 def caption_prompt(tok, caption, n_video, instruction, medium="video", max_text=512):
     """`###Human: <Video>[slot]</Video> {instruction} ###Assistant: ` and, trained, `{caption}###` (max_text ids).
-    The official code tokenises the three texts apart, so that the caption starts with a space.
-    """
+    The official code tokenises the three texts apart, so that the caption starts with a space."""
     tag = medium.capitalize()
     target = tok.encode(caption + "###")[:max_text]
     request = tok.encode(f"</{tag}> {instruction} ###Assistant: ")
@@ -84,8 +82,7 @@ def conversation_prompt(tok, turns, n_video, message="", medium="video", prompt_
 
     turns: [{"i": "Watch.", "q": "What moves?", "a": "A red kite."}, ...]; "i" is read from the first only, an empty q
     or i is left out. With `medium` "text" there is no slot. At most max_text ids remain besides the video's; ValueError
-    if that would cut the slot.
-    """
+    if that would cut the slot."""
     if prompt_style not in ("vicuna", "mistral"):
         raise ValueError(f"prompt_style {prompt_style!r}: expected vicuna or mistral")
 
@@ -139,15 +136,13 @@ def mvbench_question(question, candidates):
 def mvbench_prompt(tok, question, candidates, n_video, system=SYSTEM, answer_prompt=ANSWER_PROMPT,
                    prompt_style="vicuna"):
     """The benchmark's prompt, up to the bracket before the answer's letter. `system` is in it twice. An empty system or
-    answer_prompt gives the ablation of the paper's table 8 or 9.
-    """
+    answer_prompt gives the ablation of the paper's table 8 or 9."""
     text = system + mvbench_question(question, candidates) + QUESTION_PROMPT
     return chat_prompt(tok, [], text, n_video, system, prompt_style=prompt_style, answer_prompt=answer_prompt)
 
 def chat_prompt(tok, history, question, n_video, instruction="", prompt_style="vicuna", answer_prompt=""):
     """A question about a video after `history`, a list of (question, answer); the LLM writes the next answer. Turns end
-    in a newline, as in the official chat and benchmark, unlike those of training.
-    """
+    in a newline, as in the official chat and benchmark, unlike those of training."""
     human, closing, turn, end = (
         ("###Human:", "\n", "###Human: {}\n###Assistant: {}", "\n") if prompt_style == "vicuna" else
         ("[INST]", " [/INST] ", "[INST] {} [/INST] {}", "</s>"))
@@ -190,8 +185,7 @@ def pack_rows(t, lengths):
 
 def add_packing(batch):
     """Adds to a batch of ids, labels and mask what the loss needs: lengths, a list of B ints, and targets (n,), the
-    positions in the packed rows whose next id is learned. Computed later, on a GPU, this would sync it.
-    """
+    positions in the packed rows whose next id is learned. Computed later, on a GPU, this would sync it."""
     lengths = batch["mask"].sum(1).tolist()
     targets = (pack_rows(batch["labels"], lengths)[0, 1:] != IGNORE).nonzero()[:, 0]
     return batch | {"lengths": lengths, "targets": targets}

@@ -185,8 +185,7 @@ class QFormer(nn.Module):
         computed once, up to the first cross-attention. n_text_out: return, and compute, this many text rows only.
         return_kv: -> (hidden, self_kv, cross_kv), one (keys, values) per layer: self_kv for caption_logits, cross_kv
         for another pass over the same videos, where it replaces vision (None in layers without).
-        Raises ValueError for queries without vision or cross_kv, and for more ids than cfg.max_positions.
-        """
+        Raises ValueError for queries without vision or cross_kv, and for more ids than cfg.max_positions."""
         if query is not None and vision is None and cross_kv is None:
             raise ValueError("the Q-Former got queries but no vision (B, N, C) for them to read")
 
@@ -200,8 +199,7 @@ class QFormer(nn.Module):
 
     def caption_logits(self, ids, mask, past_kv):
         """ids, mask (B, S) -> logits (B, S, V). Each word sees the words before it, and the queries by past_kv, the
-        self_kv of their own pass. They never see the text, so they alone carry the video to it.
-        """
+        self_kv of their own pass. They never see the text, so they alone carry the video to it."""
         S, Q = ids.shape[1], past_kv[0][0].shape[2]
         causal = torch.ones(S, S, dtype=torch.bool, device=ids.device).tril()   # (S, S)
         visible = F.pad(causal & mask.bool()[:, None, :], (Q, 0), value=True)   # (B, S, Q + S)
@@ -242,8 +240,7 @@ def negative_weights(sim, idx):
 @torch.no_grad()
 def hard_negatives(sim, idx, generator=None):
     """sim (B, B) videos x texts -> (a wrong video for each text (B,), a wrong text for each video (B,)), drawn in this
-    order with the CPU torch.Generator. Raises ValueError if the batch holds one clip only.
-    """
+    order with the CPU torch.Generator. Raises ValueError if the batch holds one clip only."""
     rows = []
     for weights in (negative_weights(sim.T, idx), negative_weights(sim, idx)):  # (B, B), row = anchor
         # torch.multinomial, but with the CPU's random numbers, so that one generator serves every device; the weights
@@ -294,8 +291,7 @@ class Stage1Heads(nn.Module):
         """{"vtc", "vtm", "vtg"}, to be added with equal weights; with vtg_only {"vtg"} alone. vision (B, N, C), batch:
         ids, mask (B, S), opening with [CLS], and idx (B,), which names the clips. [DEC], dec_id, replaces it in VTG.
         dist: infra.distributed.Distributed. VTC is over the batch of all processes. VTM draws its negatives from this
-        process's rows, as the official code does, or, global_negatives, from all. ValueError for one clip.
-        """
+        process's rows, as the official code does, or, global_negatives, from all. ValueError for one clip."""
         # the queries read the video; VTG and VTM reuse the keys and values of this pass
         ids, mask, idx = batch["ids"], batch["mask"], batch["idx"]
         query = query_tokens.expand(len(ids), -1, -1)                           # (B, Q, E)

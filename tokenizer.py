@@ -55,8 +55,7 @@ class WordPiece:
         """Ids of `[CLS] w1 .. wn`, then `[SEP]` if `sep`; at most `max_length` ids, cut at the side `truncate`.
 
         # QUIRK models/bert/tokenization_bert.py:264-265: stage 1 reads captions without [SEP]; stages 2 and 3 read the
-        # instruction with it, and cut a long one on the left.
-        """
+        # instruction with it, and cut a long one on the left."""
         # a literal [SEP] or [DEC] in the text is that token; all other text is words, and words are pieces
         ids = []
         for chunk in self.specials.split(text):
@@ -160,8 +159,7 @@ class SentencePiece:
 
 def train_sentencepiece(texts, path, vocab_size):
     """Writes a tokenizer.model made as LLaMA's was: BPE, single digits, bytes for unknown characters, text unchanged.
-    "(B" is two pieces, the newline is one. vocab_size is a maximum; ValueError if there are more single characters.
-    """
+    "(B" is two pieces, the newline is one. vocab_size is a maximum; ValueError if there are more single characters."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

@@ -320,8 +320,7 @@ def fit(stage, cfg, dist):
 
 def forward_backward(stage, forward, micro_batches, n_targets, progress, scaler, cfg, dist):
     """Adds up the gradients of a step -> {name: loss}, whose mean over the processes is the loss of the step.
-    n_targets: target tokens in the whole step, of all processes. progress: share of the steps done.
-    """
+    n_targets: target tokens in the whole step, of all processes. progress: share of the steps done."""
     device_type, losses = torch.device(dist.device).type, {}
     for i, batch in enumerate(micro_batches):
         # processes exchange gradients once per step, after the last micro-batch

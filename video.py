@@ -40,8 +40,7 @@ def train_frame_indices(num_frames, n_total, sampling="rand", rng=None):
     sampling   rand      any frame of the interval, drawn by rng (random.Random)
                middle    the middle frame
                official  drawn as the official code does
-               mvbench   the frames that the benchmark takes
-    """
+               mvbench   the frames that the benchmark takes"""
     if sampling == "mvbench":
         return eval_frame_indices(num_frames, n_total - 1, fps=1)
 
@@ -66,8 +65,7 @@ def train_frame_indices(num_frames, n_total, sampling="rand", rng=None):
 
 def eval_frame_indices(num_frames, max_frame, fps, bound=None, first_idx=0):
     """The benchmark's frames: the middles of equal parts of bound = (start, end) in seconds, or of the whole video.
-    A bound beyond the video gives indices beyond it. Source: mvbench.ipynb, MVBench_dataset.get_index.
-    """
+    A bound beyond the video gives indices beyond it. Source: mvbench.ipynb, MVBench_dataset.get_index."""
     start, end = bound or (-100_000, 100_000)
     start, end = max(first_idx, round(start * fps)), min(round(end * fps), max_frame)
     part = (end - start) / num_frames
@@ -99,8 +97,7 @@ def read_media(path, select, as_image=False, limit=TIME_LIMIT):
 
     select(first, last, fps) -> numbers of the frames to read, of those from first to last; a number outside becomes the
     nearest inside. as_image: an image is expected, so a GIF gives its first frame. Raises MediaError, also for a video
-    that takes more than `limit` seconds to decode.
-    """
+    that takes more than `limit` seconds to decode."""
     path = Path(path)
     if path.is_dir():
         return read_folder(path, select)
@@ -117,8 +114,7 @@ def read_media(path, select, as_image=False, limit=TIME_LIMIT):
 def with_timeout(limit, read, path, *args):
     """read(path, *args) in a thread, which is abandoned (MediaError) if it takes more than `limit` seconds. Neither an
     exception nor Ctrl-C interrupts a decoder in C that hangs on a damaged file. But it does not hold the interpreter
-    lock, so the process can continue without it; the thread ends with the process.
-    """
+    lock, so the process can continue without it; the thread ends with the process."""
     results = queue.SimpleQueue()
     def work():
         try:
@@ -221,8 +217,7 @@ class Transform:
     """uint8 (T, 3, H, W) -> normalised float (T, 3, size, size), with the same crop for all frames.
     train: a random crop of `scale` of the area, ratio 3/4 to 4/3, resized; with `flip`, mirrored half of the time (off
     by default: it swaps left and right in the video but not in the text). Otherwise: short side to `size`, centre crop.
-    crop=False: only resized.
-    """
+    crop=False: only resized."""
     def __init__(self, size, train=False, crop=True, norm="imagenet", scale=(0.5, 1.0), flip=False):
         if norm not in NORMS:
             raise ValueError(f"norm {norm!r}: expected one of {', '.join(NORMS)}")
@@ -264,8 +259,7 @@ def resize(x, height, width):
     """Bicubic with antialiasing, within 2 levels of Pillow's. (T, 3, H, W) uint8 -> float (T, 3, height, width).
 
     subtle: on bytes, PyTorch rounds between its two passes, as Pillow does; on floats it does not, differs by up to 8
-    levels at sharp edges, and takes 16 times as long. decord's own resizing differs by up to 68 levels.
-    """
+    levels at sharp edges, and takes 16 times as long. decord's own resizing differs by up to 68 levels."""
     if x.shape[-2:] != (height, width):
         x = F.interpolate(x, (height, width), mode="bicubic", antialias=True)
     return x.to(torch.float32, memory_format=torch.contiguous_format)

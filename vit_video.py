@@ -62,8 +62,7 @@ def sinusoid(n, width):
 def position_table(frames, grid, width, pos_table, T, device):
     """Positions (T, L, C) of T frames of grid x grid patches, from a table that is made for `frames` frames.
     subtle: they are one long line. Frame 1 begins at position L, where frame 0 ended: a patch's row, column and time
-    are not encoded separately.
-    """
+    are not encoded separately."""
     # QUIRK vit.py:197: for img_size other than 224 the official table is always that of 14 x 14 patches, resized
     side = 14 if pos_table == "resized14" else grid
     table = sinusoid(frames * side * side, width)                               # (frames * side * side, C)

@@ -50,8 +50,7 @@ def read_rows(path):
 class Condition:
     """One process's view of a condition. name: "" for the protocol itself, one of CONTROLS, or "permute".
 
-    settings: {what: value}, as JSON knows them. requested: False for one that an earlier run has finished.
-    """
+    settings: {what: value}, as JSON knows them. requested: False for one that an earlier run has finished."""
 
     def __init__(self, folder, name="", settings=None, rank=0, requested=True):
         self.folder, self.name, self.settings, self.requested = Path(folder), name, settings or {}, requested

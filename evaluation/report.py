@@ -45,8 +45,7 @@ def chance(questions):
 def summarise(rows, questions, condition, benchmark, seconds):
     """Everything that can be said about a run, as a dict. rows: {name of a condition: its rows}; "" is the run itself.
 
-    questions: also those without a medium. condition: the run itself, whose folder may hold an earlier summary.
-    """
+    questions: also those without a medium. condition: the run itself, whose folder may hold an earlier summary."""
     # if nothing was asked, the times are those of the run that did ask
     plain, old = rows[""], condition.folder / "summary.json"
     if not seconds and old.is_file():

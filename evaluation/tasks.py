@@ -100,8 +100,7 @@ BENCHMARKS = {"mvbench": MVBENCH, "tvbench": TVBENCH}       # as --benchmark nam
 def load_questions(root, only=(), limit=0, benchmark=MVBENCH):
     """Benchmark folder -> list of dicts: task, index, video, media, size, bound, question, candidates, answer.
 
-    Where the medium is missing, media is "". only: task names; limit: the first n questions of each task.
-    """
+    Where the medium is missing, media is "". only: task names; limit: the first n questions of each task."""
     names = [task.name for task in benchmark.tasks]
     if unknown := sorted(set(only) - set(names)):
         raise ValueError(f"{benchmark.name} has no task {', '.join(unknown)}; its tasks are {', '.join(names)}")

@@ -53,8 +53,7 @@ class QATask:
 
         Stages 1 and 2 learn from captions, so a caption contains every answer. It says what is asked before what
         leads to it: otherwise a language model infers the answer from those words and ignores the video. There is one
-        wording per clip, and a lone object is "it": a model cannot see which of two wordings the writer chose.
-        """
+        wording per clip, and a lone object is "it": a model cannot see which of two wordings the writer chose."""
         raise NotImplementedError
 
 def caption_and_facts(task, clip, rng):
@@ -107,8 +106,7 @@ def conversations(task, clip, rng):
 def text_document(task, clip, rng):
     """For an LLM without video: (caption, turns whose answers are in the caption, the same without options).
 
-    Two documents in three are worked examples (toy/pretrain.py says why).
-    """
+    Two documents in three are worked examples (toy/pretrain.py says why)."""
     caption, choices = caption_and_questions(task, clip, rng)
     worked = rng.random() < 2 / 3
     return caption, [as_turn(choice, worked) for choice in choices], as_open_turns(choices, rng)

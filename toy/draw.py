@@ -144,8 +144,7 @@ def token_targets(clip, patch=12, frames=range(FRAMES)):
     """The classes of every patch -> (T, L, 3) uint8: indices into COLOUR_CLASSES, SHAPE_CLASSES, ACTIVITY_CLASSES.
 
     Those of the object with most of the patch's area, if that is a tenth or more; otherwise of the background: nothing,
-    or the place as shape.
-    """
+    or the place as shape."""
     objects, grid, targets = clip["objects"], UNITS // patch, []
     for t in frames:
         # paint the frame with one ink per object, from 1 on, and count each object's pixels in every patch

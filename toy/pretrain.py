@@ -44,8 +44,7 @@ class PatchClassifier(nn.Module):
 
     UMT aligns each token with a teacher's feature of the same patch. Here the teacher is the toy world's ground truth:
     colour, shape and activity of what covers the patch. Place and time are asked for because the ViT would soon forget
-    them, and the Q-Former could then name both scenes of a clip but not their order.
-    """
+    them, and the Q-Former could then name both scenes of a clip but not their order."""
 
     def __init__(self, cfg, classes):
         super().__init__()
@@ -82,8 +81,7 @@ class PatchLabels(torch.utils.data.Dataset):
 
     Epochs 0 to 6 have the playground's clips in which everything moves straight ahead or rests; the others all of the
     playground, and as many of the tasks. Both are needed: on all movements at once, activity was right on 18 % of the
-    playground's patches after 1,500 steps of 8; after 700 steps of straight lines and 800 of everything, on 32 %.
-    """
+    playground's patches after 1,500 steps of 8; after 700 steps of straight lines and 800 of everything, on 32 %."""
 
     def __init__(self, clips, targets, annotations, frames, epoch_size):
         self.clips, self.targets, self.frames, self.epoch_size, self.epoch = clips, targets, frames, epoch_size, 0
@@ -125,8 +123,7 @@ class TextCurriculum(torch.utils.data.Dataset):
 
     It learns answers, and the hints "no" and "yes" of worked examples. Phases and hints are needed: the model must bind
     letter to option, match option to text, and join the two before any of the three pays. On conversations alone it was
-    at chance after 300 steps of 32 without hints, and after 400 with them.
-    """
+    at chance after 300 steps of 32 without hints, and after 400 with them."""
     DRILL_QUESTIONS = ("Which of these is there?", "What is told of?", "Which one is it?")
 
     def __init__(self, path, tok, prompt_style, n_video, epoch_size):

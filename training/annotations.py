@@ -42,8 +42,7 @@ class Source:
 def load_corpus(corpus):
     """Sources of a corpus: a JSON file or a list, of [anno, root], [anno, root, "video" | "text"] or dicts of Source.
 
-    Paths in a file are relative to the file's folder. Two items mean images, as in the official configs.
-    """
+    Paths in a file are relative to the file's folder. Two items mean images, as in the official configs."""
     name, folder, sources = "corpus", Path(), []
     if not isinstance(corpus, list | tuple):
         name, folder, corpus = corpus, Path(corpus).parent, [item for *_, item in each_entry(corpus)]
@@ -225,8 +224,7 @@ class AnnotationFile:
     """The good entries of a source: len() and entries[i], read from the file at each access.
 
     header: how many are conversations ("qa"), have a start and an end ("has_bounds"), and what was faulty.
-    chars: (n,), the text length of each entry. It is mapped into memory, and nothing else is in memory.
-    """
+    chars: (n,), the text length of each entry. It is mapped into memory, and nothing else is in memory."""
 
     def __init__(self, source):
         self.source, self.index = source, index_path(source)

@@ -24,8 +24,7 @@ MAX_OVERFLOWS = 24    # in a row: GradScaler halves its scale of 2 ** 16 each ti
 class TrainLog:
     """Prints a line every log_every steps with the mean losses since the last one, and appends it to metrics.jsonl.
 
-    subtle: a step's results are read one step later, when the GPU has the next one to compute: no log syncs the GPU.
-    """
+    subtle: a step's results are read one step later, when the GPU has the next one to compute: no log syncs the GPU."""
 
     def __init__(self, stage, cfg, dist, first_step):
         self.stage, self.cfg, self.dist, self.first_step = stage, cfg, dist, first_step
@@ -141,8 +140,7 @@ def to_device(batch, device):
 def first_nonfinite_module(stage, micro_batches, progress, device):
     """Name of the first module whose output is not finite, found by repeating the step's forward passes.
 
-    The state of all generators is restored. All processes must call it together, for some modules exchange rows.
-    """
+    The state of all generators is restored. All processes must call it together, for some modules exchange rows."""
     names = []                                                 # of modules, in the order in which they compute
 
     def check_output(name, _module, _args, output):
@@ -168,8 +166,7 @@ def first_nonfinite_module(stage, micro_batches, progress, device):
 class GracefulStop(ExitStack):
     """Until it exits, Ctrl-C and SIGTERM only set signal_number, so that the step is finished and saved.
 
-    A second Ctrl-C interrupts a single process at once; torchrun passes signals on twice, so of several it does not.
-    """
+    A second Ctrl-C interrupts a single process at once; torchrun passes signals on twice, so of several it does not."""
 
     def __init__(self, single_process=True):
         super().__init__()

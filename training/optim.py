@@ -32,8 +32,7 @@ def orthogonalize(updates, steps=5):
     """Matrices (n, rows, cols) -> the same with all singular values between about 0.7 and 1.2.
 
     Newton-Schulz: each step replaces every singular value s by the polynomial a s + b s^3 + c s^5, which moves all of
-    (0, 1] close to 1, without a decomposition.
-    """
+    (0, 1] close to 1, without a decomposition."""
     # bfloat16 is precise enough, but most laptops emulate each product in it, 18 times as slowly as in float32
     a, b, c = 3.4445, -4.7750, 2.0315
     x = updates.bfloat16() if updates.is_cuda else updates.float()

@@ -68,16 +68,18 @@ def locked(stage, cfg, dist):
     """Within it, no other run writes into the folder of the unfinished run. OSError, in every process, if one does."""
     problem = None
     with ExitStack() as stack:
-        if dist.is_main:
-            try:
+        try:
+            if dist.is_main:
                 stack.enter_context(lock_folder(stage.unfinished))
-                # what a killed process has left half-written and, with --no-resume, the checkpoints too
-                for path in list(stage.unfinished.iterdir()):
-                    if path.is_dir() and (not cfg.resume or path.name.startswith(".")):
-                        shutil.rmtree(path)
-            except OSError as error:
-                problem = error
+        except OSError as error:
+            problem = error
         raise_together(problem, dist)
+
+        # what a killed process has left half-written and, with --no-resume, the checkpoints too
+        folders = [path for path in stage.unfinished.iterdir() if path.is_dir()] if dist.is_main else []
+        for path in folders:
+            if not cfg.resume or path.name.startswith("."):
+                shutil.rmtree(path)
         yield
 
 def init_checkpoint(cfg):
