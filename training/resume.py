@@ -46,7 +46,7 @@ def verify(folder, names=None):
     """What is wrong with a checkpoint's files, or with those in `names`, in one line; "" if nothing is."""
     try:
         expected = read_json(folder / TRAINER)["files"]
-        for path in (folder / name for name in names or expected):
+        for path in (folder / name for name in expected if name in (names or expected)):
             if not path.is_file():
                 return f"{path} is missing"
             if size_and_hash(path) != expected[path.name]:
