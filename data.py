@@ -70,8 +70,9 @@ class VideoTextDataset(torch.utils.data.Dataset):
     def entry(self, index):
         """-> source, entry."""
         for source, entries, span in zip(self.sources, self.entries, self.spans, strict=True):
-            if index in span:
+            if span.start <= index < span.stop:
                 return source, entries[index - span.start]                               # one small read of the file
+        raise IndexError(f"sample {index} of {len(self)}")
 
     def path(self, index):
         source, entry = self.entry(index)

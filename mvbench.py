@@ -18,7 +18,7 @@ import argparse
 import os
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -159,7 +159,14 @@ def main(argv=None):
     args = parse(argv)
     dist = init_distributed(device_of(args), gloo_only=True)
     args.device = dist.device                                          # this process's GPU
-    with lock_folder(args.out) if dist.is_main else nullcontext():     # a second run in the same folder is refused
+    problem = None
+    with ExitStack() as stack:
+        try:
+            if dist.is_main:
+                stack.enter_context(lock_folder(args.out))             # a second run in the same folder is refused
+        except OSError as error:
+            problem = error
+        raise_together(problem, dist)
         run(args, dist)
     dist.close()
     return 0                                                           # the exit code

@@ -47,6 +47,8 @@ def read_rows(path):
             raise ValueError(f"{path}, line {number} is no prediction: delete the line, or --restart") from None
     return rows
 
+OLD_SETTINGS = {"asked for": "question prompt", "8 bits": "int8"}   # older name -> name
+
 class Condition:
     """One process's view of a condition. name: "" for the protocol itself, one of CONTROLS, or "permute".
 
@@ -79,8 +81,9 @@ class Condition:
         return [p for p in (self.path, *sorted(self.folder.glob(f"{self.path.stem}.rank*.jsonl"))) if p.is_file()]
 
     def saved(self):
-        """settings.json: {"settings", "commands", ...}, or {} where there is none."""
-        return read_json(self.settings_path) if self.settings_path.is_file() else {}
+        """settings.json: {"settings", "commands", ...}, or {} where there is none; older versions' names are read."""
+        info = read_json(self.settings_path) if self.settings_path.is_file() else {}
+        return info and info | {"settings": {OLD_SETTINGS.get(k, k): value for k, value in info["settings"].items()}}
 
     def is_finished(self):
         """Whether an earlier run with these settings has finished it."""

@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from dataclasses import dataclass
@@ -156,6 +157,10 @@ def build(cfg):
         if existing == settings:
             return False
         raise FileExistsError(f"{out} exists: {existing}; expected {settings}. Choose another --out or delete it")
+
+    # a build that was killed has left its folder
+    for path in out.parent.glob(f".{out.name}.*.partial"):
+        shutil.rmtree(path, ignore_errors=True)
 
     # workers ignore Ctrl-C: the parent catches it, ends them and deletes the unfinished folder
     ignore_ctrl_c = signal.signal, (signal.SIGINT, signal.SIG_IGN)

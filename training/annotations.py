@@ -197,10 +197,12 @@ def index_path(source):
 def make_index(source, path):
     """Reads the annotation file once and writes its index, whole or not at all -> its header."""
     header = {"index_key": index_key(source), "entries": 0, "qa": 0, "has_bounds": 0, "kinds": Counter(), "first": []}
-    bar, faulty = tqdm(each_entry(source.anno), f"index of {Path(source.anno).name}", leave=False, disable=None), []
-    with atomic_file(path) as temporary, open(temporary, "wb") as f:
+    bar, faulty = tqdm(desc=f"index of {Path(source.anno).name}", total=header["index_key"]["bytes"], unit="B",
+                       unit_scale=True, leave=False, disable=None), []
+    with bar, atomic_file(path) as temporary, open(temporary, "wb") as f:
         f.seek(HEADER)
-        for number, (start, length, entry) in enumerate(bar):
+        for number, (start, length, entry) in enumerate(each_entry(source.anno)):
+            bar.update(start - bar.n)
             # a faulty entry is counted and gets no row
             if error := entry_error(entry, source):
                 kind, text = error

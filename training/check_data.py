@@ -17,11 +17,9 @@ from pathlib import Path
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from infra.cli import run
+from infra.cli import ignore_signals, run
 from training.annotations import AnnotationFile, load_corpus
 from video import MediaError, read_media
-
-SHOWN = 10    # faults of a source that are printed
 
 def media_errors(entries, decode, indices):
     """[(entry's number in the file, kind, text)] of the media that are missing or, with decode, cannot be read."""
@@ -39,18 +37,18 @@ def media_errors(entries, decode, indices):
             errors.append((entries.entry_number(i), "undecodable", str(error)))
     return errors
 
-def check(corpus, decode=False, workers=0):
+def check(corpus, decode=False, workers=0, show=10):
     """Prints for each source how many entries are faulty, of which kinds, and the first of them -> how many in all."""
     total = 0                                                                  # of all sources
     for source in load_corpus(corpus):
         # what the index knows; then the media, 64 at a time, in the loader's processes; texts have none
         entries = AnnotationFile(source)
-        kinds, lines = Counter(entries.header["kinds"]), entries.header["first"][:SHOWN]
+        kinds, lines = Counter(entries.header["kinds"]), entries.header["first"][:show]
         loader = DataLoader(range(len(entries) if source.media != "text" else 0), 64, num_workers=workers,
-                            collate_fn=partial(media_errors, entries, decode))
+                            collate_fn=partial(media_errors, entries, decode), worker_init_fn=ignore_signals)
         for errors in tqdm(loader, Path(source.anno).name, unit="file", unit_scale=64, leave=False, disable=None):
             kinds.update(kind for _, kind, _ in errors)
-            lines += [f"entry {number}: {text}" for number, _, text in errors][:SHOWN - len(lines)]
+            lines += [f"entry {number}: {text}" for number, _, text in errors][:show - len(lines)]
 
         # one line for the source, one for each of the first faults
         faulty, n = kinds.total(), len(entries) + entries.header["faulty"]
@@ -65,8 +63,9 @@ def main(argv=None):
     parser.add_argument("corpus", help="JSON list of [annotation file, media root, medium]")
     parser.add_argument("--decode", action="store_true", help="also open every medium and decode some of its frames")
     parser.add_argument("--workers", type=int, default=1, help="processes that read media (default %(default)s)")
+    parser.add_argument("--show", type=int, default=10, help="faults to print for each source (default %(default)s)")
     args = parser.parse_args(argv)
-    return int(check(args.corpus, args.decode, args.workers) > 0)              # 1: there are faults
+    return int(check(args.corpus, args.decode, args.workers, args.show) > 0)              # 1: there are faults
 
 if __name__ == "__main__":
     run(main, "check_data")

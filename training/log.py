@@ -9,6 +9,7 @@ Not here: the loop (train.py), what an interrupted run resumes from (training/re
 import json
 import math
 import signal
+import sys
 import time
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager
@@ -16,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from training.optim import get_lr
 
@@ -33,13 +35,15 @@ class TrainLog:
         self.recent, self.pending = defaultdict(list), None    # losses since that line; the step that is not read yet
         self.bad_steps = self.overflows = 0                    # in a row
         self.path = Path(cfg.out) / "metrics.jsonl"
+        self.bar = tqdm(total=cfg.steps, initial=first_step, leave=False, disable=None if dist.is_main else True)
         self.print_main(f"{stage.name}: {cfg.steps} steps of {cfg.batch} from {len(stage.dataset):,} samples, "
                         f"{cfg.dtype} on {dist.device}" + f" in {dist.size} processes" * (dist.size > 1)
                         + f", resuming from step {first_step}" * (first_step > 0), *stage.notes)
 
     def print_main(self, *lines):
         if self.dist.is_main:
-            print(*lines, sep="\n", flush=True)
+            self.bar.write("\n".join(lines), file=sys.stdout)              # above the bar
+            sys.stdout.flush()
 
     def minutes(self):
         return (time.time() - self.start) / 60
@@ -61,6 +65,7 @@ class TrainLog:
 
     def close(self):
         self.read_pending()
+        self.bar.close()
 
     def read_pending(self):
         """Reads the last step's results and prints what is due. ValueError after max_bad_steps bad ones in a row."""
@@ -90,7 +95,8 @@ class TrainLog:
                 raise ValueError(f"{self.bad_steps} steps in a row without a finite gradient (--max-bad-steps); the "
                                  "last checkpoint is intact. Lower --lr, or check the files named above")
 
-        # a line has the means of several steps
+        # a line has the means of several steps; the bar, on a terminal, moves with each
+        self.bar.update()
         for name, loss in losses.items():
             self.recent[name].append(loss)
         if (step + 1) % self.cfg.log_every == 0 or step + 1 == self.cfg.steps:

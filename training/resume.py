@@ -71,16 +71,17 @@ def locked(stage, cfg, dist):
         try:
             if dist.is_main:
                 stack.enter_context(lock_folder(stage.unfinished))
+                remove_leftovers(stage.unfinished, cfg.resume)
         except OSError as error:
             problem = error
         raise_together(problem, dist)
-
-        # what a killed process has left half-written and, with --no-resume, the checkpoints too
-        folders = [path for path in stage.unfinished.iterdir() if path.is_dir()] if dist.is_main else []
-        for path in folders:
-            if not cfg.resume or path.name.startswith("."):
-                shutil.rmtree(path)
         yield
+
+def remove_leftovers(folder, resume):
+    """Deletes what a killed process has left half-written and, without resume, the checkpoints too."""
+    for path in list(folder.iterdir()):
+        if path.is_dir() and (not resume or path.name.startswith(".")):
+            shutil.rmtree(path)
 
 def init_checkpoint(cfg):
     """Folder of the checkpoint that a stage starts from. FileNotFoundError names the command that makes it."""

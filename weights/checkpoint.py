@@ -58,6 +58,8 @@ def load_checkpoint(folder, llm="", device="cpu", dtype=torch.float32, int8=Fals
     frozen = tuple(filter(is_frozen_llm, model.state_dict()))
     load_strict(model, read_tensors(folder / "model.safetensors"), folder, fresh=frozen)
     if stage > 1:
+        if not (llm or record["llm"]):
+            raise ValueError(f"{folder}/config.json names no LLM: name its folder by --llm")
         llm_folder = Path(llm) if llm else find_llm(folder, record["llm"]["path"])
         llm_tok, _ = attach_llm(model, llm_folder, record["llm"], folder, dtype=dtype, int8=int8, device=device)
     return model.to(device).eval(), WordPiece.load(folder / "vocab.txt"), llm_tok

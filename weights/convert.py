@@ -171,7 +171,8 @@ def check(ckpt):
         cfg, record = read_config(ckpt)
         stage, llm = record["stage"], record["llm"]
         print(f"{ckpt}: preset {cfg.preset}, stage {stage}")
-        print(f"  LLM: {llm['path']}, fingerprint {llm['fingerprint']}" if llm else "  LLM: none yet")
+        print(f"  LLM: {llm['path']}, fingerprint {llm['fingerprint']}" if llm else "  LLM: none yet",
+              "(not there; name its folder by --llm)" if llm and not (ckpt / llm["path"]).is_dir() else "")
     tensors = read_tensors(ckpt / "model.safetensors" if ckpt.is_dir() else ckpt)
 
     # one row per module
