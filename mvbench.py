@@ -159,11 +159,13 @@ def main(argv=None):
     args = parse(argv)
     dist = init_distributed(device_of(args), gloo_only=True)
     args.device = dist.device                                          # this process's GPU
+
+    # a second run in the same folder is refused, by all of its processes
     problem = None
     with ExitStack() as stack:
         try:
             if dist.is_main:
-                stack.enter_context(lock_folder(args.out))             # a second run in the same folder is refused
+                stack.enter_context(lock_folder(args.out))
         except OSError as error:
             problem = error
         raise_together(problem, dist)
