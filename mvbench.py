@@ -161,14 +161,10 @@ def main(argv=None):
     args.device = dist.device                                          # this process's GPU
 
     # a second run in the same folder is refused, by all of its processes
-    problem = None
     with ExitStack() as stack:
-        try:
+        with raise_together(dist):
             if dist.is_main:
                 stack.enter_context(lock_folder(args.out))
-        except OSError as error:
-            problem = error
-        raise_together(problem, dist)
         run(args, dist)
     dist.close()
     return 0                                                           # the exit code
@@ -176,12 +172,8 @@ def main(argv=None):
 def run(args, dist):
     """Asks what has no answer yet, together with the other processes; the first one writes the report."""
     # the first process prepares the files, and all have read them before anybody writes
-    problem, questions, conditions = None, [], []
-    try:
+    with raise_together(dist):
         questions, conditions = prepare(args, dist)
-    except (ValueError, OSError) as error:
-        problem = error
-    raise_together(problem, dist)
     for condition in conditions:
         condition.rows = condition.read()                              # answers of earlier runs, by every process
     dist.barrier()

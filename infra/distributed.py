@@ -14,6 +14,7 @@ import datetime
 import os
 import sys
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -110,8 +111,15 @@ def init_distributed(device, gloo_only=False):
     torch_dist.init_process_group("nccl" if on_gpu and not gloo_only else "gloo", timeout=timeout)
     return Distributed(torch_dist.get_rank(), size, device, torch_dist.new_group(backend="gloo", timeout=timeout))
 
-def raise_together(problem, dist):
-    """Raises the main process's problem there, once instead of n times; the other processes exit with code 2."""
+@contextmanager
+def raise_together(dist):
+    """A ValueError or OSError of the main process within it is raised there, once instead of n times; the other
+    processes exit with code 2."""
+    problem = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        problem = error
     main_fails = dist.broadcast(problem is not None)
     if problem and (dist.is_main or not main_fails):
         raise problem

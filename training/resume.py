@@ -66,15 +66,11 @@ def latest(folder, report=print, names=None):
 @contextmanager
 def locked(stage, cfg, dist):
     """Within it, no other run writes into the folder of the unfinished run. OSError, in every process, if one does."""
-    problem = None
     with ExitStack() as stack:
-        try:
+        with raise_together(dist):
             if dist.is_main:
                 stack.enter_context(lock_folder(stage.unfinished))
                 remove_leftovers(stage.unfinished, cfg.resume)
-        except OSError as error:
-            problem = error
-        raise_together(problem, dist)
         yield
 
 def remove_leftovers(folder, resume):
