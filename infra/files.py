@@ -6,7 +6,7 @@
 
 Not here: checkpoints (weights/checkpoint.py), LLM folders (weights/hf_llama.py), official files (weights/convert.py).
 
-    pytest tests/test_files.py
+    pytest tests/test_infra_files.py
 """
 import fcntl
 import hashlib

@@ -1,4 +1,4 @@
-"""Folders written whole or not at all, and read strictly. Run: pytest tests/test_files.py"""
+"""Folders written whole or not at all, and read strictly. Run: pytest tests/test_infra_files.py"""
 
 import pytest
 import torch
