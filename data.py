@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 from infra.cli import ignore_signals
+from infra.media import MediaError, SampleError, read_media
 from prompt import CAPTION_INSTRUCTIONS, add_packing, caption_prompt, conversation_prompt, pad_batch, pad_ids
 from training.annotations import load_annotations
-from video import SAMPLING, MediaError, SampleError, read_media, train_frame_selector
+from video import SAMPLING, train_frame_selector
 
 # -------------------------------------------------------------------------------------------------------------- samples
 
@@ -104,8 +105,9 @@ class VideoTextDataset(torch.utils.data.Dataset):
             if self.features:
                 sample |= self.features[path]
             else:
-                select = train_frame_selector(self.num_frames, self.sampling, rng, entry.get("start"), entry.get("end"))
-                frames, sample["seconds"] = read_media(path, select, as_image=source.media == "image")
+                select = train_frame_selector(self.num_frames, self.sampling, rng)
+                frames, sample["seconds"] = read_media(path, select, source.media == "image", start=entry.get("start"),
+                                                       end=entry.get("end"))
                 sample["video"] = self.transform(frames, rng)                            # (T, 3, size, size)
 
         # one of several captions; the questions in another order each epoch, so that each comes first at times

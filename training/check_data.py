@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from infra.cli import ignore_signals, run
+from infra.media import MediaError, read_media
 from training.annotations import AnnotationFile, load_corpus
-from video import MediaError, read_media
 
 def media_errors(entries, decode, indices):
     """[(entry's number in the file, kind, text)] of the media that are missing or, with decode, cannot be read."""
