@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from infra.cli import ignore_signals
-from infra.media import MediaError, SampleError, read_media
+from infra.containers import SampleError
+from infra.media import MediaError, read_media
 from prompt import CAPTION_INSTRUCTIONS, add_packing, caption_prompt, conversation_prompt, pad_batch, pad_ids
 from training.annotations import load_annotations
 from video import SAMPLING, train_frame_selector
