@@ -75,11 +75,13 @@ def open_video(path):
             is_mp4 = f.read(8)[4:] == b"ftyp"
         reason = "torn: its index (moov) is missing or damaged" if is_mp4 else "cannot be decoded as a video"
         raise MediaError(f"{path}: {reason}") from error
+
+    # a song has the picture of its cover; FFmpeg would draw the letters of a text
     with container:
         stream = container.streams.best("video")
-        if container.format.name == "tty":                     # FFmpeg would draw a text
+        if container.format.name == "tty":
             raise MediaError(f"{path}: a text, not a video")
-        if stream is None or stream.disposition & av.stream.Disposition.attached_pic:    # a song and its cover
+        if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
             raise MediaError(f"{path}: no video stream" + ", audio only" * bool(container.streams.audio))
         if stream.codec_context is None:
             raise MediaError(f"{path}: FFmpeg has no decoder for its video")
