@@ -10,20 +10,24 @@ Source: the official dataset/video_utils.py and, for the benchmark, mvbench.ipyn
 Run:    python -m pytest tests/test_video.py
 """
 import queue
-import struct
+import re
 import threading
-from contextlib import contextmanager
+import warnings
+from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 
 import decord
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageSequence, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageSequence, UnidentifiedImageError
 
 SAMPLING = ("rand", "middle", "official", "mvbench")                          # see train_frame_indices
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}  # .gif: see read_gif
-IMAGE_ERRORS = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError)
+# what Pillow identifies as pictures, without its stubs of videos and documents (MPEG, EPS, WMF, HDF5 ...)
+IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM", "ICO", "QOI", "PSD")
+FRAME_NAME = re.compile(r"(?!\.).*?([0-9]+)[^0-9]*\.(jpe?g|jfif|png|bmp|webp|tiff?|avif|heic)", re.IGNORECASE)
+UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation: Pillow's Transpose that turns it upright
 GIF_LIMIT = 3e8  # pixels in all frames together
 TIME_LIMIT = 60  # seconds; a file that takes longer to decode counts as damaged
 FOLDER_FPS = 3   # frames per second of a folder of frames: TVQA's, the only one in MVBench
@@ -92,7 +96,7 @@ class SampleError(ValueError):
 class MediaError(SampleError):
     """A video, image or folder of frames that cannot be read."""
 
-def read_media(path, select, as_image=False, limit=TIME_LIMIT):
+def read_media(path, select, as_image=False, limit=TIME_LIMIT, fps=None):
     """-> frames (T, 3, H, W) uint8 and their seconds, of a video, an image (T = 1) or a folder of 00001.jpg ...
 
     select(first, last, fps) -> numbers of the frames to read, of those from first to last; a number outside becomes the
@@ -100,15 +104,16 @@ def read_media(path, select, as_image=False, limit=TIME_LIMIT):
     that takes more than `limit` seconds to decode."""
     path = Path(path)
     if path.is_dir():
-        return read_folder(path, select)
+        return read_folder(path, select, fps or FOLDER_FPS)
     if not path.is_file():
         raise MediaError(f"{path}: no such file")
     if path.stat().st_size == 0:
         raise MediaError(f"{path}: the file is empty")
-    if as_image or path.suffix.lower() in IMAGE_SUFFIXES:
-        return read_image(path)[None], [0.0]                                              # (1, 3, H, W)
-    if path.suffix.lower() == ".gif":
-        return read_gif(path, select)
+    image = None if as_image else open_image(path, required=False)
+    if image and (image.format == "GIF" or image.format in ("PNG", "WEBP", "AVIF") and image.is_animated):
+        return read_animation(path, image, select)
+    if image or as_image:
+        return read_image(path, image)[None], [0.0]                                       # (1, 3, H, W)
     return with_timeout(limit, read_video, path, select)
 
 def with_timeout(limit, read, path, *args):
@@ -143,13 +148,15 @@ def with_timeout(limit, read, path, *args):
 
 @contextmanager
 def decode_errors(path, kind, *errors):
-    """These errors of a decoder become a MediaError."""
+    """These errors of a decoder become a MediaError; its warnings are not shown."""
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):
+            yield
     except MediaError:
         raise
     except errors as error:
-        raise MediaError(f"{path}: cannot be decoded as {kind}") from error
+        reason = " ".join((str(error) or repr(error)).split())
+        raise MediaError(f"{path}: cannot be decoded as {kind}: {reason}") from error
 
 def read_video(path, select):
     with decode_errors(path, "a video", RuntimeError, decord.DECORDError):
@@ -172,39 +179,97 @@ def read_video(path, select):
     # subtle: channels stay last in memory, as they came; resize is fastest on them
     return torch.from_numpy(frames).permute(0, 3, 1, 2), [i / fps for i in indices]      # (T, 3, H, W)
 
-def read_gif(path, select):
-    """By Pillow, in half of decord's time; so does the official code (mvbench.ipynb, read_gif)."""
-    with decode_errors(path, "a GIF", *IMAGE_ERRORS, EOFError, struct.error, IndexError), Image.open(path) as image:
-        # each frame builds on those before it, so all are decoded
-        frames, seconds = [], 0.0
-        for i, frame in enumerate(ImageSequence.Iterator(image), 1):
-            if i * frame.width * frame.height > GIF_LIMIT:
-                raise MediaError(f"{path}: {i} frames of {frame.width} x {frame.height} are too many: make it a video")
-            frames.append(frame.convert("RGB"))
-            delay = image.info.get("duration", 0) / 1000
-            seconds += delay if delay >= 0.02 else 0.1                                   # as browsers and FFmpeg do
+def open_image(path, required=True):
+    """A Pillow image, not decoded yet, whatever the file's name; MediaError, or None, for other content."""
+    Image.init()
+    with decode_errors(path, "an image", Exception):
+        try:
+            return Image.open(path, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
+        except UnidentifiedImageError:
+            # subtle: FFmpeg would read the tiles of a HEIC photo as frames
+            with open(path, "rb") as file:
+                is_heic = re.match(b"....ftyp(hei[cxms]|hev[cx]|mif1|msf1)", file.read(12), re.DOTALL)
+            if is_heic and "HEIF" not in Image.OPEN:
+                import pillow_heif
+                pillow_heif.register_heif_opener()
+                return open_image(path, required)
+            if required:
+                raise
 
-        fps = len(frames) / seconds if len(frames) > 1 else 1.0
-        indices = np.clip(select(0, len(frames) - 1, fps), 0, len(frames) - 1).tolist()
-        selected = torch.from_numpy(np.stack([np.asarray(frames[i]) for i in indices]))  # (T, H, W, 3)
-    return selected.permute(0, 3, 1, 2), [i / fps for i in indices]                      # (T, 3, H, W)
+def to_rgb(image):
+    """A Pillow image of any mode -> RGB, without its transparency, as the official code has it. Files do not say what is
+    white among 32-bit greys: the least usual value that they do not exceed by far (floats overshoot)."""
+    if image.mode[0] in "IF":
+        grey = np.nan_to_num(np.asarray(image), posinf=0, neginf=0)                      # (H, W)
+        usual = {"u": (65535,), "i": (255, 65535), "f": (1, 255, 65535)}[grey.dtype.kind]
+        white = next((white for white in usual if grey.max() <= 2 * white), grey.max())
+        image = Image.fromarray((grey * np.float32(255 / white)).round().clip(0, 255).astype(np.uint8))
+    elif image.mode == "LAB":
+        return ImageCms.profileToProfile(image, *map(ImageCms.createProfile, ("LAB", "sRGB")), outputMode="RGB")
+    return image.convert("RGB")
 
-def read_image(path):
-    """(3, H, W) uint8 of any kind of image: grey, palette, transparency, CMYK."""
-    with decode_errors(path, "an image", *IMAGE_ERRORS), Image.open(path) as image:
-        pixels = np.array(image.convert("RGB"))                                          # (H, W, 3)
+def read_image(path, image=None):
+    """(3, H, W) uint8 of any kind of image, upright: of the first, if the file holds several."""
+    with decode_errors(path, "an image", Exception), image or open_image(path) as image:
+        rgb, orientation = to_rgb(image), None
+        with suppress(Exception):                # of damaged EXIF; subtle: a PNG may have it after the pixels
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
+        pixels = np.array(rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb)    # (H, W, 3)
     return torch.from_numpy(pixels).permute(2, 0, 1)                                     # (3, H, W)
 
-def read_folder(path, select):
-    last = len(list(path.glob("*.jpg")))
-    if last == 0:
+def read_animation(path, image, select):
+    """By Pillow, GIFs in half of decord's time; so does the official code (mvbench.ipynb, read_gif)."""
+    frames, times, end = [], [], 0.0
+    with decode_errors(path, "an image", Exception), image:
+        # each frame builds on those before it, so all are decoded; a PNG's first may be for other readers only
+        iterator = ImageSequence.Iterator(image)
+        iterator.position += getattr(image, "default_image", False)
+        for frame in iterator:
+            frames.append(to_rgb(frame))
+            if len(frames) * frame.width * frame.height > GIF_LIMIT:
+                raise MediaError(f"{path}: more than {GIF_LIMIT:,.0f} pixels in all frames: make it a video")
+            times.append(end)
+            delay = image.info.get("duration", 0) / 1000
+            end += delay if delay > 0.01 else 0.1                                        # as browsers and FFmpeg do
+
+        # a torn file is a fault, even between two frames: a GIF ends with ";", the others count their frames
+        if image.format == "GIF":
+            image.fp.seek(-1, 1)
+        if image.fp.read(1) != b";" if image.format == "GIF" else iterator.position < image.n_frames:
+            raise MediaError(f"{path}: the file ends too early, after {len(frames)} frames")
+
+    if select is None:
+        return None, times
+    fps, last = len(frames) / end if len(frames) > 1 else 1.0, len(frames) - 1
+    indices = np.clip(select(0, last, fps), 0, last).tolist()
+    selected = torch.from_numpy(np.stack([np.asarray(frames[i]) for i in indices]))      # (T, H, W, 3)
+    return selected.permute(0, 3, 1, 2), [times[i] for i in indices]                     # (T, 3, H, W)
+
+def read_folder(path, select, fps):
+    """Pictures whose names end in numbers of equal steps: 00001.jpg, frame_20.PNG. As in MVBench, `select` counts them
+    from 1, but from 0 if the first is 0."""
+    matches = filter(None, (FRAME_NAME.fullmatch(file.name) for file in path.iterdir()))
+    files = sorted((int(match[1]), match[0]) for match in matches)
+    if not files:
         raise MediaError(f"{path}: the folder has no frames (00001.jpg ...)")
-    indices = np.clip(select(1, last, FOLDER_FPS), 1, last).tolist()
-    missing = [i for i in indices if not (path / f"{i:05d}.jpg").is_file()]
-    if missing:
-        raise MediaError(f"{path}: the folder of {last} frames lacks {missing[0]:05d}.jpg")
-    frames = [read_image(path / f"{i:05d}.jpg") for i in indices]
-    return torch.stack(frames), [(i - 1) / FOLDER_FPS for i in indices]                  # (T, 3, H, W)
+    step = min((b - a for (a, _), (b, _) in pairwise(files) if a < b), default=1)
+    for (a, name), (b, next_name) in pairwise(files):
+        if b - a != step:
+            raise MediaError(f"{path}: the frames are numbered in steps of {step}, but {name} precedes {next_name}")
+
+    # each file once, even if it is selected twice
+    first = min(files[0][0] // step, 1)
+    last = first + len(files) - 1
+    indices = np.clip(select(first, last, fps), first, last).tolist() if select else range(first, last + 1)
+    frames, sizes = {}, set()
+    for i in sorted(set(indices)):
+        frame = read_image(path / files[i - first][1])                                   # (3, H, W)
+        sizes.add(" x ".join(map(str, frame.shape[:0:-1])))
+        frames[i] = frame if select else None
+    if len(sizes) > 1:
+        raise MediaError(f"{path}: the frames are of different sizes, {' and '.join(sorted(sizes)[:2])}")
+    frames = torch.stack([frames[i] for i in indices]) if select else None               # (T, 3, H, W)
+    return frames, [(i - first) / fps for i in indices]
 
 def read_eval_frames(path, num_frames, bound=None):
     """(T, 3, H, W) uint8: the frames of a medium that the benchmark takes, within bound = (start, end) in seconds."""
@@ -231,9 +296,17 @@ class Transform:
             top, left, height, width = self.random_resized_crop(height, width, rng)
             x = resize(frames[..., top:top + height, left:left + width], size, size)     # (T, 3, size, size)
         elif self.crop:
-            short = min(height, width)
+            short, corner = min(height, width), []
+            for dim, side in ((-2, height), (-1, width)):
+                corner.append(round((size * side // short - size) / 2))
+                # subtle: of a strip, six squares about the crop are resized: all of 1920 x 4 would be 480 of them. With
+                # whole squares, and two of margin, the crop's pixels stay the same
+                if corner[-1] > 4 * size:
+                    first = corner[-1] // size - 2
+                    corner[-1] -= first * size
+                    frames = frames.narrow(dim, first * short, 6 * short)
+            (top, left), (height, width) = corner, frames.shape[-2:]
             x = resize(frames, size * height // short, size * width // short)
-            top, left = (round((side - size) / 2) for side in x.shape[-2:])
             x = x[..., top:top + size, left:left + size]                                 # (T, 3, size, size)
         else:
             x = resize(frames, size, size)                                               # (T, 3, size, size)

@@ -96,7 +96,7 @@ def test_a_decoder_that_hangs_is_left_behind(tmp_path, monkeypatch):
     real = video_file.read_video
     monkeypatch.setattr(video_file, "read_video", lambda path, select: time.sleep(600) if path.name == "1.mp4" else
                         real(path, select))
-    monkeypatch.setattr(video_file.read_media, "__defaults__", (False, 0.5))
+    monkeypatch.setattr(video_file.read_media, "__defaults__", (False, 0.5, None))
     (tmp_path / "a.json").write_text(json.dumps([{"video": f"{i}.mp4", "caption": f"clip {i}"} for i in range(3)]))
     dataset = VideoTextDataset(load_corpus([[str(tmp_path / "a.json"), str(tmp_path), "video"]]), 2, Transform(32))
     loader = torch.utils.data.DataLoader(dataset, None, num_workers=1, worker_init_fn=ignore_signals)
