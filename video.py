@@ -197,8 +197,8 @@ def open_image(path, required=True):
                 raise
 
 def to_rgb(image):
-    """A Pillow image of any mode -> RGB, without its transparency, as the official code has it. Files do not say what is
-    white among 32-bit greys: the least usual value that they do not exceed by far (floats overshoot)."""
+    """A Pillow image of any mode -> RGB, its transparency dropped, as the official code does. Files do not say what is
+    white among 32-bit greys: it is the least usual value that they do not exceed by far (floats overshoot)."""
     if image.mode[0] in "IF":
         grey = np.nan_to_num(np.asarray(image), posinf=0, neginf=0)                      # (H, W)
         usual = {"u": (65535,), "i": (255, 65535), "f": (1, 255, 65535)}[grey.dtype.kind]
