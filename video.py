@@ -219,7 +219,7 @@ def read_image(path, image=None):
 
 def read_animation(path, image, select):
     """By Pillow, GIFs in half of decord's time; so does the official code (mvbench.ipynb, read_gif)."""
-    frames, times, end = [], [], 0.0
+    frames, times = [], [0.0]                    # of each frame in seconds, and of the end
     with decode_errors(path, "an image", Exception), image:
         # each frame builds on those before it, so all are decoded; a PNG's first may be for other readers only
         iterator = ImageSequence.Iterator(image)
@@ -228,9 +228,8 @@ def read_animation(path, image, select):
             frames.append(to_rgb(frame))
             if len(frames) * frame.width * frame.height > GIF_LIMIT:
                 raise MediaError(f"{path}: more than {GIF_LIMIT:,.0f} pixels in all frames: make it a video")
-            times.append(end)
             delay = image.info.get("duration", 0) / 1000
-            end += delay if delay > 0.01 else 0.1                                        # as browsers and FFmpeg do
+            times.append(times[-1] + (delay if delay > 0.01 else 0.1))                   # as browsers and FFmpeg do
 
         # a torn file is a fault, even between two frames: a GIF ends with ";", the others count their frames
         if image.format == "GIF":
@@ -239,17 +238,16 @@ def read_animation(path, image, select):
             raise MediaError(f"{path}: the file ends too early, after {len(frames)} frames")
 
     if select is None:
-        return None, times
-    fps, last = len(frames) / end if len(frames) > 1 else 1.0, len(frames) - 1
+        return None, times[:-1]
+    fps, last = len(frames) / times[-1] if len(frames) > 1 else 1.0, len(frames) - 1
     indices = np.clip(select(0, last, fps), 0, last).tolist()
     selected = torch.from_numpy(np.stack([np.asarray(frames[i]) for i in indices]))      # (T, H, W, 3)
     return selected.permute(0, 3, 1, 2), [times[i] for i in indices]                     # (T, 3, H, W)
 
 def read_folder(path, select, fps):
-    """Pictures whose names end in numbers of equal steps: 00001.jpg, frame_20.PNG. As in MVBench, `select` counts them
-    from 1, but from 0 if the first is 0."""
-    matches = filter(None, (FRAME_NAME.fullmatch(file.name) for file in path.iterdir()))
-    files = sorted((int(match[1]), match[0]) for match in matches)
+    """Pictures that are numbered in equal steps. `select` counts them from 0 if they start at 0, else from 1."""
+    matches = (FRAME_NAME.fullmatch(file.name) for file in path.iterdir())
+    files = sorted((int(match[1]), match[0]) for match in matches if match)
     if not files:
         raise MediaError(f"{path}: the folder has no frames (00001.jpg ...)")
     step = min((b - a for (a, _), (b, _) in pairwise(files) if a < b), default=1)
