@@ -1,10 +1,10 @@
-"""A video, image or folder of frames -> normalised frames: select, decode, crop, resize, normalise.
+"""A video, image or folder of frames -> normalised frames: which ones, crop, resize, normalise.
 
     path -> read_media(path, select) -> frames (T, 3, H, W) uint8, seconds -> Transform -> (T, 3, size, size) float
 
-Which frames: train_frame_indices for training, eval_frame_indices for the benchmark. A file that cannot be read raises
-a MediaError that names it; it never gives an empty frame. Shape letters: model.py; size: pixels of a side.
-Not here: annotations, samples and batches (data.py), what becomes of the frames (vit_video.py).
+Which frames: train_frame_indices for training, eval_frame_indices for the benchmark. Shape letters: model.py; size:
+pixels of a side. Not here: decoding (infra/media.py), which never gives an empty frame and names what it cannot read;
+annotations, samples and batches (data.py); what becomes of the frames (vit_video.py).
 
 Source: the official dataset/video_utils.py and, for the benchmark, mvbench.ipynb.
 Run:    python -m pytest tests/test_video.py
@@ -77,8 +77,6 @@ def read_eval_frames(path, num_frames, bound=None, fps=None, warnings=None):
         return eval_frame_indices(num_frames, last, fps, bound, first)
     return read_media(path, select, fps=fps)[0]
 
-# -------------------------------------------------------------------------------------------------------------- reading
-
 # --------------------------------------------------------------------------------------------------------------- pixels
 
 class Transform:
@@ -99,9 +97,17 @@ class Transform:
             top, left, height, width = self.random_resized_crop(height, width, rng)
             x = resize(frames[..., top:top + height, left:left + width], size, size)     # (T, 3, size, size)
         elif self.crop:
-            short = min(height, width)
+            short, corner = min(height, width), []
+            for dim, side in ((-2, height), (-1, width)):
+                corner.append(round((size * side // short - size) / 2))
+                # subtle: of a strip, six squares about the crop are resized: all of 1920 x 4 would be 480 of them. With
+                # whole squares, and two of margin, the crop's pixels stay the same
+                if corner[-1] > 4 * size:
+                    first = corner[-1] // size - 2
+                    corner[-1] -= first * size
+                    frames = frames.narrow(dim, first * short, 6 * short)
+            (top, left), (height, width) = corner, frames.shape[-2:]
             x = resize(frames, size * height // short, size * width // short)
-            top, left = (round((side - size) / 2) for side in x.shape[-2:])
             x = x[..., top:top + size, left:left + size]                                 # (T, 3, size, size)
         else:
             x = resize(frames, size, size)                                               # (T, 3, size, size)

@@ -10,6 +10,7 @@ table of formats that all of this is measured on.
     pytest tests/test_files.py
 """
 import threading
+import warnings
 from bisect import bisect_left, bisect_right
 from contextlib import contextmanager
 from itertools import islice, pairwise
@@ -31,13 +32,16 @@ class MediaError(SampleError):
 
 @contextmanager
 def decode_errors(path, kind, *errors):
-    """These errors of a decoder become a MediaError."""
+    """These errors of a decoder become a MediaError; its warnings are not shown."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except MediaError:
         raise
     except errors as error:
-        raise MediaError(f"{path}: cannot be decoded as {kind}") from error
+        reason = " ".join((getattr(error, "strerror", None) or str(error) or repr(error)).split())
+        raise MediaError(f"{path}: cannot be decoded as {kind}: {reason}") from error
 
 def choose_frames(path, select, times, fps, start=None, end=None, first=0):
     """-> positions in `times` of the frames to read, and their seconds. MediaError for a start beyond the end.

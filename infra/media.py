@@ -10,18 +10,21 @@ Not here: which frames a model sees, and its pixels (video.py). docs/data.md lis
 """
 import os
 import queue
-import struct
+import re
 import threading
-from pathlib import Path
+from contextlib import suppress
+from itertools import pairwise
 
 import numpy as np
 import torch
-from PIL import Image, ImageSequence, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageSequence, UnidentifiedImageError
 
 from infra.containers import MediaError, choose_frames, decode_errors, read_video
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}  # .gif: see read_gif
-IMAGE_ERRORS = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError)
+# what Pillow identifies as pictures, without its stubs of videos and documents (MPEG, EPS, WMF, HDF5 ...)
+IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM", "ICO", "QOI", "PSD")
+FRAME_NAME = re.compile(r"(?!\.).*?([0-9]+)[^0-9]*\.(jpe?g|jfif|png|bmp|webp|tiff?|avif|heic)", re.IGNORECASE)
+UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation: Pillow's Transpose that turns it upright
 GIF_LIMIT = 3e8  # pixels in all frames together
 TIME_LIMIT = 60  # seconds; a file that takes longer to decode counts as damaged
 FOLDER_FPS = 3   # frames per second of a folder of frames: TVQA's, the only one in MVBench
@@ -38,12 +41,11 @@ def read_media(path, select, as_image=False, limit=TIME_LIMIT, fps=None, start=N
     check_path(path)
     if os.path.isdir(path):
         return read_folder(path, select, fps or FOLDER_FPS, start, end)
-    kind = {".gif": "moving"}.get(Path(path).suffix.lower(),
-                                  "still" if Path(path).suffix.lower() in IMAGE_SUFFIXES else "")
-    if kind == "still" or kind and as_image:
-        return read_image(path)[None], [0.0]                                             # (1, 3, H, W)
-    if kind:
-        return read_gif(path, select, start, end)
+    image = None if as_image else open_image(path, required=False)
+    if image and (image.format == "GIF" or image.format in ("PNG", "WEBP", "AVIF") and image.is_animated):
+        return read_animation(path, image, select, start, end)
+    if image or as_image:
+        return read_image(path, image)[None], [0.0]                                      # (1, 3, H, W)
     reader = read_decord if os.environ.get("VIDEO_READER") == "decord" else read_video
     return with_timeout(limit, reader, path, select, start, end)
 
@@ -105,37 +107,94 @@ def read_decord(path, select, start=None, end=None):
 
 # --------------------------------------------------------------------------------------------------- images and folders
 
-def read_gif(path, select, start=None, end=None):
-    """By Pillow, in half of decord's time; so does the official code (mvbench.ipynb, read_gif)."""
-    with decode_errors(path, "a GIF", *IMAGE_ERRORS, EOFError, struct.error, IndexError), Image.open(path) as image:
-        # each frame builds on those before it, so all are decoded
-        frames, seconds = [], 0.0
-        for i, frame in enumerate(ImageSequence.Iterator(image), 1):
-            if i * frame.width * frame.height > GIF_LIMIT:
-                raise MediaError(f"{path}: {i} frames of {frame.width} x {frame.height} are too many: make it a video")
-            frames.append(frame.convert("RGB"))
-            delay = image.info.get("duration", 0) / 1000
-            seconds += delay if delay >= 0.02 else 0.1                                   # as browsers and FFmpeg do
+def open_image(path, required=True):
+    """A Pillow image, not decoded yet, whatever the file's name; MediaError, or None, for other content."""
+    Image.init()
+    with decode_errors(path, "an image", Exception):
+        try:
+            return Image.open(path, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
+        except UnidentifiedImageError:
+            # subtle: FFmpeg would read the tiles of a HEIC photo as frames, and pieces of a torn AVIF
+            with open(path, "rb") as file:
+                brand = re.match(b"....ftyp(hei[cxms]|hev[cx]|mif1|msf1|avi[fs])", file.read(12), re.DOTALL)
+            if brand and brand[1][:3] != b"avi" and "HEIF" not in Image.OPEN:
+                try:
+                    import pillow_heif
+                except ImportError:
+                    raise MediaError(f"{path}: a HEIC photo, which needs: pip install pillow-heif") from None
+                pillow_heif.register_heif_opener()
+                return open_image(path, required)
+            if required or brand:
+                raise
 
-        fps = len(frames) / seconds if len(frames) > 1 else 1.0
-        indices = np.clip(select(0, len(frames) - 1, fps), 0, len(frames) - 1).tolist()
-        selected = torch.from_numpy(np.stack([np.asarray(frames[i]) for i in indices]))  # (T, H, W, 3)
-    return selected.permute(0, 3, 1, 2), [i / fps for i in indices]                      # (T, 3, H, W)
+def to_rgb(image):
+    """A Pillow image of any mode -> RGB, its transparency dropped, as the official code does. Files do not say what is
+    white among 32-bit greys: it is the least usual value that they do not exceed by far (floats overshoot)."""
+    if image.mode[0] in "IF":
+        grey = np.nan_to_num(np.asarray(image), posinf=0, neginf=0)                      # (H, W)
+        usual = {"u": (65535,), "i": (255, 65535), "f": (1, 255, 65535)}[grey.dtype.kind]
+        white = next((white for white in usual if grey.max() <= 2 * white), grey.max())
+        image = Image.fromarray((grey * np.float32(255 / white)).round().clip(0, 255).astype(np.uint8))
+    elif image.mode == "LAB":
+        return ImageCms.profileToProfile(image, *map(ImageCms.createProfile, ("LAB", "sRGB")), outputMode="RGB")
+    return image.convert("RGB")
 
-def read_image(path):
-    """(3, H, W) uint8 of any kind of image: grey, palette, transparency, CMYK."""
-    with decode_errors(path, "an image", *IMAGE_ERRORS), Image.open(path) as image:
-        pixels = np.array(image.convert("RGB"))                                          # (H, W, 3)
+def read_image(path, image=None):
+    """(3, H, W) uint8 of any kind of image, upright: of the first, if the file holds several."""
+    with decode_errors(path, "an image", Exception), image or open_image(path) as image:
+        rgb, orientation = to_rgb(image), None
+        with suppress(Exception):                # of damaged EXIF; subtle: a PNG may have it after the pixels
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
+        pixels = np.array(rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb)    # (H, W, 3)
     return torch.from_numpy(pixels).permute(2, 0, 1)                                     # (3, H, W)
 
-def read_folder(path, select, fps=3, start=None, end=None):
-    path=Path(path)
-    last = len(list(path.glob("*.jpg")))
-    if last == 0:
+def read_animation(path, image, select, start=None, end=None):
+    """By Pillow, GIFs in half of decord's time; so does the official code (mvbench.ipynb, read_gif)."""
+    frames, times = [], [0.0]                    # of each frame in seconds, and of the end
+    with decode_errors(path, "an image", Exception), image:
+        # each frame builds on those before it, so all are decoded; a PNG's first may be for other readers only
+        iterator = ImageSequence.Iterator(image)
+        iterator.position += getattr(image, "default_image", False)
+        for frame in iterator:
+            frames.append(to_rgb(frame))
+            if len(frames) * frame.width * frame.height > GIF_LIMIT:
+                raise MediaError(f"{path}: more than {GIF_LIMIT:,.0f} pixels in all frames: make it a video")
+            delay = image.info.get("duration", 0) / 1000
+            times.append(times[-1] + (delay if delay > 0.01 else 0.1))                   # as browsers and FFmpeg do
+
+        # a torn file is a fault, even between two frames: a GIF ends with ";", the others count their frames
+        if image.format == "GIF":
+            image.fp.seek(-1, 1)
+        if image.fp.read(1) != b";" if image.format == "GIF" else iterator.position < image.n_frames:
+            raise MediaError(f"{path}: the file ends too early, after {len(frames)} frames")
+
+    fps = len(frames) / times[-1] if len(frames) > 1 else 1.0
+    positions, seconds = choose_frames(path, select, times[:-1], fps, start, end)
+    if select is None:
+        return None, seconds
+    selected = torch.from_numpy(np.stack([np.asarray(frames[p]) for p in positions]))    # (T, H, W, 3)
+    return selected.permute(0, 3, 1, 2), seconds                                         # (T, 3, H, W)
+
+def read_folder(path, select, fps, start=None, end=None):
+    """Pictures that are numbered in equal steps. `select` counts them from 0 if they start at 0, else from 1."""
+    with decode_errors(path, "a folder of frames", OSError):
+        matches = (FRAME_NAME.fullmatch(name) for name in os.listdir(path))
+    files = sorted((int(match[1]), match[0]) for match in matches if match)
+    if not files:
         raise MediaError(f"{path}: the folder has no frames (00001.jpg ...)")
-    indices = np.clip(select(1, last, FOLDER_FPS), 1, last).tolist()
-    missing = [i for i in indices if not (path / f"{i:05d}.jpg").is_file()]
-    if missing:
-        raise MediaError(f"{path}: the folder of {last} frames lacks {missing[0]:05d}.jpg")
-    frames = [read_image(path / f"{i:05d}.jpg") for i in indices]
-    return torch.stack(frames), [(i - 1) / FOLDER_FPS for i in indices]                  # (T, 3, H, W)
+    step = min((b - a for (a, _), (b, _) in pairwise(files) if a < b), default=1)
+    for (a, name), (b, next_name) in pairwise(files):
+        if b - a != step:
+            raise MediaError(f"{path}: the frames are numbered in steps of {step}, but {name} precedes {next_name}")
+
+    # each file once, even if it is selected twice
+    times, first = [i / fps for i in range(len(files))], min(files[0][0] // step, 1)
+    positions, seconds = choose_frames(path, select, times, fps, start, end, first)
+    frames, sizes = {}, set()
+    for p in np.unique(positions).tolist():
+        frame = read_image(os.path.join(path, files[p][1]))                              # (3, H, W)
+        sizes.add(" x ".join(map(str, frame.shape[:0:-1])))
+        frames[p] = frame if select else None
+    if len(sizes) > 1:
+        raise MediaError(f"{path}: the frames are of different sizes, {' and '.join(sorted(sizes)[:2])}")
+    return torch.stack([frames[p] for p in positions.tolist()]) if select else None, seconds     # (T, 3, H, W)
