@@ -92,7 +92,7 @@ class SampleError(ValueError):
 class MediaError(SampleError):
     """A video, image or folder of frames that cannot be read."""
 
-def read_media(path, select, as_image=False, limit=TIME_LIMIT):
+def read_media(path, select, as_image=False, limit=TIME_LIMIT, fps=None):
     """-> frames (T, 3, H, W) uint8 and their seconds, of a video, an image (T = 1) or a folder of 00001.jpg ...
 
     select(first, last, fps) -> numbers of the frames to read, of those from first to last; a number outside becomes the
@@ -100,7 +100,7 @@ def read_media(path, select, as_image=False, limit=TIME_LIMIT):
     that takes more than `limit` seconds to decode."""
     path = Path(path)
     if path.is_dir():
-        return read_folder(path, select)
+        return read_folder(path, select, fps or FOLDER_FPS)
     if not path.is_file():
         raise MediaError(f"{path}: no such file")
     if path.stat().st_size == 0:
@@ -195,21 +195,24 @@ def read_image(path):
         pixels = np.array(image.convert("RGB"))                                          # (H, W, 3)
     return torch.from_numpy(pixels).permute(2, 0, 1)                                     # (3, H, W)
 
-def read_folder(path, select):
+def read_folder(path, select, fps=FOLDER_FPS):
     last = len(list(path.glob("*.jpg")))
     if last == 0:
         raise MediaError(f"{path}: the folder has no frames (00001.jpg ...)")
-    indices = np.clip(select(1, last, FOLDER_FPS), 1, last).tolist()
+    indices = np.clip(select(1, last, fps), 1, last).tolist()
     missing = [i for i in indices if not (path / f"{i:05d}.jpg").is_file()]
     if missing:
         raise MediaError(f"{path}: the folder of {last} frames lacks {missing[0]:05d}.jpg")
     frames = [read_image(path / f"{i:05d}.jpg") for i in indices]
-    return torch.stack(frames), [(i - 1) / FOLDER_FPS for i in indices]                  # (T, 3, H, W)
+    return torch.stack(frames), [(i - 1) / fps for i in indices]                  # (T, 3, H, W)
 
-def read_eval_frames(path, num_frames, bound=None):
+def read_eval_frames(path, num_frames, bound=None, fps=None, warnings=None):
     """(T, 3, H, W) uint8: the frames of a medium that the benchmark takes, within bound = (start, end) in seconds."""
-    frames, _ = read_media(path, lambda first, last, fps: eval_frame_indices(num_frames, last, fps, bound, first))
-    return frames
+    def select(first, last, fps):
+        if bound and warnings is not None and bound[0] > (last - first + 1) / fps:
+            warnings.append(f"{path}: start {bound[0]:g} s is beyond its end ({(last - first + 1) / fps:.1f} s)")
+        return eval_frame_indices(num_frames, last, fps, bound, first)
+    return read_media(path, select, fps=fps)[0]
 
 # --------------------------------------------------------------------------------------------------------------- pixels
 
@@ -264,7 +267,7 @@ def resize(x, height, width):
         x = F.interpolate(x, (height, width), mode="bicubic", antialias=True)
     return x.to(torch.float32, memory_format=torch.contiguous_format)
 
-def load_eval_clip(path, cfg, bound=None):
+def load_eval_clip(path, cfg, bound=None, fps=None, warnings=None):
     """A medium as MVBench and chat show it to a model (cfg: its model.Config): (T, 3, size, size)."""
     transform = Transform(cfg.vit.img_size, crop=cfg.crop, norm=cfg.eval_norm)
-    return transform(read_eval_frames(path, cfg.eval_frames, bound))
+    return transform(read_eval_frames(path, cfg.eval_frames, bound, fps, warnings))

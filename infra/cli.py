@@ -46,6 +46,9 @@ def read_options(parser, config_class, argv=None):
 
 def run(main, name, stopped="stopped"):
     """sys.exit(main()); ValueError and OSError become the line "name: error" and code 2, Ctrl-C `stopped` and 130."""
+    for stream in (sys.stdout, sys.stderr):                    # what a terminal cannot show must not end a run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -76,18 +76,25 @@ def lock_folder(folder):
 
 def save_text(text, path):
     with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")          # a lone surrogate: \ud800
 
 def write_json(value, path, indent=2):
     save_text(json.dumps(value, indent=indent) + "\n", path)
 
-def read_json(path):
-    """FileNotFoundError or ValueError name the file, in one line."""
+def read_json(path, lines=False):
+    """FileNotFoundError or ValueError name the file, in one line. lines: a file of JSON Lines gives a list."""
     try:
-        return json.loads(Path(path).read_text())
+        data = Path(path).read_bytes()
+        text = data.decode(json.detect_encoding(data)).removeprefix("\ufeff")           # UTF-8 or, from Windows, UTF-16
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            if not lines or "Extra data" not in str(error):
+                raise
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
 
 # ------------------------------------------------------------------------------------------------------- named tensors
