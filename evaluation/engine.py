@@ -213,14 +213,18 @@ class Engine:
         return self.protocol.opening + decode_official(self.llm_tok, ids).split("\n")[0]
 
     def too_long(self, q, prompt):
-        """Why the LLM cannot be asked a question, or "". Its prompt must leave room for an answer of two tokens."""
-        limit, room = self.model.llama_model.cfg.max_positions, int(self.protocol.decode == "generate")
-        longest = len(prompt.ids)
-        if longest > limit and self.protocol.decode == "likelihood":           # its prompts do not list the options
+        """Why the LLM cannot be asked a question, or "". There must be room for the longest option as the answer."""
+        limit, longest, answer = self.model.llama_model.cfg.max_positions, len(prompt.ids), self.protocol.max_new_tokens
+        if longest + answer <= limit:
+            return ""
+
+        # exactly: likelihood's prompts hold an option, and do not list them; a letter takes no room
+        if self.protocol.decode == "likelihood":
             longest = max(len(p.ids) for p in self.option_prompts(q))
-        return "" if longest + room <= limit else (
-            f"{q['task']}, entry {q['index']}: the prompt has {longest} tokens, {self.n_video} of them video, and the "
-            f"LLM takes at most {limit}{' with the answer' * room}: shorten the question or its options")
+        answer = min(answer, max(map(len, self.drafts(q)))) if self.protocol.decode == "generate" else 0
+        return "" if longest + answer <= limit else (
+            f"{q['task']}, entry {q['index']}: its prompt has {longest} tokens ({self.n_video} of video) and its longest "
+            f"option {answer}, but the LLM takes at most {limit}: shorten the question or its options")
 
     def option_prompts(self, q):
         """A prompt for each option: its text is the answer, and its ids are the labels. No prompt lists the options."""

@@ -155,14 +155,13 @@ def make_question(task, index, entry):
         faults.append(f"candidates: expected texts or numbers, found {shown(wrong[0])}")
 
     # numbers and texts are compared as text, but 3.0 is 3
-    texts, answer, key = [], entry.get("answer"), ""
+    texts, answer, key = [], entry.get("answer"), None
     if not isinstance(answer, str | int | float):
         faults.append(f"answer: expected a text or a number, found {shown(answer)}")
     elif not faults:
         texts = list(map(str, options))
-        key = next((text for text, option in zip(texts, options, strict=True) if str(answer) == text or answer == option),
-                   str(answer))
-        faults += [f"the answer {key!r} is not among the candidates {shown(texts)}"] if key not in texts else []
+        key = next((t for t, option in zip(texts, options, strict=True) if str(answer) == t or answer == option), None)
+        faults += [f"the answer {shown(answer)} is not among the candidates {shown(options)}"] if key is None else []
 
     # seconds may be numbers or text
     bound = tuple(map(seconds, map(entry.get, ("start", "end")))) if task.bound else None
@@ -265,7 +264,8 @@ def missing_media(questions, benchmark=MVBENCH):
         hint = f", the first being {shown(missing[0])}" if 0 < len(missing) < len(of_task) else ""
         hint += "; NTU RGB+D's owners give these videos out, on request" if task.short == "FP" else ""
         if missing:
-            lines.append(f"{task.name}: {len(missing)} of {len(of_task)} media are missing (video/{task.folder}/){hint}")
+            lines.append(f"{task.name}: {len(missing)} of {len(of_task)} media are missing "
+                         f"(video/{task.folder}/){hint}")
 
     # files that would serve the same tasks' folders, together
     for q in (q for q in questions if "shared" in q):

@@ -10,6 +10,8 @@ Not here: the network (llama.py), VideoChat2's own weights (checkpoint.py, conve
 
     pytest tests/test_hf_llama.py
 """
+import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -27,11 +29,50 @@ HF_NAMES = {  # LlamaConfig field -> key of config.json
     "max_positions": "max_position_embeddings", "head_dim": "head_dim", "tied": "tie_word_embeddings",
     "attention_bias": "attention_bias", "mlp_bias": "mlp_bias"}
 OPTIONAL = {"kv_heads", "rope_theta", "head_dim", "tied", "attention_bias", "mlp_bias"}
+EXPECTED = "expected the folder of a LLaMA model in Hugging Face layout: config.json, tokenizer.model and the weights"
+
+def check_llm_folder(folder):
+    """ValueError or FileNotFoundError if this is no LLM folder: what it is instead, and what to do."""
+    # a path that is no folder
+    folder = Path(folder)
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder} does not exist: {EXPECTED}")
+    if gguf := [name for name in names or [folder.name] if name.lower().endswith(".gguf")]:
+        raise ValueError(f"{folder} is llama.cpp's format ({gguf[0]}), whose rounded weights are not read: {EXPECTED}")
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file: {EXPECTED}")
+
+    # a folder that belongs to an LLM, or to this project
+    if "config.json" in names:
+        config = read_json(folder / "config.json")
+        if isinstance(config, dict) and "stage" in config and "config" in config:
+            llm = (config.get("llm") or {}).get("path")
+            raise ValueError(f"{folder} is a VideoChat2 checkpoint, not an LLM"
+                             + f"; its LLM is {folder / llm}" * bool(llm) + f": {EXPECTED}")
+    elif "adapter_config.json" in names:
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "BASE"
+        raise ValueError(f"{folder} is a LoRA adapter of {base}, not an LLM: merge the two, and name {folder}_merged "
+                         f"instead:\n{merge_command(folder, base)}")
+    else:
+        raise FileNotFoundError(f"{folder} has no config.json, but {', '.join(names[:4]) or 'nothing'}: {EXPECTED}")
+
+def merge_command(adapter, base):
+    """The command that merges a LoRA adapter into its LLM, by peft, into the folder ADAPTER_merged."""
+    adapter, merged, base = (json.dumps(str(path)) for path in (adapter, f"{adapter}_merged", base))
+    return "python -c " + shlex.quote(
+        "import shutil; from peft import AutoPeftModelForCausalLM; from transformers.utils import cached_file; "
+        f"AutoPeftModelForCausalLM.from_pretrained({adapter}).merge_and_unload().save_pretrained({merged}); "
+        f'shutil.copy(cached_file({base}, "tokenizer.model"), {merged})')
 
 def llm_config(folder):
     """config.json of an LLM folder -> LlamaConfig. ValueError names what llama.py does not implement."""
+    check_llm_folder(folder)
     path = Path(folder) / "config.json"
     config = read_json(path)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is a JSON {type(config).__name__}, not an object: is it the config of a LLaMA model?")
+    config.setdefault("max_position_embeddings", config.get("max_sequence_length"))        # its first name
     if missing := [hf for ours, hf in HF_NAMES.items() if config.get(hf) is None and ours not in OPTIONAL]:
         raise ValueError(f"{path} lacks {', '.join(missing)}: is this the folder of a LLaMA model?")
 
@@ -58,6 +99,7 @@ def config_diff(config, expected):
             if getattr(config, ours) != getattr(expected, ours)}
 
 def llm_tokenizer(folder):
+    check_llm_folder(folder)
     path = Path(folder) / "tokenizer.model"
     if not path.is_file() and path.with_suffix(".json").is_file():
         raise FileNotFoundError(f"{path} does not exist, and tokenizer.json alone is not read: use a folder with both")
