@@ -25,7 +25,7 @@ class Chat:
     def __init__(self, model, qformer_tok, llm_tok, media, temperature=0.0, max_new_tokens=100, autocast=None):
         self.model, self.llm_tok, self.autocast = model, llm_tok, autocast or nullcontext()
         self.temperature, self.max_new_tokens = temperature, max_new_tokens
-        self.history, self.n_dropped = [], 0                   # turns that the LLM still reads, and how many it does not
+        self.history, self.n_dropped = [], 0                   # turns that the LLM still reads; number of older ones
         # the video is encoded once for all questions: the Q-Former reads the instruction, not the question
         video = load_eval_clip(media, model.cfg)[None].to(model.device)                              # (1, T, 3, H, W)
         ids = torch.tensor([qformer_tok.encode(INSTRUCTION, sep=True)], device=model.device)         # (1, S)

@@ -223,8 +223,8 @@ class Engine:
             longest = max(len(p.ids) for p in self.option_prompts(q))
         answer = min(answer, max(map(len, self.drafts(q)))) if self.protocol.decode == "generate" else 0
         return "" if longest + answer <= limit else (
-            f"{q['task']}, entry {q['index']}: its prompt has {longest} tokens ({self.n_video} of video) and its longest "
-            f"option {answer}, but the LLM takes at most {limit}: shorten the question or its options")
+            f"{q['task']}, entry {q['index']}: its prompt has {longest} tokens ({self.n_video} of video) and its "
+            f"longest option {answer}, but the LLM takes at most {limit}: shorten the question or its options")
 
     def option_prompts(self, q):
         """A prompt for each option: its text is the answer, and its ids are the labels. No prompt lists the options."""

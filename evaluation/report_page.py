@@ -38,7 +38,8 @@ def sections(summary):
     # what is missing from the scores
     parts, missing = [task_section(summary)], summary["missing"]
     if unread := [f"  unread: {reason}" for reason in summary["unread"][:20]]:
-        missing = [*missing, f"{summary['unanswered']} questions with unreadable media or texts, counted as wrong:", *unread]
+        n = summary["unanswered"]
+        missing = [*missing, f"{n} questions with unreadable media or texts, counted as wrong:", *unread]
     if warnings := [f"  warning: {warning}" for warning in summary["warnings"][:20]]:
         missing = [*missing, f"{summary['warned']} questions with a doubtful medium, asked all the same:", *warnings]
     if missing:

@@ -272,7 +272,8 @@ def missing_media(questions, benchmark=MVBENCH):
         groups[tuple(dict.fromkeys(task.folder for task in q["shared"][1]))].append(q)
     for folders, qs in groups.items():
         tasks, files = dict.fromkeys(task for q in qs for task in q["shared"][1]), {q["shared"][0] for q in qs}
-        names = " and ".join(f"{task.name} ({task.folder.split('/')[0]})" for task in tasks)
+        names = " and ".join(f"{', '.join(task.name for task in tasks if task.folder == folder)} "
+                             f"({folder.split('/')[0]})" for folder in folders)
         lines.append(f"the same file serves {names}: put them into {' and '.join(f'video/{f}/' for f in folders)}; "
                      f"until then, {len(qs)} questions about {len(files)} such files are not asked ({min(files)}, ...)")
     return lines

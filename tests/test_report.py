@@ -121,7 +121,8 @@ def test_what_stands_in_questions_and_commands_stays_text(tmp_path, plain):
 def test_unanswered_questions_are_on_the_page(tmp_path, plain):
     rows = [*plain[""], row("Action Count", 10, False, unread="<a>.mp4: no such file", prediction="")]
     html = report_page.page(summary_of(tmp_path, {"": rows}), rows)
-    assert "1 questions with unreadable media or texts, counted as wrong" in html and "&lt;a&gt;.mp4: no such file" in html
+    assert "1 questions with unreadable media or texts, counted as wrong" in html
+    assert "&lt;a&gt;.mp4: no such file" in html
 
 # ---- files and comparisons -------------------------------------------------------------------------------------------
 

@@ -38,28 +38,27 @@ def check_llm_folder(folder):
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if not folder.exists():
         raise FileNotFoundError(f"{folder} does not exist: {EXPECTED}")
-    if gguf := [name for name in names or [folder.name] if name.lower().endswith(".gguf")]:
-        raise ValueError(f"{folder} is llama.cpp's format ({gguf[0]}), whose rounded weights are not read: {EXPECTED}")
     if not folder.is_dir():
-        raise ValueError(f"{folder} is a file: {EXPECTED}")
+        with open(folder, "rb") as f:
+            is_gguf = f.read(4) == b"GGUF"
+        raise ValueError(f"{folder} is a file{' of llama.cpp (GGUF), which is not read' * is_gguf}: {EXPECTED}")
 
     # a folder that belongs to an LLM, or to this project
     if "config.json" in names:
         config = read_json(folder / "config.json")
         if isinstance(config, dict) and "stage" in config and "config" in config:
-            llm = (config.get("llm") or {}).get("path")
-            raise ValueError(f"{folder} is a VideoChat2 checkpoint, not an LLM"
-                             + f"; its LLM is {folder / llm}" * bool(llm) + f": {EXPECTED}")
+            llm = f" (its LLM is {folder / config['llm']['path']})" if config.get("llm") else ""
+            raise ValueError(f"{folder} is a VideoChat2 checkpoint, not an LLM{llm}: {EXPECTED}")
     elif "adapter_config.json" in names:
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "BASE"
         raise ValueError(f"{folder} is a LoRA adapter of {base}, not an LLM: merge the two, and name {folder}_merged "
                          f"instead:\n{merge_command(folder, base)}")
     else:
-        raise FileNotFoundError(f"{folder} has no config.json, but {', '.join(names[:4]) or 'nothing'}: {EXPECTED}")
+        raise FileNotFoundError(f"{folder} has no config.json, only {', '.join(names[:4]) or 'nothing'}: {EXPECTED}")
 
 def merge_command(adapter, base):
     """The command that merges a LoRA adapter into its LLM, by peft, into the folder ADAPTER_merged."""
-    adapter, merged, base = (json.dumps(str(path)) for path in (adapter, f"{adapter}_merged", base))
+    adapter, merged, base = (json.dumps(str(path), ensure_ascii=False) for path in (adapter, f"{adapter}_merged", base))
     return "python -c " + shlex.quote(
         "import shutil; from peft import AutoPeftModelForCausalLM; from transformers.utils import cached_file; "
         f"AutoPeftModelForCausalLM.from_pretrained({adapter}).merge_and_unload().save_pretrained({merged}); "
@@ -73,7 +72,8 @@ def llm_config(folder):
     if not isinstance(config, dict):
         raise ValueError(f"{path} is a JSON {type(config).__name__}, not an object: is it the config of a LLaMA model?")
     config.setdefault("max_position_embeddings", config.get("max_sequence_length"))        # its first name
-    if missing := [hf for ours, hf in HF_NAMES.items() if config.get(hf) is None and ours not in OPTIONAL]:
+    if missing := [hf for ours, hf in HF_NAMES.items()
+                   if not isinstance(config.get(hf), int | float) and ours not in OPTIONAL]:
         raise ValueError(f"{path} lacks {', '.join(missing)}: is this the folder of a LLaMA model?")
 
     # whatever would give other numbers than llama.py computes
