@@ -212,7 +212,7 @@ def find_media(root, folder, name):
 def locate_media(root, files):
     """[(task, path, entries), ...] of all tasks -> {(folder, name): path of the medium, "" if it is missing}, and
     {(folder, name): (path, [task, ...])} of media that are missing because one file would serve several."""
-    tasks_of, suffix_of, users = defaultdict(list), {}, defaultdict(set)
+    tasks_of, suffix_of, users = defaultdict(list), {}, defaultdict(dict)
     for task, _, entries in files:
         for name in dict.fromkeys(e["video"] for e in entries or () if isinstance(e.get("video"), str)):
             tasks_of[task.folder, name].append(task)
@@ -220,22 +220,20 @@ def locate_media(root, files):
 
     # if the original is missing, an .mp4 of the same name will do, unless it is another question's medium: videos of
     # something-something v2 are often converted
-    own = {file_key(path) for path in media.values()}
+    exact = {file_key(path) for path in media.values()}
     for folder, name in (key for key in tasks_of if not media[key]):
         stem, suffix = os.path.splitext(name)
         path = find_media(root, folder, f"{stem}.mp4") if suffix.lower() in VIDEO_SUFFIXES else ""
-        if file_key(path) not in own:
+        if file_key(path) not in exact:
             media[folder, name], suffix_of[folder, name] = path, suffix
 
     # media of different folders are different videos: CLEVRER's and Perception's have the same names. Where both are
     # the same file, as in one flat folder, nobody knows whose it is
     for key, path in media.items():
-        users[file_key(path)].add((key[0], suffix_of.get(key, "")))
-    shared = {key: path for key, path in media.items() if path and len(users[file_key(path)]) > 1}
-    tasks = defaultdict(dict)
-    for key, path in shared.items():
-        tasks[file_key(path)] |= dict.fromkeys(tasks_of[key])
-    return media | dict.fromkeys(shared, ""), {k: (path, list(tasks[file_key(path)])) for k, path in shared.items()}
+        users[file_key(path)].setdefault((key[0], suffix_of.get(key)), []).extend(tasks_of[key])
+    shared = {key: (path, sum(users[file_key(path)].values(), [])) for key, path in media.items()
+              if path and len(users[file_key(path)]) > 1}
+    return media | dict.fromkeys(shared, ""), shared
 
 def file_key(path):
     """The same for two paths of one file: by symbolic links, or in upper and lower case where that is the same. Hard

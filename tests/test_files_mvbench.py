@@ -392,7 +392,7 @@ def test_llama_1_calls_its_length_otherwise(llm):
     path.write_text(json.dumps(config))
     assert hf_llama.llm_config(llm).max_positions == 2000
     path.write_text("[]")
-    with pytest.raises(ValueError, match="config.json is a JSON list, not an object"):
+    with pytest.raises(ValueError, match="has a config.json that holds a list: expected"):
         hf_llama.llm_config(llm)
 
 def test_a_lora_adapter_is_merged_by_the_command_that_its_error_names(llm, tmp_path):

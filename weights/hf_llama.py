@@ -29,32 +29,35 @@ HF_NAMES = {  # LlamaConfig field -> key of config.json
     "max_positions": "max_position_embeddings", "head_dim": "head_dim", "tied": "tie_word_embeddings",
     "attention_bias": "attention_bias", "mlp_bias": "mlp_bias"}
 OPTIONAL = {"kv_heads", "rope_theta", "head_dim", "tied", "attention_bias", "mlp_bias"}
-EXPECTED = "expected the folder of a LLaMA model in Hugging Face layout: config.json, tokenizer.model and the weights"
 
 def check_llm_folder(folder):
-    """ValueError or FileNotFoundError if this is no LLM folder: what it is instead, and what to do."""
-    # a path that is no folder
-    folder = Path(folder)
+    """ValueError if this is no LLM folder: what it is instead, and what to do."""
+    folder, fault = Path(folder), ""
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if not folder.exists():
-        raise FileNotFoundError(f"{folder} does not exist: {EXPECTED}")
-    if not folder.is_dir():
-        with open(folder, "rb") as f:
-            is_gguf = f.read(4) == b"GGUF"
-        raise ValueError(f"{folder} is a file{' of llama.cpp (GGUF), which is not read' * is_gguf}: {EXPECTED}")
+    config = read_json(folder / "config.json") if "config.json" in names else None
 
-    # a folder that belongs to an LLM, or to this project
-    if "config.json" in names:
-        config = read_json(folder / "config.json")
-        if isinstance(config, dict) and "stage" in config and "config" in config:
-            llm = f" (its LLM is {folder / config['llm']['path']})" if config.get("llm") else ""
-            raise ValueError(f"{folder} is a VideoChat2 checkpoint, not an LLM{llm}: {EXPECTED}")
-    elif "adapter_config.json" in names:
+    # a part of an LLM that is useless alone has a remedy
+    if config is None and "adapter_config.json" in names:
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "BASE"
         raise ValueError(f"{folder} is a LoRA adapter of {base}, not an LLM: merge the two, and name {folder}_merged "
                          f"instead:\n{merge_command(folder, base)}")
-    else:
-        raise FileNotFoundError(f"{folder} has no config.json, only {', '.join(names[:4]) or 'nothing'}: {EXPECTED}")
+
+    # everything else is named
+    if not folder.exists():
+        fault = "does not exist"
+    elif not folder.is_dir():
+        with open(folder, "rb") as f:
+            fault = "is a file" + " of llama.cpp (GGUF), which is not read" * (f.read(4) == b"GGUF")
+    elif config is None:
+        fault = f"has no config.json, only {', '.join(names[:4]) or 'nothing'}"
+    elif not isinstance(config, dict):
+        fault = f"has a config.json that holds a {type(config).__name__}"
+    elif {"stage", "config", "llm"} <= config.keys():
+        llm = f" (its LLM is {folder / config['llm']['path']})" if config["llm"] else ""
+        fault = f"is a VideoChat2 checkpoint, not an LLM{llm}"
+    if fault:
+        raise ValueError(f"{folder} {fault}: expected the folder of a LLaMA model in Hugging Face layout, which has "
+                         "config.json, tokenizer.model and the weights")
 
 def merge_command(adapter, base):
     """The command that merges a LoRA adapter into its LLM, by peft, into the folder ADAPTER_merged."""
@@ -69,8 +72,6 @@ def llm_config(folder):
     check_llm_folder(folder)
     path = Path(folder) / "config.json"
     config = read_json(path)
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is a JSON {type(config).__name__}, not an object: is it the config of a LLaMA model?")
     config.setdefault("max_position_embeddings", config.get("max_sequence_length"))        # its first name
     if missing := [hf for ours, hf in HF_NAMES.items()
                    if not isinstance(config.get(hf), int | float) and ours not in OPTIONAL]:
