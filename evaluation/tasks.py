@@ -80,6 +80,7 @@ def json_questions(root, task):
     paths = [Path(root, folder, task.file + suffix) for suffix in (".json", ".jsonl") for folder in ("", "json")]
     path = next(filter(Path.is_file, paths), paths[1])
     entries = read_json(path, lines=True) if path.is_file() else None
+    entries = [entries] if isinstance(entries, dict) and "question" in entries else entries        # a file of one line
     if entries is not None and not isinstance(entries, list):
         raise ValueError(f"{path} is a JSON {type(entries).__name__}, not a list of questions")
     for i, entry in enumerate(entries or []):

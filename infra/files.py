@@ -82,16 +82,20 @@ def write_json(value, path, indent=2):
     save_text(json.dumps(value, indent=indent) + "\n", path)
 
 def read_json(path, lines=False):
-    """FileNotFoundError or ValueError name the file, in one line. lines: a file of JSON Lines gives a list."""
+    """FileNotFoundError or ValueError name the file, in one line. lines: JSON Lines give a list."""
     try:
         data = Path(path).read_bytes()
-        text = data.decode(json.detect_encoding(data)).removeprefix("\ufeff")           # UTF-8 or, from Windows, UTF-16
-        try:
+        text = data.decode(json.detect_encoding(data)).removeprefix("\ufeff").strip()   # or, from Windows, UTF-16
+        if not lines:
             return json.loads(text)
-        except json.JSONDecodeError as error:
-            if not lines or "Extra data" not in str(error):
-                raise
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
+
+        # one value after another, so that an error names the line in the file
+        values, end = [], 0
+        while not values or end < len(text):
+            value, end = json.JSONDecoder().raw_decode(text, end)
+            values.append(value)
+            end = re.compile(r"\s*").match(text, end).end()
+        return values[0] if len(values) == 1 else values
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist") from None
     except (ValueError, RecursionError) as error:

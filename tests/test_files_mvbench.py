@@ -158,11 +158,14 @@ def test_encodings_and_json_lines(tmp_path, write):
     assert [q["question"] for q in load_questions(tmp_path)] == ["Wie oft, Zoë\u2028?", "How often?"]
     path.rename(path.with_suffix(".jsonl"))
     assert len(load_questions(tmp_path)) == 2
+    path.with_suffix(".jsonl").write_text(json.dumps(entry()) + "\n")
+    assert len(load_questions(tmp_path)) == 1
 
 @pytest.mark.parametrize("text, message", [
     ("[1, 2", "action_count.json is not JSON"), ('{"a": 1}', "is a JSON dict, not a list of questions"),
     ("[" * 100_000, "is not JSON"), ('["a"]', 'entry 0: expected an object with video, question, .*found "a"'),
-    (b"\xff\xfe\xff", "is not JSON"), ('{"video": 1}\n{"vid', "is not JSON"), ("[" + "9" * 5000 + "]", "is not JSON")])
+    (b"\xff\xfe\xff", "is not JSON"), ('{"video": 1}\n{"vid', "is not JSON.* line 2 column 2"),
+    ("", "is not JSON"), ("[" + "9" * 5000 + "]", "is not JSON")])
 def test_task_files_that_are_none(tmp_path, text, message):
     path = benchmark(tmp_path, action_count=[]) / "json" / "action_count.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
