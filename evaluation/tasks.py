@@ -230,10 +230,10 @@ def locate_media(root, files):
 
     # media of different folders are different videos: CLEVRER's and Perception's have the same names. Where both are
     # the same file, as in one flat folder, nobody knows whose it is
-    for key, path in media.items():
-        users[file_key(path)].setdefault((key[0], suffix_of.get(key)), []).extend(tasks_of[key])
-    shared = {key: (path, sum(users[file_key(path)].values(), [])) for key, path in media.items()
-              if path and len(users[file_key(path)]) > 1}
+    file_of = {key: file_key(path) for key, path in media.items() if path}
+    for key, file in file_of.items():
+        users[file].setdefault((key[0], suffix_of.get(key)), []).extend(tasks_of[key])
+    shared = {key: (media[key], sum(users[file].values(), [])) for key, file in file_of.items() if len(users[file]) > 1}
     return media | dict.fromkeys(shared, ""), shared
 
 def file_key(path):
