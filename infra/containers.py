@@ -12,7 +12,7 @@ table of formats that all of this is measured on.
 import threading
 from bisect import bisect_left, bisect_right
 from contextlib import contextmanager
-from itertools import islice, pairwise
+from itertools import pairwise
 
 import av
 import numpy as np
@@ -108,7 +108,7 @@ def read_video(path, select, start=None, end=None):
 
     The packets' time stamps say which frames there are, and only what is needed is decoded. Where the decoder gives
     other frames (AVI with packed B-frames, pieces of a broadcast), all is decoded: once to count, once to read."""
-    with decode_errors(path, "a video", av.FFmpegError):
+    with decode_errors(path, "a video", av.FFmpegError, MemoryError):
         try:
             with open_video(path) as video:
                 return take_frames(path, *video, *list_packets(path, *video), select, start, end)
@@ -165,9 +165,14 @@ def decode(path, container, stream, needed=None):
 def decode_needed(path, container, stream, stamps, keys, needed):
     """Yields (position, frame) for these positions in `stamps`, ascending. keys None: decodes all, from the first."""
     if keys is None:
-        frames, needed = enumerate(decode(path, container, stream)), set(needed)
-        yield from islice(((i, frame) for i, frame in frames if i in needed), len(needed))
-        return
+        missing = set(needed)
+        for i, frame in enumerate(decode(path, container, stream)):
+            if i in missing:
+                yield i, frame
+                missing.remove(i)
+            if not missing:
+                return
+        raise MediaError(f"{path}: damaged before frame {min(missing)}")
 
     # B-frames that serve no other are half of what there is to decode; elsewhere each frame shows that none is missing
     skips = has_time_index(container) and stream.codec.name in ("h264", "hevc")
@@ -208,7 +213,7 @@ def take_frames(path, container, stream, stamps, keys, select, start, end):
             size = size or source[:2]
             graph = rgb_graph(stream, frame, *size)
         graph.push(frame)
-        picture = np.rot90(graph.pull().to_ndarray(), frame.rotation // 90)              # (H, W, 3), upright
+        picture = np.rot90(graph.pull().to_ndarray(), round(frame.rotation / 90))        # (H, W, 3), upright
         if frames is None:
             frames = np.empty((len(positions), *picture.shape), np.uint8)                # (T, H, W, 3)
         frames[positions == p] = picture
