@@ -30,20 +30,24 @@ def read_as_notebook(path, cfg):
         frames.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))               # (3, H, W), H or W = size
     return Transform(size, norm=cfg.eval_norm)(torch.stack(frames))                     # (T, 3, size, size)
 
+def write_clip(path, rng):
+    """10 seconds of H.264: a moving gradient with noise."""
+    gradient = np.indices((480, 854, 3)).sum(0)                                         # (H, W, 3)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, width=854, height=480)
+        for i in range(250):
+            pixels = (gradient + 5 * i + rng.integers(0, 4, gradient.shape)).astype(np.uint8)       # modulo 256
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+
 def main(argv=None):
     parser = argparse.ArgumentParser("python -m bench.decoding", description=__doc__.splitlines()[0])
     parser.add_argument("--clips", type=int, default=16, help="that each way reads (default %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="of the ways with workers (default %(default)s)")
-    args, rng = parser.parse_args(argv), np.random.default_rng(0)
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        # a moving gradient with noise
-        path, gradient = f"{folder}/clip.mp4", np.indices((480, 854, 3)).sum(0)         # (H, W, 3)
-        with av.open(path, "w") as container:
-            stream = container.add_stream("libx264", rate=25, width=854, height=480)
-            for i in range(250):
-                pixels = (gradient + 5 * i + rng.integers(0, 4, gradient.shape)).astype(np.uint8)   # modulo 256
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-            container.mux(stream.encode())
+        path = f"{folder}/clip.mp4"
+        write_clip(path, np.random.default_rng(0))
 
         # a DataLoader hands the path to the workers, and its collate_fn reads there
         for name, read in (("our reader", load_eval_clip), ("the notebook's way", read_as_notebook)):

@@ -94,6 +94,10 @@ def counted_step(cfg, step):
         return {"frozen weights": frozen, "trained weights": trained, "gradients": gradients,
                 "optimizer": live.now - before_steps, "activations": activations, "peak": live.peak}
 
+def clips_that_fit(gpu, batch, peak, per_clip):
+    """The largest batch for a GPU of `gpu` GiB, from the peak of a batch; CUDA itself and its libraries take 1 GiB."""
+    return max(0, int(batch + ((gpu - 1) * GIB - peak) // per_clip))
+
 def main(argv=None):
     parser = argparse.ArgumentParser("python -m bench.memory", description=__doc__.splitlines()[0])
     add_options(parser, Options)
@@ -107,9 +111,8 @@ def main(argv=None):
     for name, size in (*sizes.items(), ("each further clip", per_clip)):
         print(f"  {name:20}{size / GIB:8.2f} GiB")
 
-    # the CUDA context and its libraries take 0.5 to 1 GiB
-    clips = step.batch + ((step.gpu - 1) * GIB - sizes["peak"]) // per_clip
-    print(f"  a GPU of {step.gpu:g} GiB, 1 of them for CUDA itself, has room for {max(0, clips):.0f} clips")
+    clips = clips_that_fit(step.gpu, step.batch, sizes["peak"], per_clip)
+    print(f"  a GPU of {step.gpu:g} GiB, 1 of them for CUDA itself, has room for {clips} clips")
 
 if __name__ == "__main__":
     run(main, "bench.memory")

@@ -20,6 +20,13 @@ from infra.cli import run
 from infra.files import read_json
 from weights.checkpoint import load_from_args
 
+def ask_one_by_one(model, qformer_tok, llm_tok, questions, protocol):
+    """-> answers, seconds. The first answer is given twice: what is slower only at first is not counted."""
+    mvbench.answer_one(model, qformer_tok, llm_tok, questions[0], protocol)
+    start = time.perf_counter()
+    answers = [mvbench.answer_one(model, qformer_tok, llm_tok, q, protocol) for q in questions]
+    return answers, time.perf_counter() - start
+
 def main(argv=None):
     # mvbench.py, with its answers in the benchmark's order; it has to merge LoRA, and so loads a model of its own
     argv = sys.argv[1:] if argv is None else argv
@@ -31,16 +38,13 @@ def main(argv=None):
     batched = seconds["in all"] - seconds["loading the model"]
     print(f"{len(rows)} questions; mvbench.py: {len(rows) / batched:.1f} questions/s")
 
-    # one question at a time; the first answer, which is slower, is not counted
+    # one question at a time
     questions = [q for q in load_questions(args.data, limit=args.limit) if q["media"]]
     model, qformer_tok, llm_tok, autocast = load_from_args(args)
     llms = {"our LLM": model.llama_model, "transformers and peft": LlamaTwin(model)}
     for name, model.llama_model in llms.items():               # each LLM in turn becomes the model's
         with autocast:
-            mvbench.answer_one(model, qformer_tok, llm_tok, questions[0], args.protocol)
-            start = time.perf_counter()
-            answers = [mvbench.answer_one(model, qformer_tok, llm_tok, q, args.protocol) for q in questions]
-        seconds = time.perf_counter() - start
+            answers, seconds = ask_one_by_one(model, qformer_tok, llm_tok, questions, args.protocol)
         # rows has the answers of the batched run, to the same questions in the same order
         differ = sum(answer != row["prediction"] for answer, row in zip(answers, rows, strict=True))
         print(f"answer_one, {name}: {len(questions) / seconds:.1f} questions/s; mvbench.py is "

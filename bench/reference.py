@@ -85,8 +85,14 @@ class LlamaTwin(nn.Module):
         super().__init__()
         hf, cfg, weights = import_dev("transformers"), model.llama_model.cfg, renamed(model.llama_model, LORA_NAMES)
         sizes = {theirs: getattr(cfg, ours) for ours, theirs in HF_NAMES.items()} | {"head_dim": cfg.head_size}
-        with torch.device(model.device):
-            self.twin = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes)).to(weights["model.embed_tokens.weight"].dtype)
+        # made in its dtype, as from_pretrained does; .to(dtype) would take twice the memory, and round the angles
+        default = torch.get_default_dtype()
+        try:
+            torch.set_default_dtype(weights["model.embed_tokens.weight"].dtype)
+            with torch.device(model.device):
+                self.twin = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes))
+        finally:
+            torch.set_default_dtype(default)
         self.twin.requires_grad_(False)
 
         # peft wraps the same layers as lora.py, and the model once more

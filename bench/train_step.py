@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from bench.reference import twin_losses, use_twins
 from infra.cli import add_options, option, read_options, run
 from infra.distributed import Distributed
+from infra.files import set_parameter
 from llama import LlamaConfig
 from model import PRESETS, Config, VideoChat2, set_trainable
 from prompt import IGNORE, VIDEO, add_packing
@@ -88,10 +89,11 @@ def our_model(cfg, stage, device=DEVICE, dtype=DTYPE, dropout=False):
         cfg = replace(cfg, lora_dropout=0.0, qformer=replace(cfg.qformer, dropout=0.0, drop_path=0.0))
     torch.manual_seed(0)
     with torch.device(device):
-        model = VideoChat2(cfg, stage)
-    for name, p in model.named_parameters():
-        if is_frozen_llm(name):
-            p.data = p.data.to(dtype)
+        model = VideoChat2(cfg, stage, defer_llm=True)
+    for name, p in list(model.named_parameters()):
+        if is_frozen_llm(name):                                # made in its dtype: float32 would take 27 GB of a 7B LLM
+            t = torch.ones(p.shape, device=device, dtype=dtype)
+            set_parameter(model, name, t if p.ndim == 1 else t.normal_(std=p.shape[1] ** -0.5))
         elif name.startswith("extra_query") or "lora_B" in name:
             torch.nn.init.normal_(p, std=0.02)                 # zeros would hide whatever reads them
     set_trainable(model, stage)
@@ -103,8 +105,19 @@ def step_losses(model, batch, generator=None):
         return {"lm": model.lm_loss(batch)}
     return model.stage1_losses(batch, 3, Distributed(), generator)
 
-def measure(side, step):
-    """Trains one side, "ours" or "transformers", in this process -> {name: loss} of the first step, a row to print."""
+def seconds_of(call, min_run_time):
+    """The median; Timer waits for a GPU."""
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=min_run_time).median
+
+def matmul_rate(n=8192 if DEVICE == "cuda" else 1024):
+    """Operations a second of a product of two n x n matrices."""
+    a, b = torch.randn(2, n, n, device=DEVICE, dtype=DTYPE)                             # 2 x (n, n)
+    return 2 * n ** 3 / seconds_of(lambda: a @ b, 0.5)
+
+def measure(side, step, min_run_time=5):
+    """Trains one side, "ours" or "transformers", in this process -> its "losses" in the first step, by name; "seconds"
+    of a step, "peak" bytes, "mfu"."""
     # both sides draw the same weights, batch and hard negatives
     cfg, generator = step_config(step), torch.Generator().manual_seed(0)
     model, losses_of = our_model(cfg, step.stage), step_losses
@@ -121,24 +134,16 @@ def measure(side, step):
         optimizer.zero_grad(set_to_none=True)
         return losses
 
-    def seconds_of(call, min_run_time):                        # the median; Timer waits for a GPU
-        timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-        return timer.blocked_autorange(min_run_time=min_run_time).median
-
     # the losses of the first step, the operations of the second, the time of the others
     losses = {name: loss.item() for name, loss in train().items()}
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         train()
-    seconds, kib = seconds_of(train, 5), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()                   # making the model may have taken more
+    seconds, kib = seconds_of(train, min_run_time), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else kib * 1024
-
-    # operations a second of a matrix product
-    n = 8192 if DEVICE == "cuda" else 1024
-    a, b = torch.randn(2, n, n, device=DEVICE, dtype=DTYPE)                             # 2 x (n, n)
-    rate = 2 * n ** 3 / seconds_of(lambda: a @ b, 0.5)
-    return losses, (f"  {side:13}{seconds:8.3f} s{step.batch / seconds:9.2f} clips/s{peak / 2 ** 30:7.2f} GiB"
-                    f"{counter.get_total_flops() / seconds / rate:6.0%} MFU   "
-                    + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+    return {"losses": losses, "seconds": seconds, "peak": peak,
+            "mfu": counter.get_total_flops() / seconds / matmul_rate()}
 
 def main(argv=None):
     parser = argparse.ArgumentParser("python -m bench.train_step", description=__doc__.splitlines()[0])
@@ -151,8 +156,11 @@ def main(argv=None):
     losses = {}
     for side in ("ours", "transformers"):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            losses[side], row = pool.submit(measure, side, step).result()
-        print(row, flush=True)
+            result = pool.submit(measure, side, step).result()
+        losses[side], seconds = result["losses"], result["seconds"]
+        print(f"  {side:13}{seconds:8.3f} s{step.batch / seconds:9.2f} clips/s{result['peak'] / 2 ** 30:7.2f} GiB"
+              f"{result['mfu']:6.0%} MFU   " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses[side].items()),
+              flush=True)
 
     # unequal losses would mean that the two did not compute the same
     for name, loss in losses["ours"].items():

@@ -140,7 +140,7 @@ def wrap_model(model, loss, dist, shard=False, find_unused=True):
         shard_model(model, dist)
         return loss
     model.to(dist.device)
-    if dist.size == 1:
+    if dist.size == 1 and not torch_dist.is_initialized():         # bench.gpu has a group of a single process
         return loss
     # DDP wraps a module: one that owns the model and computes its losses
     module = torch.nn.Module()
