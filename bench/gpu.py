@@ -1,0 +1,233 @@
+"""What one CUDA card says in nine minutes, on one page: numbers, speed, memory, kernels.
+
+    1 same numbers   numbers of the official code, a step of each stage, greedy answers: the card beside the CPU
+    2 real size      a step of stages 1 to 3 of vicuna-7b: time, memory, operations, attention kernels, host waits
+    3 beside others  the same step built from transformers and peft
+    4 MVBench        400 questions at the real size, by the engine and one by one
+    5 processes      nccl with one process: DDP and FSDP2; a run that is stopped and resumed
+    6 toy            world, pretraining, stages 1 to 3 and MVBench, as many steps as the time allows
+
+A part is a process with a time limit, its share of what is left. If it fails or hangs, its rows so far stay, and the
+others run. OUT gets partN.json after each row, log.txt, and after each part the page gpu_CARD.md, which is also written
+to results/. Parts of earlier runs stay on the page until they run again. Weights are random and made on the card.
+Not here: what the parts do (gpu_checks.py, gpu_speed.py); several cards, real weights, real videos.
+
+A bare machine needs Python 3.10 and torch 2.6 or newer, and wheels of av, numpy, pillow, safetensors, sentencepiece and
+tqdm; of decord2 for part 4, of transformers and peft for part 3.
+
+    python -m bench.gpu --out DIR              # on a card
+    python -m bench.gpu --tiny --out DIR       # a rehearsal: every part at tiny sizes, with or without a card
+"""
+import argparse
+import datetime
+import importlib
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from infra.cli import add_options, option, read_options, run
+from infra.files import read_json, save_text, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results"
+START_UP = 5            # seconds under which no part is started
+
+@dataclass
+class Options:
+    out: str = option("runs/gpu", "folder of the page, a JSON file for each part, and log.txt")
+    minutes: float = option(9.0, "for all parts together")
+    only: str = option("", "parts to run, separated by commas: 1,3")
+    tiny: bool = option(False, "tiny sizes, on the CPU where there is no card; the page is written to OUT only")
+    commit: str = option("", "the commit that the page names (default: git's)")
+
+@dataclass
+class Part:
+    title: str
+    function: str           # of the module, called with a Report
+    share: float            # of the time
+    needs: tuple = ()       # modules that may be missing
+
+PARTS = {
+    1: Part("Same numbers as on the CPU", "gpu_checks.same_numbers", 45),
+    2: Part("A training step at the real size", "gpu_speed.real_size", 180),
+    3: Part("Beside transformers and peft", "gpu_speed.beside_transformers", 90, ("transformers", "peft")),
+    4: Part("MVBench at the real size", "gpu_speed.mvbench_real_size", 75, ("decord",)),
+    5: Part("Processes, stopping and resuming", "gpu_checks.processes", 60),
+    6: Part("A toy run", "gpu_checks.toy", 90)}
+
+# ---------------------------------------------------------------------------------------------- in a part's own process
+
+class Report:
+    """What a part writes: rows of tables, in a file that is complete after each of them."""
+    def __init__(self, path, seconds, tiny):
+        self.path, self.tiny, self.deadline = Path(path), tiny, time.monotonic() + seconds
+        self.record = read_json(path) | {"card": "CPU", "device": f"CPU, {torch.get_num_threads()} threads"}
+        if torch.cuda.is_available():
+            name, size = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1] / 2 ** 30
+            self.record |= {"card": name, "device": f"{name}, {size:.1f} GiB, CUDA {torch.version.cuda}"}
+        self.save("running")
+
+    def row(self, **columns):
+        """Adds a row. Rows one after another that have the same columns are one table of the page."""
+        print(columns, flush=True)
+        self.record["rows"].append({name: str(value) for name, value in columns.items()})
+        self.save("running")
+
+    def save(self, status):
+        write_json(self.record | {"status": status}, self.path)
+
+    def seconds_left(self):
+        return self.deadline - time.monotonic()
+
+def run_part(number, path, seconds, tiny):
+    """Runs a part; whatever it raises becomes its status."""
+    report = None
+    try:
+        report = Report(path, float(seconds), tiny == "True")
+        module, function = PARTS[int(number)].function.split(".")
+        getattr(importlib.import_module(f"bench.{module}"), function)(report)
+        report.save("done")
+    except BaseException as error:                             # SystemExit of argparse, too
+        traceback.print_exc()
+        reason = (str(error).strip().splitlines() or [""])[0][:300]
+        if report:
+            report.save(f"failed: {type(error).__name__}: {reason}")
+        sys.exit(1)
+
+# ------------------------------------------------------------------------------------------------ in the first process
+
+def start_part(number, options, commit, seconds):
+    """Runs a part in a process group of its own, which ends after these seconds -> its record, also in partN.json."""
+    # what the page says of the part, until it says more itself
+    path, part = Path(options.out).resolve() / f"part{number}.json", PARTS[number]
+    now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
+    record = {"date": now, "commit": commit, "torch": torch.__version__, "tiny": options.tiny, "rows": [], "seconds": 0}
+    missing = [name for name in part.needs if importlib.util.find_spec(name) is None]
+    if missing or seconds < START_UP:
+        reason = f"needs {' and '.join(missing)}" if missing else "no time was left"
+        write_json(record | {"status": f"not run: {reason}"}, path)
+        return
+    write_json(record | {"status": "running"}, path)
+
+    # its temporary files go with it, also if it is killed
+    start, status, scratch = time.monotonic(), "", tempfile.mkdtemp(prefix="bench_gpu_")
+    env = os.environ | {"TMPDIR": scratch, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(
+        [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    code = "import sys; from bench.gpu import run_part; run_part(*sys.argv[1:])"
+    arguments = [str(number), str(path), f"{seconds:.0f}", str(options.tiny)]
+    with open(path.with_name("log.txt"), "a") as log:
+        log.write(f"\n==== part {number}, {now}, at most {seconds:.0f} s\n")
+        log.flush()
+        process = subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=ROOT, env=env, stdout=log,
+                                   stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            process.wait(seconds)
+            status = f"failed: ended by signal {-process.returncode}" if process.returncode < 0 else (
+                f"failed: exit code {process.returncode}, see log.txt")
+        except subprocess.TimeoutExpired:
+            status = f"stopped at its limit of {seconds:.0f} s"
+        except KeyboardInterrupt:
+            status = "stopped by Ctrl-C"
+            raise
+        finally:
+            end_group(process)
+            shutil.rmtree(scratch, ignore_errors=True)
+            record = read_json(path)
+            record["status"] = status if record["status"] == "running" else record["status"]
+            write_json(record | {"seconds": round(time.monotonic() - start)}, path)
+
+def end_group(process):
+    """Kills what is left of a part and of the processes that it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(10)                                       # a process that waits for a driver may not die
+    except (ProcessLookupError, subprocess.TimeoutExpired):
+        pass
+
+def write_page(options, driver):
+    """The page of all parts in OUT, whichever run they are of -> its path. Also to results/, unless sizes are tiny."""
+    out = Path(options.out)
+    records = {n: read_json(path) for n in PARTS if (path := out / f"part{n}.json").is_file()}
+    cards = [record["card"] for record in records.values() if "card" in record]
+    lines = [f"# bench.gpu on {cards[0] if cards else 'an unknown card'}", "", f"Driver {driver}, Python "
+             f"{sys.version.split()[0]}. Weights are random. Each part names its date, commit and card; parts that were "
+             "not reached say \"not run\"."]
+    for number, part in PARTS.items():
+        record = records.get(number, {"status": "not run", "rows": []})
+        lines += ["", f"## {number}. {part.title}: {record['status']}", ""]
+        if "date" in record:
+            command = f"python -m bench.gpu{' --tiny' * record['tiny']} --only {number} --out DIR"
+            lines.append(f"`{command}`, {record['date']}, commit {record['commit']}, torch {record['torch']}, "
+                         f"{record.get('device', 'no device')}, {record['seconds']} s")
+        lines += tables(record["rows"])
+    name = re.sub(r"\W+", "_", cards[0].lower()).strip("_") if cards else "unknown"
+    text, page = "\n".join(lines) + "\n", out / f"gpu_{name}.md"
+    save_text(text, page)
+    if not options.tiny:
+        try:
+            save_text(text, RESULTS / page.name)
+        except OSError as error:
+            print(f"{RESULTS / page.name} is not written ({error}); the page is {page}", flush=True)
+    return page
+
+def tables(rows):
+    """Markdown of rows; those that follow each other with the same columns are one table."""
+    lines, header = [], None
+    for row in rows:
+        if list(row) != header:
+            header = list(row)
+            lines += ["", as_row(header), "|---" * len(header) + "|"]
+        lines.append(as_row(row.values()))
+    return lines
+
+def as_row(cells):
+    return f"| {' | '.join(cell.replace('|', '/').replace(chr(10), ' ') for cell in cells)} |"
+
+def output_of(*arguments):
+    """What a program prints, or "unknown"."""
+    try:
+        return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+def main(argv=None):
+    parser = argparse.ArgumentParser("python -m bench.gpu", description=__doc__.splitlines()[0])
+    add_options(parser, Options)
+    options, _ = read_options(parser, Options, argv)
+    if not torch.cuda.is_available() and not options.tiny:
+        raise ValueError("PyTorch finds no CUDA device here; --tiny runs every part at tiny sizes on the CPU")
+    if unknown := set(options.only.replace(" ", "").split(",")) - {"", *map(str, PARTS)}:
+        raise ValueError(f"--only knows no part {', '.join(sorted(unknown))}: expected numbers from 1 to {len(PARTS)}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+
+    # where and from what
+    Path(options.out).mkdir(parents=True, exist_ok=True)
+    commit = options.commit or output_of("git", "describe", "--always", "--dirty", "--exclude", "*")
+    driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[0]
+    deadline = time.monotonic() + 60 * options.minutes
+    numbers = [n for n in PARTS if not options.only or str(n) in options.only.replace(" ", "").split(",")]
+
+    # what a part leaves of its time goes to those after it
+    for i, number in enumerate(numbers):
+        seconds = (deadline - time.monotonic()) * PARTS[number].share / sum(PARTS[n].share for n in numbers[i:])
+        print(f"part {number}, {PARTS[number].title}: at most {seconds:.0f} s", flush=True)
+        try:
+            start_part(number, options, commit, seconds)
+        finally:
+            page = write_page(options, driver)
+        print(f"  {read_json(Path(options.out) / f'part{number}.json')['status']}", flush=True)
+    print(f"written to {page}")
+
+if __name__ == "__main__":
+    run(main, "bench.gpu", stopped="stopped; what was measured is in OUT")

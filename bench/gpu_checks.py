@@ -1,0 +1,250 @@
+"""Parts 1, 5 and 6 of bench.gpu: does a card compute what the CPU computes, and does everything run on it?
+
+Each part is a function of the Report to which it writes its rows. Without CUDA it does the same on the CPU.
+Not here: speed (gpu_speed.py); processes, time limits, the page (gpu.py).
+
+    python -m bench.gpu --tiny --only 1,5,6 --out DIR
+"""
+import math
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import torch.distributed as torch_dist
+
+import train
+from bench.train_step import DEVICE, Step, our_model, random_batch, step_config, step_losses
+from evaluation.engine import Engine
+from evaluation.protocol import Protocol
+from infra.distributed import Distributed, GatherRows, full_tensor, wrap_model
+from infra.files import load_strict, read_json, read_tensors
+from llama import LlamaConfig
+from model import DTYPES, PRESETS, Config, VideoChat2
+from prompt import pad_ids
+from qformer import QFormerConfig
+from tokenizer import SentencePiece, WordPiece
+from training.log import to_device
+from training.optim import clip_gradients, make_optimizers, optimizer_step
+from vit_video import ViTConfig
+from weights.checkpoint import is_frozen_llm
+from weights.official_names import DROPPED, OFFICIAL, from_official
+
+ROOT, ON_GPU = Path(__file__).resolve().parent.parent, DEVICE == "cuda"
+GOLDEN, MICRO = ROOT / "tests" / "golden", Step(3, "micro", batch=4, frames=4, text=24)
+STOP_AND_SAVE = """import os, signal, sys, train
+log_step = train.TrainLog.step
+def step_and_signal(self, step, *results):
+    log_step(self, step, *results)
+    if step == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+train.TrainLog.step = step_and_signal
+train.main(sys.argv[1:])"""                                # train.py, which gets a SIGTERM in its fourth step
+
+def one_line(error):
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+
+def command(report, *arguments, codes=(0,)):
+    """Runs python with these arguments, at most until the part's end. RuntimeError for another exit code."""
+    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, timeout=max(1, report.seconds_left()))
+    if done.returncode not in codes:
+        raise RuntimeError(f"exit code {done.returncode} of python {' '.join(map(str, arguments))[:120]}; see log.txt")
+
+class Trainer:
+    """A model and the training step that train.fit makes of its parts."""
+    def __init__(self, model, dtype, dist=None, shard=False):
+        self.cfg = train.parse(["--stage", str(model.stage), "--dtype", dtype])[0]
+        self.stage, self.dist = train.Stage("", None, model, None, None, None, None), dist or Distributed(device=DEVICE)
+        generator = torch.Generator().manual_seed(0)
+        self.forward = wrap_model(model, lambda batch, _: step_losses(model, batch, generator), self.dist, shard)
+        self.optimizers = make_optimizers(model, self.cfg)
+        self.scaler = torch.amp.GradScaler(DEVICE, enabled=dtype == "fp16")
+
+    def step(self, batch, lr=1e-5):
+        """A step on a batch of the CPU -> {name: loss}, on the device."""
+        n = train.count_targets(batch)
+        losses = train.forward_backward(self.stage, self.forward, [batch], n, 0, self.scaler, self.cfg, self.dist)
+        grad_norm = clip_gradients(self.stage.model, self.optimizers, self.scaler, 1.0)
+        optimizer_step(self.optimizers, lr, self.scaler, grad_norm)
+        return losses
+
+def pinned_batch(step, shortest=1.0):
+    """As a loader hands it over: in pinned memory, so that copying it does not wait for the card."""
+    batch = random_batch(step_config(step), step, shortest)
+    return {n: t.pin_memory() if ON_GPU and torch.is_tensor(t) else t for n, t in batch.items()}
+
+def random_chat(preset, device, dtype):
+    """-> (stage 3 of a preset with random weights, its two tokenizers)."""
+    qformer_tok, llm_tok = WordPiece.load(ROOT / "assets" / "bert_vocab.txt"), SentencePiece(GOLDEN / "tokenizer.model")
+    cfg = PRESETS[preset]()
+    cfg.qformer.vocab_size, cfg.llama.vocab_size = qformer_tok.vocab_size, llm_tok.vocab_size
+    return our_model(cfg, 3, device, dtype).eval(), qformer_tok, llm_tok
+
+def made_questions(media):
+    """A question about each medium, as evaluation.tasks.load_questions gives them."""
+    return [{"task": "Action Sequence", "index": i, "video": Path(path).name, "media": str(path), "size": 0,
+             "bound": None, "question": f"What does person {i} do after opening the door?", "answer": "Sits down.",
+             "candidates": ["Sits down.", "Leaves the room.", "Closes the window.", "Picks up the phone."]}
+            for i, path in enumerate(media)]
+
+# ------------------------------------------------------------------------------------------- part 1: the same numbers
+
+def relative_error(x, y):
+    x, y = (t.detach().cpu().double() for t in (x, y))
+    return ((x - y).norm() / y.norm().clamp(min=1e-30)).item()
+
+def verdict(error, tolerance):
+    return f"{error:.1e}, {'within' if error <= tolerance else 'ABOVE'} {tolerance:.1e}"       # NaN is above
+
+def same_numbers(report):
+    """fp32 without TF32 must agree to 1e-3. bf16 has 8 bits: what they cost in a step, the CPU shows in bf16; the card,
+    which rounds elsewhere, may be twice as far from fp32, or 1 %."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    report.row(what="numbers of the official code, fp32", **{part: verdict(e, 1e-3) for part, e in golden_errors()})
+
+    # a step of each stage: losses and gradients
+    for stage in (1, 2, 3):
+        exact = micro_step(stage, "cpu", "fp32")
+        of_bf16 = map(relative_error, micro_step(stage, "cpu", "bf16"), exact)
+        for dtype, tolerances in (("fp32", (1e-3, 1e-3)), ("bf16", [max(0.01, 2 * e) for e in of_bf16])):
+            errors = map(relative_error, micro_step(stage, DEVICE, dtype), exact)
+            losses, gradients = map(verdict, errors, tolerances)
+            report.row(what=f"micro, stage {stage}, {dtype}", losses=losses, gradients=gradients)
+
+    # fp16, whose losses are scaled before the backward pass
+    trainer = Trainer(our_model(step_config(MICRO), 3), "fp16")
+    losses = [round(trainer.step(pinned_batch(MICRO), 1e-3)["lm"].item(), 4) for _ in range(8)]
+    report.row(what="micro, stage 3, fp16, 8 steps", losses=losses, finite=all(map(math.isfinite, losses)),
+               scale=trainer.scaler.get_scale())
+
+    # greedy answers of a toy with random weights, by generate and by the engine with its drafts
+    model, qformer_tok, llm_tok = random_chat("toy", "cpu", torch.float32)
+    questions, answers = made_questions(range(8)), []
+    video = torch.randn(8, 8, 3, 64, 64, generator=torch.Generator().manual_seed(0))           # (B, T, 3, H, W)
+    for device in ("cpu", DEVICE):
+        engine = Engine(model.to(device), qformer_tok, llm_tok, Protocol(max_new_tokens=24))
+        tokens = engine.video_tokens(engine.encode_clips(video, "", range(8)), "", range(8), questions)    # (B, Q, D)
+        ids, mask = (t.to(device) for t in pad_ids([engine.prompt(q).ids for q in questions], 0, "left"))  # (B, S)
+        with torch.inference_mode():
+            rows = model.llama_model.generate(model.insert_video_tokens(ids, tokens), mask, 24)
+        answers.append([*rows, *(answer.text for answer in engine.answer(questions, tokens))])
+    differ = sum(x != y for x, y in zip(*answers, strict=True))
+    report.row(what="greedy answers in fp32, generate and engine", answers=len(answers[0]), differ=differ)
+
+def golden_errors():
+    """Yields (part, error) of what the official stage 3 computed at tiny size, here in fp32 on DEVICE."""
+    g = {n: t.to(DEVICE) for n, t in read_tensors(GOLDEN / "stage3.safetensors").items()}
+    model = VideoChat2(Config(
+        vit=ViTConfig(img_size=32, patch_size=8, width=48, depth=3, heads=4, pos_table="resized14"),
+        qformer=QFormerConfig(width=20, depth=4, heads=4, ffn=40, vision_width=48, max_positions=128),
+        llama=LlamaConfig(width=32, depth=2, heads=4, kv_heads=4, ffn=64, max_positions=1024),
+        n_query=8, n_extra=6, lora_r=4, lora_alpha=8), 3).to(DEVICE).eval()
+    weights = {n.removeprefix("w."): t for n, t in g.items() if n.startswith("w.")}
+    load_strict(model, from_official(weights, "stage3", OFFICIAL[3], model.state_dict(), drop_rules=DROPPED)[0], GOLDEN)
+
+    # pixels to features, features and instruction to video tokens, embeddings to hidden states
+    vision, mask = model.encode_video(g["in.image"]), g["out.attention_mask"]
+    yield "ViT", relative_error(vision, g["out.vision_embeds"])
+    read = g["in.qformer_attention_mask"][:, -g["in.qformer_input_ids"].shape[1]:]             # the queries' is before
+    yield "Q-Former", relative_error(model.video_tokens(vision, g["in.qformer_input_ids"], read), g["out.img_embeds"])
+    hidden, real = model.llama_model(g["out.inputs_embeds"], mask.long()), mask.bool()
+    yield "LLM with LoRA", relative_error(hidden[real], g["out.hidden_final"][real])
+
+def micro_step(stage, device, dtype):
+    """Losses (n,) and gradients (parameters,) of a step of the micro preset, with the same weights on each device."""
+    step = replace(MICRO, stage=stage)
+    model, batch = our_model(step_config(step), stage, "cpu", torch.float32), random_batch(step_config(step), step)
+    for name, p in model.named_parameters():
+        if is_frozen_llm(name):
+            p.data = p.data.to(DTYPES[dtype])
+
+    # rounding must not choose other negatives
+    with (patch("qformer.hard_negatives", lambda sim, idx, generator: (idx.roll(1), idx.roll(1))),
+          torch.autocast(device, DTYPES[dtype], enabled=dtype != "fp32")):
+        losses = torch.stack([*step_losses(model.to(device), to_device(batch, device)).values()])
+    losses.sum().backward()
+    return losses.float(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+# --------------------------------------------------------------------------------------------------- part 5: processes
+
+def processes(report):
+    """nccl (on the CPU gloo) with one process, then runs of train.py."""
+    folder, expected = Path(tempfile.mkdtemp()), {}
+    if ON_GPU:
+        torch.cuda.set_device(0)
+    for layout in ("one process", "DDP", "FSDP2"):
+        if layout == "DDP":
+            backend = "nccl" if ON_GPU else "gloo"
+            torch_dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
+            rows = torch.randn(4, 3, device=DEVICE, requires_grad=True)
+            GatherRows.apply(rows).square().sum().backward()
+            report.row(what=f"{backend}: rows gathered, and their gradient", equal=torch.equal(rows.grad, 2 * rows))
+        for stage, dtype in ((1, "fp32"), (2, "fp32"), (3, "fp32"), (3, "bf16")):
+            losses, weights = train_micro(stage, dtype, layout == "FSDP2")
+            first_losses, first_weights = expected.setdefault((stage, dtype), (losses, weights))
+            tolerance = 1e-3 if dtype == "fp32" else 0.01
+            report.row(layout=layout, stage=stage, dtype=dtype, losses=[round(x, 4) for x in losses.tolist()],
+                       **{"losses as in one process": verdict(relative_error(losses, first_losses), tolerance),
+                          "weights": verdict(relative_error(weights, first_weights), tolerance)})
+    torch_dist.destroy_process_group()
+    resume(report, folder)
+
+def train_micro(stage, dtype, shard):
+    """Four steps of the micro preset -> (losses (4,), all trained weights (parameters,))."""
+    step = replace(MICRO, stage=stage)
+    model = our_model(step_config(step), stage, "cpu", DTYPES[dtype])
+    trainer, batch = Trainer(model, dtype, shard=shard), pinned_batch(step)
+    losses = [sum(trainer.step(batch, 1e-3).values()) for _ in range(4)]
+    trained = [full_tensor(p.detach()).flatten() for p in model.parameters() if p.requires_grad]
+    return torch.stack(losses).float(), torch.cat(trained)
+
+def resume(report, folder):
+    """A run of train.py that is stopped and resumed has the weights of one that is not. On a card, sums in another
+    order may make even two equal runs differ: their difference is beside it."""
+    data, init = folder / "data", folder / "run" / "init"
+    command(report, "-m", "toy.world", "--out", data, "--clips", 40, "--questions", 1, "--texts", 100)
+    command(report, "-m", "toy.pretrain", "vit", "--preset", "micro", "--data", data, "--out", init.parent, "--steps", 2)
+    options = ["--stage", 1, "--preset", "micro", "--data", data, "--init", init, "--steps", 6, "--save-every", 2]
+    command(report, "train.py", *options, "--out", folder / "first")
+    command(report, "-c", STOP_AND_SAVE, *options, "--out", folder / "resumed", codes=(128 + 15,))
+    command(report, "train.py", *options, "--out", folder / "resumed")
+    if ON_GPU:
+        command(report, "train.py", *options, "--out", folder / "repeated")
+
+    first, *others = (read_tensors(folder / out / "stage1" / "model.safetensors")
+                      for out in ("first", "resumed", "repeated") if (folder / out).is_dir())
+    differences = [max(relative_error(t, first[name]) for name, t in other.items()) for other in others]
+    report.row(what="train.py, 6 steps of stage 1: largest difference of a tensor's weights", **dict(
+        zip(("stopped and resumed", "run again"), [f"{x:.1e}" for x in differences], strict=False)))
+
+# -------------------------------------------------------------------------------------------------------- part 6: toy
+
+def toy(report):
+    """The commands of `make demo`, with as many steps as the time allows."""
+    tiny, folder = report.tiny, Path(tempfile.mkdtemp())
+    data, out, preset = folder / "data", folder / "run", "micro" if tiny else "toy"
+    sizes = (40, 1, 100) if tiny else (8000, 50, 20000)
+    command(report, "-m", "toy.world", "--out", data,
+            *sum(zip(("--clips", "--questions", "--texts"), sizes, strict=True), ()))
+
+    # the steps of make demo. A command takes 8 seconds to start; how many steps a second it makes, the one before shows
+    rate, full = 30, {"-m toy.pretrain vit": 4000, "-m toy.pretrain llm": 5400, "train.py --stage 1": 3000,
+                      "train.py --stage 2": 3000, "train.py --stage 3": 5400}
+    for i, (name, most) in enumerate(full.items()):
+        share = most / sum([*full.values()][i:])
+        seconds = (report.seconds_left() - 20) * share - 8
+        steps = 2 if tiny else max(1, min(most, int(rate * seconds)) // 20) * 20
+        command(report, *name.split(), "--preset", preset, "--data", data, "--out", out, "--steps", steps,
+                "--log-every", min(20, steps))
+        last = read_json(out / "metrics.jsonl", lines=True)[-1]
+        rate = 1000 / last["ms"]
+        report.row(command=name, steps=f"{steps} of {most}", loss=f"{last['loss']:.3f}", ms=last["ms"],
+                   **{"clips/s": last["clips_per_s"], "waiting for data": f"{last['waiting']:.0%}"})
+
+    command(report, "mvbench.py", "--ckpt", out / "stage3", "--data", data / "mvbench")
+    summary = read_json(out / "stage3" / "mvbench" / "summary.json")
+    report.row(command="mvbench.py", questions=summary["average"]["n"], right=f"{summary['average']['accuracy']:.1f} %",
+               seconds=summary["seconds"])

@@ -1,0 +1,232 @@
+"""Parts 2, 3 and 4 of bench.gpu: how fast a card trains and answers at the real size, and with how much memory.
+
+Each part is a function of the Report to which it writes its rows. Weights are random and made on the card. What only a
+card can tell is "not run: no CUDA device" elsewhere. Not here: whether the numbers are right (gpu_checks.py);
+processes, time limits, the page (gpu.py).
+
+    python -m bench.gpu --tiny --only 2,3,4 --out DIR
+"""
+import functools
+import gc
+import math
+import os
+import re
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.autograd import DeviceType
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import memory, train_step
+from bench.gpu_checks import ON_GPU, Trainer, made_questions, one_line, pinned_batch, random_chat
+from bench.train_step import CPU_ATTENTION, DEVICE, DTYPE, Step, our_model, step_config
+from evaluation.batches import evaluate
+from evaluation.engine import Engine
+from evaluation.predictions import Condition
+from evaluation.protocol import Protocol
+from infra.distributed import blocks_of
+from weights.int8 import quantize_int8
+
+GIB, NO_CUDA = memory.GIB, "not run: no CUDA device"
+RECOMPUTE, INT8, COMPILE = "--grad-checkpoint vit,qformer,llm", "--llm-int8", "--compile"
+COUNTED = {  # stage -> variant -> GiB of the first clip, GiB of each further: python -m bench.memory, vicuna-7b, bf16
+    1: {"": (3.68, 0.201), RECOMPUTE: (3.55, 0.073)},
+    2: {"": (19.99, 1.99), RECOMPUTE: (18.80, 0.13), INT8: (14.21, 1.98)},
+    3: {"": (23.25, 4.43), RECOMPUTE: (19.83, 0.29), INT8: (17.41, 4.41)}}
+LARGEST = {1: 64, 2: 8, 3: 8}                              # clips of a batch: more are not faster
+ATTENTION = re.compile("flash|fmha|sdpa", re.I)            # in names of kernels; every flash kernel's has "flash"
+HOST_WAITS = re.compile(r"Synchronize|^cuda(Memcpy|Malloc|Free)(_v\d+)?$|^Memcpy DtoH")
+
+def clips_that_fit(stage, variant, gib):
+    """By the count, on a card of this size, 1 GiB of which CUDA itself takes."""
+    first, each = COUNTED[stage].get(variant, COUNTED[stage][""])
+    return memory.clips_that_fit(gib, 1, first * GIB, each * GIB)
+
+def real_step(stage, variant="", tiny=False):
+    """The Step that is measured: the largest that fits, up to LARGEST. MemoryError if not even one clip fits."""
+    if tiny:
+        return Step(stage, "micro", batch=2, frames=2, text=12)
+    gib = torch.cuda.mem_get_info()[0] / GIB + 0.5         # CUDA itself has taken most of its part already
+    clips = clips_that_fit(stage, "", gib) or clips_that_fit(stage, variant, gib)      # one batch for all, if it can be
+    if not clips:
+        raise MemoryError(f"vicuna-7b does not fit: {gib:.1f} GiB are free")
+    return Step(stage, "vicuna-7b", batch=min(LARGEST[stage], clips))
+
+def attempt(report, row, columns, call):
+    """Adds a row with what call() returns, {column: value}. If it fails, the row says why, and the part goes on."""
+    gc.collect()                                           # what the row before has left
+    if ON_GPU:
+        torch.cuda.empty_cache()
+    result = dict.fromkeys(columns, "-")
+    try:
+        result |= call()
+    except Exception as error:
+        traceback.print_exc()
+        result[columns[0]] = one_line(error)
+    report.row(**row, **result)
+
+def real_size(report):
+    """A step of each stage and variant, each with new weights; compiling, which takes long, comes last."""
+    rate, operations = train_step.matmul_rate(), {}
+    report.row(what=f"product of two large matrices in {DTYPE}, the rate that MFU refers to",
+               result=f"{rate / 1e12:.3g} TFLOP/s")
+    for variant in ("", RECOMPUTE, INT8, COMPILE):
+        for stage in (3, 2, 1) if not report.tiny or not variant else (3,):
+            if variant != INT8 or stage > 1:                               # stage 1 has no LLM
+                attempt(report, {"stage": stage, "variant": variant or "plain"},
+                        ("ms", "clips/s", "TFLOP", "MFU", "peak GiB", "counted GiB", "clips for 24, 40, 80 GiB", "size"),
+                        functools.partial(measure, report, stage, variant, rate, operations))
+
+def measure(report, stage, variant, rate, operations):
+    """Times one variant -> a row. rate: of a matrix product; operations: {stage: counted in the plain step}."""
+    # a new model; recomputing has been tested to change nothing but memory and time
+    step, (first, each) = real_step(stage, variant, report.tiny), COUNTED[stage].get(variant, COUNTED[stage][""])
+    cfg = step_config(step)
+    cfg.vit.checkpoint_blocks = cfg.qformer.checkpoint_layers = cfg.llama.checkpoint_layers = variant == RECOMPUTE
+    model = our_model(cfg, stage, dropout=True)
+    if variant == INT8:
+        quantize_int8(model.llama_model)
+    if variant == COMPILE:
+        torch.compiler.reset()                             # of the stage before
+        for block in blocks_of(model):
+            block.compile(backend="inductor" if ON_GPU else "eager")
+
+    # the first steps make AdamW's moments, and compile
+    trainer, batch = Trainer(model, "bf16" if ON_GPU else "fp32"), pinned_batch(step)
+    train_once = functools.partial(trainer.step, batch)
+    for _ in range(3):
+        train_once()
+    if ON_GPU:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    seconds = train_step.seconds_of(train_once, 0.01 if report.tiny else 3)
+    peak = f"{torch.cuda.max_memory_allocated() / GIB:.2f}" if ON_GPU else NO_CUDA
+
+    # operations: the plain step's, for recomputing and int8's conversions are no progress
+    if variant == COMPILE:
+        report_graphs(report, trainer, step)
+    if not variant:
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+            train_once()
+        operations[stage] = counter.get_total_flops() / step.batch
+        report_kernels(report, stage, functools.partial(trainer.step, pinned_batch(step, shortest=0.5)))
+    n = operations.get(stage, math.nan) * step.batch
+    row = {"ms": f"{1000 * seconds:.1f}", "clips/s": f"{step.batch / seconds:.2f}", "TFLOP": f"{n / 1e12:.3g}",
+           "MFU": f"{n / seconds / rate:.0%}", "peak GiB": peak, "size": step}
+    return row if report.tiny else row | {
+        "counted GiB": f"{first + (step.batch - 1) * each:.2f}",
+        "clips for 24, 40, 80 GiB": [clips_that_fit(stage, variant, gib) for gib in (24, 40, 80)]}
+
+def report_graphs(report, trainer, step):
+    """Whether texts of other lengths are compiled again, which would cost a real run seconds each time."""
+    graphs = [torch._dynamo.utils.counters["stats"]["unique_graphs"]]
+    for shortest in (0.75, 0.5, 0.25):
+        trainer.step(pinned_batch(step, shortest))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    report.row(stage=step.stage, **{"graphs compiled so far, after texts of 1, 2, 3 and 4 sets of lengths": graphs})
+
+def report_kernels(report, stage, train_once):
+    """Which attention runs, and what makes the host wait: by the profiler, and by PyTorch's warnings."""
+    for _ in range(2):
+        train_once()                                                       # memory for these shapes
+    activities = [torch.profiler.ProfilerActivity.CPU, *[torch.profiler.ProfilerActivity.CUDA] * ON_GPU]
+    with torch.profiler.profile(activities=activities) as profile:
+        with torch.profiler.record_function("training step"):
+            train_once()
+        if ON_GPU:
+            torch.cuda.synchronize()
+    attention, kernels, waits = read_profile(profile.events())
+
+    # a second witness: PyTorch warns of each call of its own that waits, at the line that made it
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if ON_GPU:
+            torch.cuda.set_sync_debug_mode("warn")
+        train_once()
+        if ON_GPU:
+            torch.cuda.set_sync_debug_mode("default")
+    lines = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchronizing" in str(w.message))
+    flash = sum(count for name, count in kernels.items() if "flash" in name.lower())
+    on_gpu = {"flash kernels": flash, "attention kernels": as_text(kernels), "host waits, by the profiler":
+              as_text(waits), "host waits, by PyTorch's warnings": as_text(lines)}
+    report.row(stage=stage, attention=as_text(attention), **(on_gpu if ON_GPU else dict.fromkeys(on_gpu, NO_CUDA)))
+
+def read_profile(events):
+    """Events of a profiled "training step" -> operations of attention, its kernels, what made the host wait."""
+    on_gpu = [e for e in events if e.device_type == DeviceType.CUDA]
+    on_host = [e for e in events if e.device_type == DeviceType.CPU]
+    step = next(e.time_range for e in on_host if e.name == "training step")
+    inside = [e for e in on_host if step.start <= e.time_range.start <= step.end]
+    return (Counter(e.name for e in inside if e.name.startswith("aten::_scaled_dot_product")),
+            Counter(e.name for e in on_gpu if ATTENTION.search(e.name)),
+            Counter(e.name for e in [*inside, *on_gpu] if HOST_WAITS.search(e.name)))
+
+def as_text(counter):
+    return ", ".join(f"{count} {name[:90]}" for name, count in counter.most_common()) or "none"
+
+# ------------------------------------------------------------------------------------------ part 3: beside transformers
+
+def beside_transformers(report):
+    """The step of bench.train_step on both sides: same weights, batch and losses, no dropout."""
+    for stage in (3,) if report.tiny else (3, 2, 1):
+        seconds = {}
+        for side in ("ours", "transformers"):
+            attempt(report, {"stage": stage, "side": side},
+                    ("ms", "clips/s", "MFU", "peak GiB", "losses", "ours is faster by", "size"),
+                    functools.partial(measure_side, side, stage, seconds, report.tiny))
+
+def measure_side(side, stage, seconds, tiny):
+    """-> a row. seconds: {side: seconds of a step}, of the sides that are measured."""
+    step = real_step(stage, "", tiny)
+    step = replace(step, batch=max(1, step.batch // 2))                    # their padding takes more memory
+    result = train_step.measure(side, step, 0.01 if tiny else 3)
+    seconds[side] = result["seconds"]
+    return {"ms": f"{1000 * seconds[side]:.1f}", "clips/s": f"{step.batch / seconds[side]:.2f}",
+            "MFU": f"{result['mfu']:.0%}", "peak GiB": f"{result['peak'] / GIB:.2f}",
+            "losses": ", ".join(f"{name} {loss:.4f}" for name, loss in result["losses"].items()), "size": step,
+            "ours is faster by": f"{seconds[side] / seconds.get('ours', math.nan):.2f}" if side != "ours" else "-"}
+
+# --------------------------------------------------------------------------------------------------- part 4: MVBench
+
+def mvbench_real_size(report):
+    """Questions about one made video under many names. Random weights accept no draft of an answer, so each takes ten
+    steps of the LLM; a trained LLM needs about two, and `letter` needs one."""
+    from bench import decoding, mvbench_speed                              # which need decord2
+    tiny, folder = report.tiny, Path(tempfile.mkdtemp())
+    chat = random_chat("micro" if tiny else "vicuna-7b", DEVICE, DTYPE)    # model and tokenizers
+    decoding.write_clip(folder / "clip.mp4", np.random.default_rng(0), 20 if tiny else 250)
+    media = [folder / f"{i}.mp4" for i in range(4 if tiny else 400)]
+    for path in media:
+        path.symlink_to(folder / "clip.mp4")
+    questions, workers = made_questions(media), 0 if tiny else max(1, min(8, os.cpu_count() // 2))
+    batch = 32 if not ON_GPU or torch.cuda.mem_get_info()[0] > 40 * GIB else 8
+
+    # the engine; a first batch is not counted
+    with torch.autocast(DEVICE, DTYPE, enabled=ON_GPU):
+        for decode in ("generate", "letter"):
+            engine = Engine(*chat, Protocol(decode=decode, max_new_tokens=10))
+            for asked_for in (questions[:batch], questions):
+                engine.seconds.clear()
+                start = time.perf_counter()
+                rows = [row for _, rows in evaluate(engine, asked_for, [Condition(folder / "unused")], batch, workers)
+                        for row in rows]
+                seconds = time.perf_counter() - start
+            if unread := [row["unread"] for row in rows if "unread" in row]:
+                raise ValueError(f"{len(unread)} of {len(rows)} videos: {unread[0]}")
+            report_rate(report, f"engine, {decode}, batches of {batch}", len(rows), seconds, {
+                part: f"{s:.2f} s" for part, s in engine.seconds.items()})
+
+        few = questions[:2 if tiny else 40]
+        _, seconds = mvbench_speed.ask_one_by_one(*chat, few, Protocol(max_new_tokens=10))
+        report_rate(report, "answer_one", len(few), seconds, "-")
+
+def report_rate(report, way, n, seconds, parts):
+    report.row(way=way, questions=n, **{"questions/s": f"{n / seconds:.2f}", "parts": parts,
+                                        "minutes for 4,000": f"{4000 * seconds / n / 60:.1f}"})
