@@ -30,12 +30,12 @@ def read_as_notebook(path, cfg):
         frames.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))               # (3, H, W), H or W = size
     return Transform(size, norm=cfg.eval_norm)(torch.stack(frames))                     # (T, 3, size, size)
 
-def write_clip(path, rng):
-    """10 seconds of H.264: a moving gradient with noise."""
+def write_clip(path, rng, frames=250):
+    """10 seconds of H.264, or other frames at 25 a second: a moving gradient with noise."""
     gradient = np.indices((480, 854, 3)).sum(0)                                         # (H, W, 3)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=25, width=854, height=480)
-        for i in range(250):
+        for i in range(frames):
             pixels = (gradient + 5 * i + rng.integers(0, 4, gradient.shape)).astype(np.uint8)       # modulo 256
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())

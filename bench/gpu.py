@@ -24,7 +24,6 @@ import importlib
 import importlib.util
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -107,7 +106,7 @@ def run_part(number, path, seconds, tiny):
 
 # ------------------------------------------------------------------------------------------------ in the first process
 
-def start_part(number, options, commit, seconds):
+def start_part(number, options, commit, seconds, scratch):
     """Runs a part in a process group of its own, which ends after these seconds -> its record, also in partN.json."""
     # what the page says of the part, until it says more itself
     path, part = Path(options.out).resolve() / f"part{number}.json", PARTS[number]
@@ -120,8 +119,8 @@ def start_part(number, options, commit, seconds):
         return
     write_json(record | {"status": "running"}, path)
 
-    # its temporary files go with it, also if it is killed
-    start, status, scratch = time.monotonic(), "", tempfile.mkdtemp(prefix="bench_gpu_")
+    # its temporary files are in scratch, and go with it also if the part is killed
+    start, status = time.monotonic(), ""
     env = os.environ | {"TMPDIR": scratch, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(
         [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
     code = "import sys; from bench.gpu import run_part; run_part(*sys.argv[1:])"
@@ -142,7 +141,6 @@ def start_part(number, options, commit, seconds):
             raise
         finally:
             end_group(process)
-            shutil.rmtree(scratch, ignore_errors=True)
             record = read_json(path)
             record["status"] = status if record["status"] == "running" else record["status"]
             write_json(record | {"seconds": round(time.monotonic() - start)}, path)
@@ -219,14 +217,15 @@ def main(argv=None):
     numbers = [n for n in PARTS if not options.only or str(n) in options.only.replace(" ", "").split(",")]
 
     # what a part leaves of its time goes to those after it
-    for i, number in enumerate(numbers):
-        seconds = (deadline - time.monotonic()) * PARTS[number].share / sum(PARTS[n].share for n in numbers[i:])
-        print(f"part {number}, {PARTS[number].title}: at most {seconds:.0f} s", flush=True)
-        try:
-            start_part(number, options, commit, seconds)
-        finally:
-            page = write_page(options, driver)
-        print(f"  {read_json(Path(options.out) / f'part{number}.json')['status']}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="bench_gpu_", ignore_cleanup_errors=True) as scratch:
+        for i, number in enumerate(numbers):
+            seconds = (deadline - time.monotonic()) * PARTS[number].share / sum(PARTS[n].share for n in numbers[i:])
+            print(f"part {number}, {PARTS[number].title}: at most {seconds:.0f} s", flush=True)
+            try:
+                start_part(number, options, commit, seconds, scratch)
+            finally:
+                page = write_page(options, driver)
+            print(f"  {read_json(Path(options.out) / f'part{number}.json')['status']}", flush=True)
     print(f"written to {page}")
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ Not here: speed (gpu_speed.py); processes, time limits, the page (gpu.py).
 
     python -m bench.gpu --tiny --only 1,5,6 --out DIR
 """
+import json
 import math
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,7 +32,7 @@ from tokenizer import SentencePiece, WordPiece
 from training.log import to_device
 from training.optim import clip_gradients, make_optimizers, optimizer_step
 from vit_video import ViTConfig
-from weights.checkpoint import is_frozen_llm
+from weights.checkpoint import is_frozen_llm, save_checkpoint
 from weights.official_names import DROPPED, OFFICIAL, from_official
 
 ROOT, ON_GPU = Path(__file__).resolve().parent.parent, DEVICE == "cuda"
@@ -122,7 +124,7 @@ def same_numbers(report):
 
     # greedy answers of a toy with random weights, by generate and by the engine with its drafts
     model, qformer_tok, llm_tok = random_chat("toy", "cpu", torch.float32)
-    questions, answers = made_questions(range(8)), []
+    questions, answers = made_questions(map(str, range(8))), []
     video = torch.randn(8, 8, 3, 64, 64, generator=torch.Generator().manual_seed(0))           # (B, T, 3, H, W)
     for device in ("cpu", DEVICE):
         engine = Engine(model.to(device), qformer_tok, llm_tok, Protocol(max_new_tokens=24))
@@ -182,7 +184,7 @@ def processes(report):
             rows = torch.randn(4, 3, device=DEVICE, requires_grad=True)
             GatherRows.apply(rows).square().sum().backward()
             report.row(what=f"{backend}: rows gathered, and their gradient", equal=torch.equal(rows.grad, 2 * rows))
-        for stage, dtype in ((1, "fp32"), (2, "fp32"), (3, "fp32"), (3, "bf16")):
+        for stage, dtype in ((1, "fp32"), (3, "fp32"), (3, "bf16")):
             losses, weights = train_micro(stage, dtype, layout == "FSDP2")
             first_losses, first_weights = expected.setdefault((stage, dtype), (losses, weights))
             tolerance = 1e-3 if dtype == "fp32" else 0.01
@@ -204,12 +206,14 @@ def train_micro(stage, dtype, shard):
 def resume(report, folder):
     """A run of train.py that is stopped and resumed has the weights of one that is not. On a card, sums in another
     order may make even two equal runs differ: their difference is beside it."""
-    data, init = folder / "data", folder / "run" / "init"
-    command(report, "-m", "toy.world", "--out", data, "--clips", 40, "--questions", 1, "--texts", 100)
-    command(report, "-m", "toy.pretrain", "vit", "--preset", "micro", "--data", data, "--out", init.parent, "--steps", 2)
+    data, init = toy_world(report, 40, 1, 100), folder / "init"
+    cfg, vocab = step_config(replace(MICRO, stage=1)), ROOT / "assets" / "bert_vocab.txt"
+    cfg.qformer.vocab_size = WordPiece.load(vocab).vocab_size
+    init.mkdir()
+    save_checkpoint(VideoChat2(cfg, 1).state_dict(), 0, cfg, init, vocab)
     options = ["--stage", 1, "--preset", "micro", "--data", data, "--init", init, "--steps", 6, "--save-every", 2]
     command(report, "train.py", *options, "--out", folder / "first")
-    command(report, "-c", STOP_AND_SAVE, *options, "--out", folder / "resumed", codes=(128 + 15,))
+    command(report, "-c", STOP_AND_SAVE, *options, "--out", folder / "resumed", codes=(128 + signal.SIGTERM,))
     command(report, "train.py", *options, "--out", folder / "resumed")
     if ON_GPU:
         command(report, "train.py", *options, "--out", folder / "repeated")
@@ -222,13 +226,18 @@ def resume(report, folder):
 
 # -------------------------------------------------------------------------------------------------------- part 6: toy
 
+def toy_world(report, *sizes):
+    """Folder of a toy world with so many clips, questions of each task and texts, which later parts use, too."""
+    data = Path(tempfile.gettempdir()) / "-".join(map(str, ("toy", *sizes)))
+    names = ("--clips", "--questions", "--texts")
+    if not data.is_dir():
+        command(report, "-m", "toy.world", "--out", data, *sum(zip(names, sizes, strict=True), ()))
+    return data
+
 def toy(report):
     """The commands of `make demo`, with as many steps as the time allows."""
-    tiny, folder = report.tiny, Path(tempfile.mkdtemp())
-    data, out, preset = folder / "data", folder / "run", "micro" if tiny else "toy"
-    sizes = (40, 1, 100) if tiny else (8000, 50, 20000)
-    command(report, "-m", "toy.world", "--out", data,
-            *sum(zip(("--clips", "--questions", "--texts"), sizes, strict=True), ()))
+    tiny, out = report.tiny, Path(tempfile.mkdtemp())
+    preset, data = "micro" if tiny else "toy", toy_world(report, *((40, 1, 100) if tiny else (8000, 50, 20000)))
 
     # the steps of make demo. A command takes 8 seconds to start; how many steps a second it makes, the one before shows
     rate, full = 30, {"-m toy.pretrain vit": 4000, "-m toy.pretrain llm": 5400, "train.py --stage 1": 3000,
@@ -239,12 +248,12 @@ def toy(report):
         steps = 2 if tiny else max(1, min(most, int(rate * seconds)) // 20) * 20
         command(report, *name.split(), "--preset", preset, "--data", data, "--out", out, "--steps", steps,
                 "--log-every", min(20, steps))
-        last = read_json(out / "metrics.jsonl", lines=True)[-1]
+        last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
         rate = 1000 / last["ms"]
         report.row(command=name, steps=f"{steps} of {most}", loss=f"{last['loss']:.3f}", ms=last["ms"],
                    **{"clips/s": last["clips_per_s"], "waiting for data": f"{last['waiting']:.0%}"})
 
     command(report, "mvbench.py", "--ckpt", out / "stage3", "--data", data / "mvbench")
     summary = read_json(out / "stage3" / "mvbench" / "summary.json")
-    report.row(command="mvbench.py", questions=summary["average"]["n"], right=f"{summary['average']['accuracy']:.1f} %",
+    report.row(command="mvbench.py", questions=summary["average"]["asked"], right=f"{summary['average']['accuracy']:.1f} %",
                seconds=summary["seconds"])
