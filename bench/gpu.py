@@ -53,17 +53,17 @@ class Options:
 @dataclass
 class Part:
     title: str
-    function: str           # of the module, called with a Report
+    function: str           # "module.function", which is called with a Report
     share: float            # of the time
     needs: tuple = ()       # modules that may be missing
 
 PARTS = {
-    1: Part("Same numbers as on the CPU", "gpu_checks.same_numbers", 45),
-    2: Part("A training step at the real size", "gpu_speed.real_size", 180),
-    3: Part("Beside transformers and peft", "gpu_speed.beside_transformers", 90, ("transformers", "peft")),
-    4: Part("MVBench at the real size", "gpu_speed.mvbench_real_size", 75, ("decord",)),
-    5: Part("Processes, stopping and resuming", "gpu_checks.processes", 60),
-    6: Part("A toy run", "gpu_checks.toy", 90)}
+    1: Part("Same numbers as on the CPU", "bench.gpu_checks.same_numbers", 45),
+    2: Part("A training step at the real size", "bench.gpu_speed.real_size", 180),
+    3: Part("Beside transformers and peft", "bench.gpu_speed.beside_transformers", 90, ("transformers", "peft")),
+    4: Part("MVBench at the real size", "bench.gpu_speed.mvbench_real_size", 75, ("decord",)),
+    5: Part("Processes, stopping and resuming", "bench.gpu_checks.processes", 60),
+    6: Part("A toy run", "bench.gpu_checks.toy", 90)}
 
 # ---------------------------------------------------------------------------------------------- in a part's own process
 
@@ -80,7 +80,7 @@ class Report:
     def row(self, **columns):
         """Adds a row. Rows one after another that have the same columns are one table of the page."""
         print(columns, flush=True)
-        self.record["rows"].append({name: str(value) for name, value in columns.items()})
+        self.record["rows"].append({name: as_text(value) for name, value in columns.items()})
         self.save("running")
 
     def save(self, status):
@@ -89,13 +89,19 @@ class Report:
     def seconds_left(self):
         return self.deadline - time.monotonic()
 
-def run_part(number, path, seconds, tiny):
-    """Runs a part; whatever it raises becomes its status."""
+def as_text(value):
+    """{"a": 1} -> "a 1"; [1, 2] -> "1, 2"."""
+    if isinstance(value, dict):
+        value = [f"{name} {x}" for name, x in value.items()]
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+def run_part(function, path, seconds, tiny):
+    """Calls a part's function; whatever it raises becomes its status."""
     report = None
     try:
         report = Report(path, float(seconds), tiny == "True")
-        module, function = PARTS[int(number)].function.split(".")
-        getattr(importlib.import_module(f"bench.{module}"), function)(report)
+        module, _, name = function.rpartition(".")
+        getattr(importlib.import_module(module), name)(report)
         report.save("done")
     except BaseException as error:                             # SystemExit of argparse, too
         traceback.print_exc()
@@ -124,7 +130,7 @@ def start_part(number, options, commit, seconds, scratch):
     env = os.environ | {"TMPDIR": scratch, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(
         [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
     code = "import sys; from bench.gpu import run_part; run_part(*sys.argv[1:])"
-    arguments = [str(number), str(path), f"{seconds:.0f}", str(options.tiny)]
+    arguments = [part.function, str(path), f"{seconds:.0f}", str(options.tiny)]
     with open(path.with_name("log.txt"), "a") as log:
         log.write(f"\n==== part {number}, {now}, at most {seconds:.0f} s\n")
         log.flush()
@@ -193,10 +199,10 @@ def as_row(cells):
     return f"| {' | '.join(cell.replace('|', '/').replace(chr(10), ' ') for cell in cells)} |"
 
 def output_of(*arguments):
-    """What a program prints, or "unknown"."""
+    """The first word that a program prints, or "unknown"."""
     try:
-        return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
+        return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
         return "unknown"
 
 def main(argv=None):
@@ -207,12 +213,11 @@ def main(argv=None):
         raise ValueError("PyTorch finds no CUDA device here; --tiny runs every part at tiny sizes on the CPU")
     if unknown := set(options.only.replace(" ", "").split(",")) - {"", *map(str, PARTS)}:
         raise ValueError(f"--only knows no part {', '.join(sorted(unknown))}: expected numbers from 1 to {len(PARTS)}")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
 
     # where and from what
     Path(options.out).mkdir(parents=True, exist_ok=True)
     commit = options.commit or output_of("git", "describe", "--always", "--dirty", "--exclude", "*")
-    driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[0]
+    driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     deadline = time.monotonic() + 60 * options.minutes
     numbers = [n for n in PARTS if not options.only or str(n) in options.only.replace(" ", "").split(",")]
 
@@ -229,4 +234,5 @@ def main(argv=None):
     print(f"written to {page}")
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     run(main, "bench.gpu", stopped="stopped; what was measured is in OUT")

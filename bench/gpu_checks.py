@@ -7,6 +7,7 @@ Not here: speed (gpu_speed.py); processes, time limits, the page (gpu.py).
 """
 import json
 import math
+import runpy
 import signal
 import subprocess
 import sys
@@ -37,14 +38,17 @@ from weights.official_names import DROPPED, OFFICIAL, from_official
 
 ROOT, ON_GPU = Path(__file__).resolve().parent.parent, DEVICE == "cuda"
 GOLDEN, MICRO = ROOT / "tests" / "golden", Step(3, "micro", batch=4, frames=4, text=24)
-STOP_AND_SAVE = """import os, signal, sys, train
+RUNS = """import os, signal, sys, train
+first, repeated, stopped, *options = sys.argv[1:]
+for out in (first, repeated):
+    train.main([*options, "--out", out])
 log_step = train.TrainLog.step
 def step_and_signal(self, step, *results):
     log_step(self, step, *results)
     if step == 2:
         os.kill(os.getpid(), signal.SIGTERM)
 train.TrainLog.step = step_and_signal
-train.main(sys.argv[1:])"""                                # train.py, which gets a SIGTERM in its fourth step
+train.main([*options, "--out", stopped])"""                # two runs of train.py, and one that gets a SIGTERM
 
 def one_line(error):
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
@@ -117,7 +121,7 @@ def same_numbers(report):
             report.row(what=f"micro, stage {stage}, {dtype}", losses=losses, gradients=gradients)
 
     # fp16, whose losses are scaled before the backward pass
-    trainer = Trainer(our_model(step_config(MICRO), 3), "fp16")
+    trainer = Trainer(our_model(step_config(MICRO), 3, dtype=torch.float16), "fp16")
     losses = [round(trainer.step(pinned_batch(MICRO), 1e-3)["lm"].item(), 4) for _ in range(8)]
     report.row(what="micro, stage 3, fp16, 8 steps", losses=losses, finite=all(map(math.isfinite, losses)),
                scale=trainer.scaler.get_scale())
@@ -173,8 +177,16 @@ def micro_step(stage, device, dtype):
 # --------------------------------------------------------------------------------------------------- part 5: processes
 
 def processes(report):
-    """nccl (on the CPU gloo) with one process, then runs of train.py."""
-    folder, expected = Path(tempfile.mkdtemp()), {}
+    """nccl, on the CPU gloo, with one process; then, whatever became of that, runs of train.py."""
+    folder = Path(tempfile.mkdtemp())
+    try:
+        compare_layouts(report, folder)
+    finally:
+        compare_resumed(report, folder)
+
+def compare_layouts(report, folder):
+    """The same steps without a group of processes, and by DDP and FSDP2 in a group of one."""
+    expected = {}
     if ON_GPU:
         torch.cuda.set_device(0)
     for layout in ("one process", "DDP", "FSDP2"):
@@ -192,7 +204,6 @@ def processes(report):
                        **{"losses as in one process": verdict(relative_error(losses, first_losses), tolerance),
                           "weights": verdict(relative_error(weights, first_weights), tolerance)})
     torch_dist.destroy_process_group()
-    resume(report, folder)
 
 def train_micro(stage, dtype, shard):
     """Four steps of the micro preset -> (losses (4,), all trained weights (parameters,))."""
@@ -203,7 +214,7 @@ def train_micro(stage, dtype, shard):
     trained = [full_tensor(p.detach()).flatten() for p in model.parameters() if p.requires_grad]
     return torch.stack(losses).float(), torch.cat(trained)
 
-def resume(report, folder):
+def compare_resumed(report, folder):
     """A run of train.py that is stopped and resumed has the weights of one that is not. On a card, sums in another
     order may make even two equal runs differ: their difference is beside it."""
     data, init = toy_world(report, 40, 1, 100), folder / "init"
@@ -212,17 +223,14 @@ def resume(report, folder):
     init.mkdir()
     save_checkpoint(VideoChat2(cfg, 1).state_dict(), 0, cfg, init, vocab)
     options = ["--stage", 1, "--preset", "micro", "--data", data, "--init", init, "--steps", 6, "--save-every", 2]
-    command(report, "train.py", *options, "--out", folder / "first")
-    command(report, "-c", STOP_AND_SAVE, *options, "--out", folder / "resumed", codes=(128 + signal.SIGTERM,))
-    command(report, "train.py", *options, "--out", folder / "resumed")
-    if ON_GPU:
-        command(report, "train.py", *options, "--out", folder / "repeated")
+    outs = [folder / name for name in ("first", "repeated", "resumed")]
+    command(report, "-c", RUNS, *outs, *options, codes=(128 + signal.SIGTERM,))
+    command(report, "train.py", *options, "--out", outs[-1])
 
-    first, *others = (read_tensors(folder / out / "stage1" / "model.safetensors")
-                      for out in ("first", "resumed", "repeated") if (folder / out).is_dir())
-    differences = [max(relative_error(t, first[name]) for name, t in other.items()) for other in others]
-    report.row(what="train.py, 6 steps of stage 1: largest difference of a tensor's weights", **dict(
-        zip(("stopped and resumed", "run again"), [f"{x:.1e}" for x in differences], strict=False)))
+    first, repeated, resumed = (read_tensors(out / "stage1" / "model.safetensors") for out in outs)
+    differences = [max(relative_error(t, first[name]) for name, t in run.items()) for run in (resumed, repeated)]
+    report.row(**dict(zip(("what", "stopped and resumed", "only repeated"), (
+        "train.py, 6 steps of stage 1: largest difference of a tensor", *map("{:.1e}".format, differences)), strict=True)))
 
 # -------------------------------------------------------------------------------------------------------- part 6: toy
 
@@ -234,26 +242,43 @@ def toy_world(report, *sizes):
         command(report, "-m", "toy.world", "--out", data, *sum(zip(names, sizes, strict=True), ()))
     return data
 
+def run_command(name, *arguments):
+    """As `python NAME ARGUMENTS`, in this process: starting a new one would take seconds of a card's time."""
+    module, argv = name == "-m", sys.argv
+    sys.argv = [name, *map(str, arguments[module:])]
+    try:
+        if module:
+            runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise RuntimeError(f"exit code {end.code} of {name} {' '.join(sys.argv[1:])[:120]}; see log.txt") from end
+    finally:
+        sys.argv = argv
+
 def toy(report):
     """The commands of `make demo`, with as many steps as the time allows."""
     tiny, out = report.tiny, Path(tempfile.mkdtemp())
     preset, data = "micro" if tiny else "toy", toy_world(report, *((40, 1, 100) if tiny else (8000, 50, 20000)))
 
-    # the steps of make demo. A command takes 8 seconds to start; how many steps a second it makes, the one before shows
-    rate, full = 30, {"-m toy.pretrain vit": 4000, "-m toy.pretrain llm": 5400, "train.py --stage 1": 3000,
-                      "train.py --stage 2": 3000, "train.py --stage 3": 5400}
+    # the steps of make demo, or fewer: each stage shows how many steps a second the next one will make
+    rate, done = 30, set()
+    full = {"-m toy.pretrain": 8000, "train.py --stage 1": 3000, "train.py --stage 2": 3000, "train.py --stage 3": 5400}
     for i, (name, most) in enumerate(full.items()):
-        share = most / sum([*full.values()][i:])
-        seconds = (report.seconds_left() - 20) * share - 8
-        steps = 2 if tiny else max(1, min(most, int(rate * seconds)) // 20) * 20
-        command(report, *name.split(), "--preset", preset, "--data", data, "--out", out, "--steps", steps,
-                "--log-every", min(20, steps))
-        last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
-        rate = 1000 / last["ms"]
-        report.row(command=name, steps=f"{steps} of {most}", loss=f"{last['loss']:.3f}", ms=last["ms"],
-                   **{"clips/s": last["clips_per_s"], "waiting for data": f"{last['waiting']:.0%}"})
+        seconds = (report.seconds_left() - 20) * most / sum([*full.values()][i:]) - 3          # to load and to save
+        steps = min(most, int(rate * seconds)) // (2 if "pretrain" in name else 1)             # ViT and LLM
+        steps = 2 if tiny else max(1, steps // 20) * 20
+        run_command(*name.split(), "--preset", preset, "--data", data, "--out", out, "--steps", steps,
+                    "--log-every", min(20, steps))
+        lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+        for stage, last in {row["stage"]: row for row in lines if row["stage"] not in done}.items():
+            rate = 1000 / last["ms"]
+            done.add(stage)
+            report.row(stage=stage, steps=steps, loss=last["loss"] and f"{last['loss']:.3f}", ms=last["ms"],
+                       **{"clips/s": last["clips_per_s"], "waiting for data": f"{last['waiting']:.0%}"})
 
-    command(report, "mvbench.py", "--ckpt", out / "stage3", "--data", data / "mvbench")
+    run_command("mvbench.py", "--ckpt", out / "stage3", "--data", data / "mvbench")
     summary = read_json(out / "stage3" / "mvbench" / "summary.json")
-    report.row(command="mvbench.py", questions=summary["average"]["asked"], right=f"{summary['average']['accuracy']:.1f} %",
+    report.row(stage="MVBench", questions=summary["average"]["asked"], right=f"{summary['average']['accuracy']:.1f} %",
                seconds=summary["seconds"])

@@ -111,6 +111,7 @@ def measure(report, stage, variant, rate, operations):
 
     # operations: the plain step's, for recomputing and int8's conversions are no progress
     if variant == COMPILE:
+        report.row(what=f"--compile, stage {stage}", result=f"{1000 * seconds:.1f} ms")    # what follows may take long
         report_graphs(report, trainer, step)
     if not variant:
         with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
@@ -152,7 +153,7 @@ def report_kernels(report, stage, train_once):
         train_once()
         if ON_GPU:
             torch.cuda.set_sync_debug_mode("default")
-    lines = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchronizing" in str(w.message))
+    lines = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message))
     flash = sum(count for name, count in kernels.items() if "flash" in name.lower())
     on_gpu = {"flash kernels": flash, "attention kernels": as_text(kernels), "host waits, by the profiler":
               as_text(waits), "host waits, by PyTorch's warnings": as_text(lines)}
