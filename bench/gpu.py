@@ -163,10 +163,12 @@ def write_page(options, driver):
     """The page of all parts in OUT, whichever run they are of -> its path. Also to results/, unless sizes are tiny."""
     out = Path(options.out)
     records = {n: read_json(path) for n in PARTS if (path := out / f"part{n}.json").is_file()}
-    cards = [record["card"] for record in records.values() if "card" in record]
-    lines = [f"# bench.gpu on {cards[0] if cards else 'an unknown card'}", "", f"Driver {driver}, Python "
-             f"{sys.version.split()[0]}. Weights are random. Each part names its date, commit and card; parts that were "
-             "not reached say \"not run\"."]
+    card = next((record["card"] for record in records.values() if "card" in record), "unknown")
+    lines = [f"# bench.gpu on {card}", "",
+             f"Driver {driver}, Python {sys.version.split()[0]}. Weights are random. Each part names its command, date, "
+             'commit and card; what was not reached is "not run".']
+
+    # each part with its tables
     for number, part in PARTS.items():
         record = records.get(number, {"status": "not run", "rows": []})
         lines += ["", f"## {number}. {part.title}: {record['status']}", ""]
@@ -175,8 +177,9 @@ def write_page(options, driver):
             lines.append(f"`{command}`, {record['date']}, commit {record['commit']}, torch {record['torch']}, "
                          f"{record.get('device', 'no device')}, {record['seconds']} s")
         lines += tables(record["rows"])
-    name = re.sub(r"\W+", "_", cards[0].lower()).strip("_") if cards else "unknown"
-    text, page = "\n".join(lines) + "\n", out / f"gpu_{name}.md"
+
+    # results/ may not be writable
+    text, page = "\n".join(lines) + "\n", out / f"gpu_{re.sub(r'[^a-z0-9]+', '_', card.lower())}.md"
     save_text(text, page)
     if not options.tiny:
         try:
@@ -201,7 +204,8 @@ def as_row(cells):
 def output_of(*arguments):
     """The first word that a program prints, or "unknown"."""
     try:
-        return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20).stdout.split()[0]
+        done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20)
+        return done.stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
         return "unknown"
 

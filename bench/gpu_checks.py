@@ -188,7 +188,9 @@ def compare_layouts(report, folder):
     """The same steps without a group of processes, and by DDP and FSDP2 in a group of one."""
     expected = {}
     if ON_GPU:
-        torch.cuda.set_device(0)
+        torch.cuda.set_device(0)                           # nccl's
+
+    # the first layout gives what the others must give
     for layout in ("one process", "DDP", "FSDP2"):
         if layout == "DDP":
             backend = "nccl" if ON_GPU else "gloo"
@@ -228,9 +230,10 @@ def compare_resumed(report, folder):
     command(report, "train.py", *options, "--out", outs[-1])
 
     first, repeated, resumed = (read_tensors(out / "stage1" / "model.safetensors") for out in outs)
-    differences = [max(relative_error(t, first[name]) for name, t in run.items()) for run in (resumed, repeated)]
-    report.row(**dict(zip(("what", "stopped and resumed", "only repeated"), (
-        "train.py, 6 steps of stage 1: largest difference of a tensor", *map("{:.1e}".format, differences)), strict=True)))
+    resumed, repeated = (f"{max(relative_error(t, first[name]) for name, t in run.items()):.1e}"
+                         for run in (resumed, repeated))
+    report.row(**{"what": "train.py, 6 steps of stage 1: largest difference of a tensor",
+                  "stopped and resumed": resumed, "only repeated": repeated})
 
 # -------------------------------------------------------------------------------------------------------- part 6: toy
 

@@ -50,13 +50,14 @@ def clips_that_fit(stage, variant, gib):
     return memory.clips_that_fit(gib, 1, first * GIB, each * GIB)
 
 def real_step(stage, variant="", tiny=False):
-    """The Step that is measured: the largest that fits, up to LARGEST. MemoryError if not even one clip fits."""
+    """The Step that is measured: the largest that fits into nine tenths of what is free, up to LARGEST. MemoryError if
+    not even one clip fits."""
     if tiny:
         return Step(stage, "micro", batch=2, frames=2, text=12)
-    gib = torch.cuda.mem_get_info()[0] / GIB + 0.5         # CUDA itself has taken most of its part already
+    gib = 0.9 * torch.cuda.mem_get_info()[0] / GIB
     clips = clips_that_fit(stage, "", gib) or clips_that_fit(stage, variant, gib)      # one batch for all, if it can be
     if not clips:
-        raise MemoryError(f"vicuna-7b does not fit: {gib:.1f} GiB are free")
+        raise MemoryError(f"vicuna-7b does not fit: {gib / 0.9:.1f} GiB are free")
     return Step(stage, "vicuna-7b", batch=min(LARGEST[stage], clips))
 
 def attempt(report, row, columns, call):
@@ -77,12 +78,12 @@ def real_size(report):
     rate, operations = train_step.matmul_rate(), {}
     report.row(what=f"product of two large matrices in {DTYPE}, the rate that MFU refers to",
                result=f"{rate / 1e12:.3g} TFLOP/s")
-    for variant in ("", RECOMPUTE, INT8, COMPILE):
+    for variant in ("", INT8, RECOMPUTE, COMPILE):
         for stage in (3, 2, 1) if not report.tiny or not variant else (3,):
             if variant != INT8 or stage > 1:                               # stage 1 has no LLM
-                attempt(report, {"stage": stage, "variant": variant or "plain"},
-                        ("ms", "clips/s", "TFLOP", "MFU", "peak GiB", "counted GiB", "clips for 24, 40, 80 GiB", "size"),
-                        functools.partial(measure, report, stage, variant, rate, operations))
+                attempt(report, {"stage": stage, "variant": variant or "plain"}, (
+                    "ms", "clips/s", "TFLOP", "MFU", "peak GiB", "counted GiB", "clips for 24, 40, 80 GiB", "size"),
+                    functools.partial(measure, report, stage, variant, rate, operations))
 
 def measure(report, stage, variant, rate, operations):
     """Times one variant -> a row. rate: of a matrix product; operations: {stage: counted in the plain step}."""
@@ -109,18 +110,18 @@ def measure(report, stage, variant, rate, operations):
     seconds = train_step.seconds_of(train_once, 0.01 if report.tiny else 3)
     peak = f"{torch.cuda.max_memory_allocated() / GIB:.2f}" if ON_GPU else NO_CUDA
 
-    # operations: the plain step's, for recomputing and int8's conversions are no progress
+    # operations: the plain step's, for recomputing is no progress; where that does not fit, int8's has the same
     if variant == COMPILE:
         report.row(what=f"--compile, stage {stage}", result=f"{1000 * seconds:.1f} ms")    # what follows may take long
         report_graphs(report, trainer, step)
-    if not variant:
+    if stage not in operations and variant in ("", INT8):
         with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
             train_once()
         operations[stage] = counter.get_total_flops() / step.batch
         report_kernels(report, stage, functools.partial(trainer.step, pinned_batch(step, shortest=0.5)))
     n = operations.get(stage, math.nan) * step.batch
     row = {"ms": f"{1000 * seconds:.1f}", "clips/s": f"{step.batch / seconds:.2f}", "TFLOP": f"{n / 1e12:.3g}",
-           "MFU": f"{n / seconds / rate:.0%}", "peak GiB": peak, "size": step}
+           "MFU": "-" if math.isnan(n) else f"{n / seconds / rate:.0%}", "peak GiB": peak, "size": step}
     return row if report.tiny else row | {
         "counted GiB": f"{first + (step.batch - 1) * each:.2f}",
         "clips for 24, 40, 80 GiB": [clips_that_fit(stage, variant, gib) for gib in (24, 40, 80)]}
@@ -199,7 +200,7 @@ def measure_side(side, stage, seconds, tiny):
 def mvbench_real_size(report):
     """Questions about one made video under many names. Random weights accept no draft of an answer, so each takes ten
     steps of the LLM; a trained LLM needs about two, and `letter` needs one."""
-    from bench import decoding, mvbench_speed                              # which need decord2
+    from bench import decoding, mvbench_speed  # which need decord2
     tiny, folder = report.tiny, Path(tempfile.mkdtemp())
     chat = random_chat("micro" if tiny else "vicuna-7b", DEVICE, DTYPE)    # model and tokenizers
     decoding.write_clip(folder / "clip.mp4", np.random.default_rng(0), 20 if tiny else 250)
