@@ -165,8 +165,8 @@ def write_page(options, driver):
     records = {n: read_json(path) for n in PARTS if (path := out / f"part{n}.json").is_file()}
     card = next((record["card"] for record in records.values() if "card" in record), "unknown")
     lines = [f"# bench.gpu on {card}", "",
-             f"Driver {driver}, Python {sys.version.split()[0]}. Weights are random. Each part names its command, date, "
-             'commit and card; what was not reached is "not run".']
+             f"Driver {driver}, Python {sys.version.split()[0]}. Weights are random. Each part names its command, "
+             'date, commit and card; what was not reached is "not run".']
 
     # each part with its tables
     for number, part in PARTS.items():
