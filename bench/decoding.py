@@ -11,7 +11,6 @@ import time
 from functools import partial
 
 import av
-import decord
 import numpy as np
 import torch
 from PIL import Image
@@ -23,6 +22,7 @@ from video import Transform, eval_frame_indices, load_eval_clip
 
 def read_as_notebook(path, cfg):
     """As load_eval_clip, but each frame is decoded by a call of its own and resized by Pillow."""
+    import decord  # only here, for bench.gpu writes clips without it
     reader, size, frames = decord.VideoReader(str(path), num_threads=1), cfg.vit.img_size, []
     for i in eval_frame_indices(cfg.eval_frames, len(reader) - 1, reader.get_avg_fps()):
         image = Image.fromarray(reader[i].asnumpy())

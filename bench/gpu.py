@@ -13,7 +13,7 @@ to results/. Parts of earlier runs stay on the page until they run again. Weight
 Not here: what the parts do (gpu_checks.py, gpu_speed.py); several cards, real weights, real videos.
 
 A bare machine needs Python 3.10 and torch 2.6 or newer, and wheels of av, numpy, pillow, safetensors, sentencepiece and
-tqdm; of decord2 for part 4, of transformers and peft for part 3.
+tqdm; of transformers and peft for part 3.
 
     python -m bench.gpu --out DIR              # on a card
     python -m bench.gpu --tiny --out DIR       # a rehearsal: every part at tiny sizes, with or without a card
@@ -61,7 +61,7 @@ PARTS = {
     1: Part("Same numbers as on the CPU", "bench.gpu_checks.same_numbers", 45),
     2: Part("A training step at the real size", "bench.gpu_speed.real_size", 180),
     3: Part("Beside transformers and peft", "bench.gpu_speed.beside_transformers", 90, ("transformers", "peft")),
-    4: Part("MVBench at the real size", "bench.gpu_speed.mvbench_real_size", 75, ("decord",)),
+    4: Part("MVBench at the real size", "bench.gpu_speed.mvbench_real_size", 75),
     5: Part("Processes, stopping and resuming", "bench.gpu_checks.processes", 60),
     6: Part("A toy run", "bench.gpu_checks.toy", 90)}
 

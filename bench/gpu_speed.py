@@ -24,7 +24,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import memory, train_step
+from bench import decoding, memory, mvbench_speed, train_step
 from bench.gpu_checks import ON_GPU, Trainer, made_questions, one_line, pinned_batch, random_chat
 from bench.train_step import CPU_ATTENTION, DEVICE, DTYPE, Step, our_model, step_config
 from evaluation.batches import evaluate
@@ -60,18 +60,16 @@ def real_step(stage, variant="", tiny=False):
         raise MemoryError(f"vicuna-7b does not fit: {gib / 0.9:.1f} GiB are free")
     return Step(stage, "vicuna-7b", batch=min(LARGEST[stage], clips))
 
-def attempt(report, row, columns, call):
-    """Adds a row with what call() returns, {column: value}. If it fails, the row says why, and the part goes on."""
-    gc.collect()                                           # what the row before has left
+def attempt(report, what, call):
+    """Calls what writes rows. If it fails, a row says why, and the part goes on."""
+    gc.collect()                                           # what the call before has left
     if ON_GPU:
         torch.cuda.empty_cache()
-    result = dict.fromkeys(columns, "-")
     try:
-        result |= call()
+        call()
     except Exception as error:
         traceback.print_exc()
-        result[columns[0]] = one_line(error)
-    report.row(**row, **result)
+        report.row(what=what, result=one_line(error))
 
 def real_size(report):
     """A step of each stage and variant, each with new weights; compiling, which takes long, comes last."""
@@ -81,14 +79,13 @@ def real_size(report):
     for variant in ("", INT8, RECOMPUTE, COMPILE):
         for stage in (3, 2, 1) if not report.tiny or not variant else (3,):
             if variant != INT8 or stage > 1:                               # stage 1 has no LLM
-                attempt(report, {"stage": stage, "variant": variant or "plain"}, (
-                    "ms", "clips/s", "TFLOP", "MFU", "peak GiB", "counted GiB", "clips for 24, 40, 80 GiB", "size"),
-                    functools.partial(measure, report, stage, variant, rate, operations))
+                attempt(report, f"stage {stage} {variant}",
+                        functools.partial(measure, report, stage, variant, rate, operations))
 
 def measure(report, stage, variant, rate, operations):
-    """Times one variant -> a row. rate: of a matrix product; operations: {stage: counted in the plain step}."""
-    # a new model; recomputing has been tested to change nothing but memory and time
-    step, (first, each) = real_step(stage, variant, report.tiny), COUNTED[stage].get(variant, COUNTED[stage][""])
+    """Times one variant. rate: of a matrix product; operations: {stage: counted for a clip}, which this may fill."""
+    # a new model
+    step = real_step(stage, variant, report.tiny)
     cfg = step_config(step)
     cfg.vit.checkpoint_blocks = cfg.qformer.checkpoint_layers = cfg.llama.checkpoint_layers = variant == RECOMPUTE
     model = our_model(cfg, stage, dropout=True)
@@ -96,6 +93,7 @@ def measure(report, stage, variant, rate, operations):
         quantize_int8(model.llama_model)
     if variant == COMPILE:
         torch.compiler.reset()                             # of the stage before
+        torch._dynamo.utils.counters.clear()
         for block in blocks_of(model):
             block.compile(backend="inductor" if ON_GPU else "eager")
 
@@ -108,23 +106,34 @@ def measure(report, stage, variant, rate, operations):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     seconds = train_step.seconds_of(train_once, 0.01 if report.tiny else 3)
-    peak = f"{torch.cuda.max_memory_allocated() / GIB:.2f}" if ON_GPU else NO_CUDA
+    peak = torch.cuda.max_memory_allocated() / GIB if ON_GPU else math.nan
 
     # operations: the plain step's, for recomputing is no progress; where that does not fit, int8's has the same
-    if variant == COMPILE:
-        report.row(what=f"--compile, stage {stage}", result=f"{1000 * seconds:.1f} ms")    # what follows may take long
-        report_graphs(report, trainer, step)
-    if stage not in operations and variant in ("", INT8):
+    counts_operations = stage not in operations and variant in ("", INT8)
+    if counts_operations:
         with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
             train_once()
         operations[stage] = counter.get_total_flops() / step.batch
+    report_step(report, step, variant, seconds, peak, operations.get(stage, math.nan) * step.batch, rate)
+
+    # what may fail or take long; with texts of unlike lengths, as real ones are
+    if variant == COMPILE:
+        report_graphs(report, trainer, step)
+    if counts_operations:
         report_kernels(report, stage, functools.partial(trainer.step, pinned_batch(step, shortest=0.5)))
-    n = operations.get(stage, math.nan) * step.batch
-    row = {"ms": f"{1000 * seconds:.1f}", "clips/s": f"{step.batch / seconds:.2f}", "TFLOP": f"{n / 1e12:.3g}",
-           "MFU": "-" if math.isnan(n) else f"{n / seconds / rate:.0%}", "peak GiB": peak, "size": step}
-    return row if report.tiny else row | {
-        "counted GiB": f"{first + (step.batch - 1) * each:.2f}",
-        "clips for 24, 40, 80 GiB": [clips_that_fit(stage, variant, gib) for gib in (24, 40, 80)]}
+
+def report_step(report, step, variant, seconds, peak, operations, rate):
+    """The row of a variant: its peak beside the count, and the batches that fit by the count."""
+    row = {"stage": step.stage, "variant": variant or "plain", "ms": f"{1000 * seconds:.1f}",
+           "clips/s": f"{step.batch / seconds:.2f}", "TFLOP": f"{operations / 1e12:.3g}",
+           "MFU": f"{100 * operations / seconds / rate:.0f} %", "peak GiB": f"{peak:.2f}" if ON_GPU else NO_CUDA,
+           "counted GiB": "-", "peak/counted": "-", "clips for 24, 40, 80 GiB": "-", "size": step}
+    if step.preset == "vicuna-7b":
+        first, each = COUNTED[step.stage].get(variant, COUNTED[step.stage][""])
+        counted = first + (step.batch - 1) * each
+        row |= {"counted GiB": f"{counted:.2f}", "peak/counted": f"{peak / counted:.2f}", "clips for 24, 40, 80 GiB": [
+            clips_that_fit(step.stage, variant, gib) for gib in (24, 40, 80)]}
+    report.row(**row)
 
 def report_graphs(report, trainer, step):
     """Whether texts of other lengths are compiled again, which would cost a real run seconds each time."""
@@ -180,54 +189,55 @@ def beside_transformers(report):
     for stage in (3,) if report.tiny else (3, 2, 1):
         seconds = {}
         for side in ("ours", "transformers"):
-            attempt(report, {"stage": stage, "side": side},
-                    ("ms", "clips/s", "MFU", "peak GiB", "losses", "ours is faster by", "size"),
-                    functools.partial(measure_side, side, stage, seconds, report.tiny))
+            attempt(report, f"stage {stage}, {side}", functools.partial(measure_side, report, side, stage, seconds))
 
-def measure_side(side, stage, seconds, tiny):
-    """-> a row. seconds: {side: seconds of a step}, of the sides that are measured."""
-    step = real_step(stage, "", tiny)
+def measure_side(report, side, stage, seconds):
+    """seconds: {side: seconds of a step}, of the sides that are measured."""
+    step = real_step(stage, "", report.tiny)
     step = replace(step, batch=max(1, step.batch // 2))                    # their padding takes more memory
-    result = train_step.measure(side, step, 0.01 if tiny else 3)
+    result = train_step.measure(side, step, 0.01 if report.tiny else 3)
     seconds[side] = result["seconds"]
-    return {"ms": f"{1000 * seconds[side]:.1f}", "clips/s": f"{step.batch / seconds[side]:.2f}",
-            "MFU": f"{result['mfu']:.0%}", "peak GiB": f"{result['peak'] / GIB:.2f}",
-            "losses": ", ".join(f"{name} {loss:.4f}" for name, loss in result["losses"].items()), "size": step,
-            "ours is faster by": f"{seconds[side] / seconds.get('ours', math.nan):.2f}" if side != "ours" else "-"}
+    report.row(stage=stage, side=side, ms=f"{1000 * seconds[side]:.1f}", MFU=f"{result['mfu']:.0%}",
+               losses=", ".join(f"{name} {loss:.4f}" for name, loss in result["losses"].items()), size=step,
+               **{"clips/s": f"{step.batch / seconds[side]:.2f}", "peak GiB": f"{result['peak'] / GIB:.2f}",
+                  "times ours": f"{seconds[side] / seconds.get('ours', math.nan):.2f}"})
 
 # --------------------------------------------------------------------------------------------------- part 4: MVBench
 
 def mvbench_real_size(report):
     """Questions about one made video under many names. Random weights accept no draft of an answer, so each takes ten
     steps of the LLM; a trained LLM needs about two, and `letter` needs one."""
-    from bench import decoding, mvbench_speed  # which need decord2
     tiny, folder = report.tiny, Path(tempfile.mkdtemp())
     chat = random_chat("micro" if tiny else "vicuna-7b", DEVICE, DTYPE)    # model and tokenizers
     decoding.write_clip(folder / "clip.mp4", np.random.default_rng(0), 20 if tiny else 250)
     media = [folder / f"{i}.mp4" for i in range(4 if tiny else 400)]
     for path in media:
         path.symlink_to(folder / "clip.mp4")
-    questions, workers = made_questions(media), 0 if tiny else max(1, min(8, os.cpu_count() // 2))
-    batch = 32 if not ON_GPU or torch.cuda.mem_get_info()[0] > 40 * GIB else 8
+    questions, few = made_questions(media), 2 if tiny else 20
 
-    # the engine; a first batch is not counted
+    # what matters most comes first
     with torch.autocast(DEVICE, DTYPE, enabled=ON_GPU):
-        for decode in ("generate", "letter"):
-            engine = Engine(*chat, Protocol(decode=decode, max_new_tokens=10))
-            for asked_for in (questions[:batch], questions):
-                engine.seconds.clear()
-                start = time.perf_counter()
-                rows = [row for _, rows in evaluate(engine, asked_for, [Condition(folder / "unused")], batch, workers)
-                        for row in rows]
-                seconds = time.perf_counter() - start
-            if unread := [row["unread"] for row in rows if "unread" in row]:
-                raise ValueError(f"{len(unread)} of {len(rows)} videos: {unread[0]}")
-            report_rate(report, f"engine, {decode}, batches of {batch}", len(rows), seconds, {
-                part: f"{s:.2f} s" for part, s in engine.seconds.items()})
+        ask_engine(report, chat, questions, "generate")
+        _, seconds = mvbench_speed.ask_one_by_one(*chat, questions[:few], Protocol(max_new_tokens=10))
+        report_rate(report, "answer_one", few, seconds, "-")
+        ask_engine(report, chat, questions, "letter")
 
-        few = questions[:2 if tiny else 40]
-        _, seconds = mvbench_speed.ask_one_by_one(*chat, few, Protocol(max_new_tokens=10))
-        report_rate(report, "answer_one", len(few), seconds, "-")
+def ask_engine(report, chat, questions, decode):
+    """Asks in batches; the first one is asked twice, and not counted at first."""
+    engine, folder = Engine(*chat, Protocol(decode=decode, max_new_tokens=10)), Path(tempfile.mkdtemp())
+    batch = 32 if not ON_GPU or torch.cuda.mem_get_info()[0] > 40 * GIB else 8
+    workers = 0 if report.tiny else max(1, min(8, os.cpu_count() // 2))
+    for part in (questions[:batch], questions):
+        engine.seconds.clear()
+        start = time.perf_counter()
+        rows = sum((rows for _, rows in evaluate(engine, part, [Condition(folder)], batch, workers)), [])
+        seconds = time.perf_counter() - start
+
+    # a video that cannot be read would be answered in no time
+    if unread := [row["unread"] for row in rows if "unread" in row]:
+        raise ValueError(f"{len(unread)} of {len(rows)} videos: {unread[0]}")
+    report_rate(report, f"engine, {decode}, batches of {batch}, {workers} workers", len(rows), seconds,
+                {part: f"{s:.2f} s" for part, s in engine.seconds.items()})
 
 def report_rate(report, way, n, seconds, parts):
     report.row(way=way, questions=n, **{"questions/s": f"{n / seconds:.2f}", "parts": parts,
