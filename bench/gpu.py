@@ -58,12 +58,12 @@ class Part:
     needs: tuple = ()       # modules that may be missing
 
 PARTS = {
-    1: Part("Same numbers as on the CPU", "bench.gpu_checks.same_numbers", 45),
+    1: Part("Same numbers as on the CPU", "bench.gpu_checks.same_numbers", 60),
     2: Part("A training step at the real size", "bench.gpu_speed.real_size", 180),
-    3: Part("Beside transformers and peft", "bench.gpu_speed.beside_transformers", 90, ("transformers", "peft")),
+    3: Part("Beside transformers and peft", "bench.gpu_speed.beside_transformers", 85, ("transformers", "peft")),
     4: Part("MVBench at the real size", "bench.gpu_speed.mvbench_real_size", 75),
     5: Part("Processes, stopping and resuming", "bench.gpu_checks.processes", 60),
-    6: Part("A toy run", "bench.gpu_checks.toy", 90)}
+    6: Part("A toy run", "bench.gpu_checks.toy", 80)}
 
 # ---------------------------------------------------------------------------------------------- in a part's own process
 
@@ -78,7 +78,7 @@ class Report:
         self.save("running")
 
     def row(self, **columns):
-        """Adds a row. Rows one after another that have the same columns are one table of the page."""
+        """Adds a row. Rows that have the same columns are one table of the page."""
         print(columns, flush=True)
         self.record["rows"].append({name: as_text(value) for name, value in columns.items()})
         self.save("running")
@@ -163,10 +163,12 @@ def write_page(options, driver):
     """The page of all parts in OUT, whichever run they are of -> its path. Also to results/, unless sizes are tiny."""
     out = Path(options.out)
     records = {n: read_json(path) for n in PARTS if (path := out / f"part{n}.json").is_file()}
+    records = {n: record for n, record in records.items() if record["tiny"] == options.tiny}        # no rehearsal's
     card = next((record["card"] for record in records.values() if "card" in record), "unknown")
     lines = [f"# bench.gpu on {card}", "",
              f"Driver {driver}, Python {sys.version.split()[0]}. Weights are random. Each part names its command, "
-             'date, commit and card; what was not reached is "not run".']
+             'date, commit and card; what was not reached is "not run".',
+             *["", "**Tiny sizes**: this is a rehearsal, and its times say nothing."] * options.tiny]
 
     # each part with its tables
     for number, part in PARTS.items():
@@ -189,13 +191,11 @@ def write_page(options, driver):
     return page
 
 def tables(rows):
-    """Markdown of rows; those that follow each other with the same columns are one table."""
-    lines, header = [], None
-    for row in rows:
-        if list(row) != header:
-            header = list(row)
-            lines += ["", as_row(header), "|---" * len(header) + "|"]
-        lines.append(as_row(row.values()))
+    """Markdown of rows; those with the same columns are one table."""
+    lines = []
+    for header in dict.fromkeys(map(tuple, rows)):
+        lines += ["", as_row(header), "|---" * len(header) + "|"]
+        lines += [as_row(row.values()) for row in rows if tuple(row) == header]
     return lines
 
 def as_row(cells):

@@ -219,7 +219,7 @@ def mvbench_real_size(report):
     with torch.autocast(DEVICE, DTYPE, enabled=ON_GPU):
         ask_engine(report, chat, questions, "generate")
         _, seconds = mvbench_speed.ask_one_by_one(*chat, questions[:few], Protocol(max_new_tokens=10))
-        report_rate(report, "answer_one", few, seconds, "-")
+        report_rate(report, chat[0].cfg, "answer_one", few, seconds, "-")
         ask_engine(report, chat, questions, "letter")
 
 def ask_engine(report, chat, questions, decode):
@@ -236,9 +236,9 @@ def ask_engine(report, chat, questions, decode):
     # a video that cannot be read would be answered in no time
     if unread := [row["unread"] for row in rows if "unread" in row]:
         raise ValueError(f"{len(unread)} of {len(rows)} videos: {unread[0]}")
-    report_rate(report, f"engine, {decode}, batches of {batch}, {workers} workers", len(rows), seconds,
+    report_rate(report, chat[0].cfg, f"engine, {decode}, batches of {batch}, {workers} workers", len(rows), seconds,
                 {part: f"{s:.2f} s" for part, s in engine.seconds.items()})
 
-def report_rate(report, way, n, seconds, parts):
-    report.row(way=way, questions=n, **{"questions/s": f"{n / seconds:.2f}", "parts": parts,
-                                        "minutes for 4,000": f"{4000 * seconds / n / 60:.1f}"})
+def report_rate(report, cfg, way, n, seconds, parts):
+    report.row(size=f"{cfg.preset}, {cfg.eval_frames} frames", way=way, questions=n, **{
+        "questions/s": f"{n / seconds:.2f}", "parts": parts, "minutes for 4,000": f"{4000 * seconds / n / 60:.1f}"})

@@ -85,6 +85,13 @@ def test_twins_of_transformers_and_peft_give_the_same_losses(stage, preset):
     twins = reference.twin_losses(reference.use_twins(model), batch, torch.Generator().manual_seed(0))
     assert {n: loss.item() for n, loss in ours.items()} == pytest.approx({n: x.item() for n, x in twins.items()}, 1e-5)
 
+def test_a_twin_in_bf16_keeps_its_rotary_angles_in_float32():
+    """As from_pretrained makes it; rounded to bf16, the angles of later tokens would be others."""
+    model = train_step.our_model(train_step.step_config(train_step.Step(2, "micro")), 2, "cpu", torch.bfloat16)
+    twin = reference.LlamaTwin(model).twin
+    assert {p.dtype for p in twin.parameters()} == {torch.bfloat16} and torch.get_default_dtype() == torch.float32
+    assert twin.model.rotary_emb.inv_freq.dtype == torch.float32
+
 def test_a_training_step_prints_both_sides(capsys):
     train_step.main(["--preset", "micro", "--stage", "1", "--batch", "2"])
     printed = capsys.readouterr().out

@@ -121,6 +121,8 @@ def test_parts_can_be_chosen_and_a_page_keeps_those_of_earlier_runs(tmp_path, mo
         gpu.main(["--tiny", "--out", str(tmp_path), "--only", only, "--commit", commit])
     page = (tmp_path / "gpu_cpu.md").read_text()
     assert page.count("commit aaa") == page.count("commit bbb") == 1 and "## 2. works: not run\n" in page
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "results")
+    assert "aaa" not in gpu.write_page(gpu.Options(str(tmp_path)), "-").read_text()            # a rehearsal's rows
     with pytest.raises(ValueError, match="--only knows no part 7"):
         gpu.main(["--tiny", "--out", str(tmp_path), "--only", "1,7"])
 
