@@ -61,9 +61,9 @@ def command(report, *arguments, codes=(0,)):
 
 class Trainer:
     """A model and the training step that train.fit makes of its parts."""
-    def __init__(self, model, dtype, dist=None, shard=False):
+    def __init__(self, model, dtype, shard=False):
         self.cfg = train.parse(["--stage", str(model.stage), "--dtype", dtype])[0]
-        self.stage, self.dist = train.Stage("", None, model, None, None, None, None), dist or Distributed(device=DEVICE)
+        self.stage, self.dist = train.Stage("", None, model, None, None, None, None), Distributed(device=DEVICE)
         generator = torch.Generator().manual_seed(0)
         self.forward = wrap_model(model, lambda batch, _: step_losses(model, batch, generator), self.dist, shard)
         self.optimizers = make_optimizers(model, self.cfg)
@@ -185,7 +185,8 @@ def processes(report):
         compare_resumed(report, folder)
 
 def compare_layouts(report, folder):
-    """The same steps without a group of processes, and by DDP and FSDP2 in a group of one."""
+    """The same steps without a group of processes, and by DDP and FSDP2 in a group of one. Weights may differ by more
+    than losses: AdamW makes a step of full size of a gradient that only rounding keeps from being 0."""
     expected = {}
     if ON_GPU:
         torch.cuda.set_device(0)                           # nccl's
@@ -201,10 +202,10 @@ def compare_layouts(report, folder):
         for stage, dtype in ((1, "fp32"), (3, "fp32"), (3, "bf16")):
             losses, weights = train_micro(stage, dtype, layout == "FSDP2")
             first_losses, first_weights = expected.setdefault((stage, dtype), (losses, weights))
-            tolerance = 1e-3 if dtype == "fp32" else 0.01
+            tolerance, of_weights = (1e-3, 0.01) if dtype == "fp32" else (0.01, 0.03)
             report.row(layout=layout, stage=stage, dtype=dtype, losses=[round(x, 4) for x in losses.tolist()],
                        **{"losses as in one process": verdict(relative_error(losses, first_losses), tolerance),
-                          "weights": verdict(relative_error(weights, first_weights), tolerance)})
+                          "weights": verdict(relative_error(weights, first_weights), of_weights)})
     torch_dist.destroy_process_group()
 
 def train_micro(stage, dtype, shard):
