@@ -19,9 +19,21 @@ import numpy as np
 import torch
 
 from infra.cli import ignore_signals
-from prompt import CAPTION_INSTRUCTIONS, add_packing, caption_prompt, conversation_prompt, pad_batch, pad_ids
+from prompt import (
+    CAPTION_INSTRUCTIONS,
+    IGNORE,
+    NoRoomError,
+    Prompt,
+    add_packing,
+    caption_prompt,
+    conversation_prompt,
+    insert_slot,
+    pad_batch,
+    pad_ids,
+    seconds_message,
+)
 from training.annotations import load_annotations
-from video import SAMPLING, MediaError, SampleError, read_media, train_frame_selector
+from video import SAMPLING, MediaError, read_media, train_frame_selector
 
 # -------------------------------------------------------------------------------------------------------------- samples
 
@@ -42,6 +54,7 @@ class VideoTextDataset(torch.utils.data.Dataset):
         self.sources, self.num_frames, self.transform, self.sampling = sources, num_frames, transform, sampling
         self.seed, self.epoch, self.max_bad, self.features = seed, 0, max_bad, None
         self.entries = [load_annotations(source) for source in sources]
+        self.notes = [line for entries in self.entries for line in entries.faults()]        # the log begins with them
         ends = np.cumsum([0, *map(len, self.entries)]).tolist()         # 0, then where each source ends
         self.spans = list(map(range, ends[:-1], ends[1:]))              # the indices of each source's entries
 
@@ -78,6 +91,11 @@ class VideoTextDataset(torch.utils.data.Dataset):
         source, entry = self.entry(index)
         return source.path(entry)
 
+    def order_record(self):
+        """What the order of the samples depends on besides seed and step: a dict of each source, for trainer.json."""
+        return [{"anno": source.anno, "media": source.media, "weight": source.weight, "entries": len(entries),
+                 "sha256": entries.header["sha256"]} for source, entries in zip(self.sources, self.entries, strict=True)]
+
     def __getitem__(self, index):
         # an unreadable sample is replaced, text and all, by the next one of its source, which has the same medium: a
         # batch keeps its size, and no video meets the text of another
@@ -92,7 +110,7 @@ class VideoTextDataset(torch.utils.data.Dataset):
         raise MediaError(f"{bad[-1]}; {len(bad)} unreadable media in a row")
 
     def sample(self, index):
-        """The sample without "bad". Raises MediaError."""
+        """The sample without "bad". MediaError for whatever its medium raises, SampleError if annotations changed."""
         # every random choice comes from a generator of this sample; another order of drawing is another training run
         rng = random.Random(f"{self.seed} {self.epoch} {index}")
         source, entry = self.entry(index)
@@ -101,12 +119,17 @@ class VideoTextDataset(torch.utils.data.Dataset):
         # frames, or what the frozen ViT has made of them
         if source.media != "text":
             sample["path"] = path = source.path(entry)
-            if self.features:
-                sample |= self.features[path]
-            else:
-                select = train_frame_selector(self.num_frames, self.sampling, rng, entry.get("start"), entry.get("end"))
-                frames, sample["seconds"] = read_media(path, select, as_image=source.media == "image")
-                sample["video"] = self.transform(frames, rng)                            # (T, 3, size, size)
+            try:
+                if self.features:
+                    sample |= self.features[path]
+                else:
+                    select = train_frame_selector(self.num_frames, self.sampling, rng)
+                    frames, sample["seconds"] = read_media(path, select, **source.read_options(entry))
+                    sample["video"] = self.transform(frames, rng)                        # (T, 3, size, size)
+            except MediaError:
+                raise
+            except Exception as error:                 # of a decoder, or an error of ours: one file does not end a run
+                raise MediaError(f"{path}: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
         # one of several captions; the questions in another order each epoch, so that each comes first at times
         if "QA" in entry:
@@ -220,15 +243,16 @@ def collate_stage2(samples, cfg, qformer_tok, llm_tok):
 
 def collate_stage3(samples, cfg, qformer_tok, llm_tok):
     """Stage 3: conversations. Adds ids, labels, mask for the LLM, instruction_ids, _mask for the Q-Former, (B, S)."""
-    # conversations for the LLM; an instruction that leaves no room for the video is an error that names its clip
-    prompts = []
+    # conversations for the LLM, some of which are too long for max_text to leave anything to learn
+    prompts, no_label = [], []
     for s in samples:
         message = seconds_message(s["seconds"]) if cfg.add_timestamps and s["medium"] == "video" else ""
-        try:
-            prompts.append(conversation_prompt(llm_tok, s["qas"], cfg.n_query + cfg.n_extra, message, s["medium"],
-                                               cfg.prompt_style, cfg.max_text, cfg.train_separators))
-        except ValueError as error:
-            raise SampleError(f"{s['path']}: {error}") from None
+        prompt, learns = conversation(llm_tok, s, cfg, message)
+        prompts.append(prompt)
+        if not learns:
+            question = next(qa.get("q") or qa.get("i") or "" for qa in s["qas"])
+            no_label.append(f"{s['path'] or s['idx']}: no answer is within the first {cfg.max_text} ids (--max-text) "
+                            f"of its conversation {question[:40]!r}...")
     ids, labels, mask = pad_batch(prompts, llm_tok.eos_id)                               # (B, S) each
 
     # the Q-Former reads the instruction too, so that its queries look for what is asked; a long one loses its beginning
@@ -237,12 +261,21 @@ def collate_stage3(samples, cfg, qformer_tok, llm_tok):
             for s in samples]
     instruction_ids, instruction_mask = pad_ids(rows, qformer_tok.pad_id)                # (B, S) each
     batch = collate_media(samples) | add_packing({"ids": ids, "labels": labels, "mask": mask})
-    return batch | {"instruction_ids": instruction_ids, "instruction_mask": instruction_mask}
+    return batch | {"instruction_ids": instruction_ids, "instruction_mask": instruction_mask, "no_label": no_label}
 
-def seconds_message(seconds):
-    """[0.31, 0.9] -> "The video contains 2 frames sampled at 0.3, 0.9 seconds.": part of the conversation."""
-    times = ", ".join(str(round(s, 1)) for s in seconds)
-    return f"The video contains {len(seconds)} frames sampled at {times} seconds."
+def conversation(llm_tok, sample, cfg, message):
+    """-> (Prompt of a conversation, whether an id of an answer is learned). Without room for the video, it is empty."""
+    n_video = cfg.n_query + cfg.n_extra
+    options = sample["qas"], n_video, message, sample["medium"], cfg.prompt_style, cfg.max_text
+    try:
+        prompt = answers = conversation_prompt(llm_tok, *options, cfg.train_separators)
+    except NoRoomError:
+        return insert_slot(llm_tok, "", n_video, Prompt([], [])), False
+
+    # subtle: with train_separators a label is no answer yet; only a conversation that was cut may lack one
+    if cfg.train_separators and len(prompt.ids) >= cfg.max_text:
+        answers = conversation_prompt(llm_tok, *options)
+    return prompt, any(label != IGNORE for label in answers.labels)
 
 def qformer_text(qa, with_question):
     """The instruction of a turn, with its question if with_question; never the question alone."""

@@ -39,6 +39,9 @@ SYSTEM = (
 QUESTION_PROMPT = "Only give the best option."
 ANSWER_PROMPT = "Best option:("  # the answer's beginning, so the next token is the letter of an option
 
+class NoRoomError(ValueError):
+    """A prompt whose text before the video is longer than all of its text may be."""
+
 @dataclass
 class Prompt:
     ids: list     # ids of the LLM's tokenizer, VIDEO where a video token goes
@@ -81,7 +84,7 @@ def conversation_prompt(tok, turns, n_video, message="", medium="video", prompt_
         mistral  {i} [INST] <Video>[slot]</Video> {message} [/INST] [INST] {q} [/INST] {a}</s>
 
     turns: [{"i": "Watch.", "q": "What moves?", "a": "A red kite."}, ...]; "i" is read from the first only, an empty q
-    or i is left out. With `medium` "text" there is no slot. At most max_text ids remain besides the video's; ValueError
+    or i is left out. With `medium` "text" there is no slot. At most max_text ids remain besides the video's; NoRoomError
     if that would cut the slot."""
     if prompt_style not in ("vicuna", "mistral"):
         raise ValueError(f"prompt_style {prompt_style!r}: expected vicuna or mistral")
@@ -100,8 +103,13 @@ def conversation_prompt(tok, turns, n_video, message="", medium="video", prompt_
     prompt = insert_slot(tok, before, n_video, encode_spans(tok, [(lead, False), *spans]))
     length = max_text + n_video
     if VIDEO in prompt.ids[length:]:
-        raise ValueError(f"{prompt.slot} ids of text before the video: shorten the instruction or raise max_text")
+        raise NoRoomError(f"{prompt.slot} ids of text before the video: shorten the instruction or raise max_text")
     return Prompt(prompt.ids[:length], prompt.labels[:length])
+
+def seconds_message(seconds):
+    """[0.31, 0.9] -> "The video contains 2 frames sampled at 0.3, 0.9 seconds.": part of the conversation."""
+    times = ", ".join(str(round(s, 1)) for s in seconds)
+    return f"The video contains {len(seconds)} frames sampled at {times} seconds."
 
 def vicuna_turns(turns, train_separators):
     """Spans of ` ###Human: {q} ###Assistant: {a} ###`.
