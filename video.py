@@ -9,6 +9,7 @@ Not here: annotations, samples and batches (data.py), what becomes of the frames
 Source: the official dataset/video_utils.py and, for the benchmark, mvbench.ipynb.
 Run:    python -m pytest tests/test_video.py
 """
+import os
 import queue
 import struct
 import threading
@@ -71,13 +72,10 @@ def eval_frame_indices(num_frames, max_frame, fps, bound=None, first_idx=0):
     part = (end - start) / num_frames
     return [int(start + part / 2 + round(part * i)) for i in range(num_frames)]
 
-def train_frame_selector(num_frames, sampling="rand", rng=None, start=None, end=None):
-    """A `select` for read_media: train_frame_indices between start and end (seconds), or of the whole video."""
+def train_frame_selector(num_frames, sampling="rand", rng=None):
+    """A `select` for read_media: train_frame_indices of the frames from first to last."""
     def select(first, last, fps):
-        n_total = last - first + 1
-        if start is not None:
-            first, n_total = first + int(start * fps), max(int((end - start) * fps), 1)
-        return [first + i for i in train_frame_indices(num_frames, n_total, sampling, rng)]
+        return [first + i for i in train_frame_indices(num_frames, last - first + 1, sampling, rng)]
     return select
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -92,7 +90,33 @@ class SampleError(ValueError):
 class MediaError(SampleError):
     """A video, image or folder of frames that cannot be read."""
 
-def read_media(path, select, as_image=False, limit=TIME_LIMIT):
+def check_path(path):
+    """MediaError if a medium is missing, empty or cannot be reached."""
+    try:
+        path = Path(path)
+        if os.stat(path).st_size == 0 and not path.is_dir():
+            raise MediaError(f"{path}: the file is empty")
+    except FileNotFoundError:
+        raise MediaError(f"{path}: no such file") from None
+    except MediaError:
+        raise
+    except (OSError, ValueError) as error:
+        raise MediaError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
+def read_media(path, select, as_image=False, limit=TIME_LIMIT, fps=None, start=None, end=None):
+    """Stand-in of the reading to come: bounds and select=None, by wrapping the selector."""
+    check_path(path)
+    def bounded(first, last, rate):
+        if start is not None:
+            first = first + int(start * rate)
+            if first > last:
+                raise MediaError(f"{path}: start {start:g} s is beyond its end ({(last + 1) / rate:.1f} s)")
+            last = min(last, first + max(int((end - start) * rate), 1) - 1)
+        return list(range(first, last + 1)) if select is None else select(first, last, rate)
+    frames, seconds = read_medium(path, bounded, as_image, limit)
+    return (None if select is None else frames), seconds
+
+def read_medium(path, select, as_image=False, limit=TIME_LIMIT):
     """-> frames (T, 3, H, W) uint8 and their seconds, of a video, an image (T = 1) or a folder of 00001.jpg ...
 
     select(first, last, fps) -> numbers of the frames to read, of those from first to last; a number outside becomes the
