@@ -19,19 +19,7 @@ import numpy as np
 import torch
 
 from infra.cli import ignore_signals
-from prompt import (
-    CAPTION_INSTRUCTIONS,
-    IGNORE,
-    NoRoomError,
-    Prompt,
-    add_packing,
-    caption_prompt,
-    conversation_prompt,
-    insert_slot,
-    pad_batch,
-    pad_ids,
-    seconds_message,
-)
+from prompt import CAPTION_INSTRUCTIONS, add_packing, caption_prompt, learnable_conversation, pad_batch, pad_ids
 from training.annotations import load_annotations
 from video import SAMPLING, MediaError, read_media, train_frame_selector
 
@@ -93,8 +81,8 @@ class VideoTextDataset(torch.utils.data.Dataset):
 
     def order_record(self):
         """What the order of the samples depends on besides seed and step: a dict of each source, for trainer.json."""
-        return [{"anno": source.anno, "media": source.media, "weight": source.weight, "entries": len(entries),
-                 "sha256": entries.header["sha256"]} for source, entries in zip(self.sources, self.entries, strict=True)]
+        return [{"anno": entries.source.anno, "media": entries.source.media, "weight": entries.source.weight,
+                 "entries": len(entries), "sha256": entries.header["sha256"]} for entries in self.entries]
 
     def __getitem__(self, index):
         # an unreadable sample is replaced, text and all, by the next one of its source, which has the same medium: a
@@ -246,8 +234,9 @@ def collate_stage3(samples, cfg, qformer_tok, llm_tok):
     # conversations for the LLM, some of which are too long for max_text to leave anything to learn
     prompts, no_label = [], []
     for s in samples:
-        message = seconds_message(s["seconds"]) if cfg.add_timestamps and s["medium"] == "video" else ""
-        prompt, learns = conversation(llm_tok, s, cfg, message)
+        seconds = s["seconds"] if cfg.add_timestamps and s["medium"] == "video" else ()
+        prompt, learns = learnable_conversation(llm_tok, s["qas"], cfg.n_query + cfg.n_extra, seconds, s["medium"],
+                                                cfg.prompt_style, cfg.max_text, cfg.train_separators)
         prompts.append(prompt)
         if not learns:
             question = next(qa.get("q") or qa.get("i") or "" for qa in s["qas"])
@@ -262,20 +251,6 @@ def collate_stage3(samples, cfg, qformer_tok, llm_tok):
     instruction_ids, instruction_mask = pad_ids(rows, qformer_tok.pad_id)                # (B, S) each
     batch = collate_media(samples) | add_packing({"ids": ids, "labels": labels, "mask": mask})
     return batch | {"instruction_ids": instruction_ids, "instruction_mask": instruction_mask, "no_label": no_label}
-
-def conversation(llm_tok, sample, cfg, message):
-    """-> (Prompt of a conversation, whether an id of an answer is learned). Without room for the video, it is empty."""
-    n_video = cfg.n_query + cfg.n_extra
-    options = sample["qas"], n_video, message, sample["medium"], cfg.prompt_style, cfg.max_text
-    try:
-        prompt = answers = conversation_prompt(llm_tok, *options, cfg.train_separators)
-    except NoRoomError:
-        return insert_slot(llm_tok, "", n_video, Prompt([], [])), False
-
-    # subtle: with train_separators a label is no answer yet; only a conversation that was cut may lack one
-    if cfg.train_separators and len(prompt.ids) >= cfg.max_text:
-        answers = conversation_prompt(llm_tok, *options)
-    return prompt, any(label != IGNORE for label in answers.labels)
 
 def qformer_text(qa, with_question):
     """The instruction of a turn, with its question if with_question; never the question alone."""

@@ -10,6 +10,7 @@ so no length is ever guessed. Not here: the tokenizers (tokenizer.py) and what r
 Source: the official videochat2_pt_vicuna.py (stage 2), videochat2_it_{vicuna,mistral}.py (stage 3), mvbench.ipynb.
 Run:    python -m pytest tests/test_prompt.py
 """
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -38,9 +39,6 @@ SYSTEM = (
     "addresses the question.\n")
 QUESTION_PROMPT = "Only give the best option."
 ANSWER_PROMPT = "Best option:("  # the answer's beginning, so the next token is the letter of an option
-
-class NoRoomError(ValueError):
-    """A prompt whose text before the video is longer than all of its text may be."""
 
 @dataclass
 class Prompt:
@@ -84,7 +82,7 @@ def conversation_prompt(tok, turns, n_video, message="", medium="video", prompt_
         mistral  {i} [INST] <Video>[slot]</Video> {message} [/INST] [INST] {q} [/INST] {a}</s>
 
     turns: [{"i": "Watch.", "q": "What moves?", "a": "A red kite."}, ...]; "i" is read from the first only, an empty q
-    or i is left out. With `medium` "text" there is no slot. At most max_text ids remain besides the video's; NoRoomError
+    or i is left out. With `medium` "text" there is no slot. At most max_text ids remain besides the video's; ValueError
     if that would cut the slot."""
     if prompt_style not in ("vicuna", "mistral"):
         raise ValueError(f"prompt_style {prompt_style!r}: expected vicuna or mistral")
@@ -103,8 +101,24 @@ def conversation_prompt(tok, turns, n_video, message="", medium="video", prompt_
     prompt = insert_slot(tok, before, n_video, encode_spans(tok, [(lead, False), *spans]))
     length = max_text + n_video
     if VIDEO in prompt.ids[length:]:
-        raise NoRoomError(f"{prompt.slot} ids of text before the video: shorten the instruction or raise max_text")
+        raise ValueError(f"{prompt.slot} ids of text before the video: shorten the instruction or raise max_text")
     return Prompt(prompt.ids[:length], prompt.labels[:length])
+
+def learnable_conversation(tok, turns, n_video, seconds=(), medium="video", prompt_style="vicuna", max_text=512,
+                           train_separators=False):
+    """-> (conversation_prompt, with the seconds of the frames as its message; whether an id of an answer is learned).
+    If max_text leaves no room for the video, the prompt is the video alone: nothing is learned of it."""
+    options = turns, n_video, seconds_message(seconds) if seconds else "", medium, prompt_style
+    prompt = answers = conversation_prompt(tok, *options, sys.maxsize, train_separators)
+    length = max_text + n_video
+    if VIDEO in prompt.ids[length:]:
+        return insert_slot(tok, "", n_video, Prompt([], [])), False
+
+    # subtle: with train_separators a label is no answer yet; only a conversation that is cut may lack one
+    if train_separators and len(prompt.ids) > length:
+        answers = conversation_prompt(tok, *options, sys.maxsize)
+    learns = any(label != IGNORE for label in answers.labels[:length])
+    return Prompt(prompt.ids[:length], prompt.labels[:length]), learns
 
 def seconds_message(seconds):
     """[0.31, 0.9] -> "The video contains 2 frames sampled at 0.3, 0.9 seconds.": part of the conversation."""

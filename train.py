@@ -298,8 +298,7 @@ def fit(stage, cfg, dist):
             n_targets, stopping = dist.all_reduce_sum([sum(map(count_targets, micro_batches)), stop.signal_number > 0])
             losses = forward_backward(stage, forward, micro_batches, n_targets, step / cfg.steps, scaler, cfg, dist)
 
-            # update; a gradient that is not finite changes nothing, nor does a step without a target. The log reads a
-            # step one step later: no GPU sync
+            # update, unless the gradient is not finite or there is no target; the log reads a step later: no GPU sync
             grad_norm = clip_gradients(stage.model, optimizers, scaler, cfg.grad_clip)
             optimizer_step(optimizers, get_lr(step, cfg), scaler, grad_norm, skip=not losses)
             log.step(step, losses, grad_norm, micro_batches)
@@ -349,14 +348,14 @@ def count_targets(batch):
     return batch["mask"][:, 1:].sum().item() if "mask" in batch else 0
 
 def cycle(loader, sampler):
-    """The batches of one epoch after another. OSError if a process that reads media is killed, as by a lack of memory."""
+    """The batches of one epoch after another. OSError if a process that reads media is killed."""
     while True:
         try:
             yield from loader
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
                 raise
-            raise OSError(f"{' '.join(str(error).split())} Either memory ran out (fewer --workers), or a file crashes its "
+            raise OSError(f"{' '.join(str(error).split())} Memory ran out (use fewer --workers), or a file crashes its "
                           "decoder: python -m training.check_data CORPUS --decode names it") from None
         sampler.next_epoch()
 

@@ -46,6 +46,7 @@ def read_options(parser, config_class, argv=None):
 
 def run(main, name, stopped="stopped"):
     """sys.exit(main()); ValueError and OSError become the line "name: error" and code 2, Ctrl-C `stopped` and 130."""
+    sys.stdout.reconfigure(errors="backslashreplace")          # a name that the terminal cannot show is no error
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -15,7 +15,7 @@ from PIL import Image
 import data
 from data import Sampler, VideoTextDataset, collate_stage1, collate_stage2, collate_stage3
 from model import Config
-from prompt import IGNORE, VIDEO
+from prompt import IGNORE, VIDEO, seconds_message
 from tokenizer import SentencePiece, WordPiece
 from training import check_data
 from training.annotations import load_corpus
@@ -213,7 +213,7 @@ def test_instruct_batch(world, tok, wordpiece):
 
 def test_seconds(golden):
     for case in json.loads((golden / "sampling.json").read_text())["seconds"]:
-        message = data.seconds_message([i / case["fps"] for i in case["indices"]])
+        message = seconds_message([i / case["fps"] for i in case["indices"]])
         assert message == f"The video contains 8 frames sampled at {', '.join(case['train'])} seconds."
 
 @pytest.mark.parametrize("workers", [0, 1])

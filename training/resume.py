@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from infra.distributed import full_tensor, raise_together, shard_like
+from infra.distributed import Distributed, full_tensor, raise_together, shard_like
 from infra.files import atomic_folder, hash_file, load_strict, lock_folder, read_json, read_tensors, save_tensors
 from weights import checkpoint
 
@@ -96,15 +96,15 @@ def init_checkpoint(cfg):
 
 # ------------------------------------------------------------------------------------------------------------- reading
 
-def load_weights(stage, cfg, folder, dist):
+def load_weights(stage, cfg, folder, dist=None):
     """Fills the model from a checkpoint, before it is distributed -> the step. ValueError if it is another run's."""
     record, current = read_json(folder / TRAINER), asdict(cfg)
-    with raise_together(dist):
+    with raise_together(dist or Distributed()):
         # other data means another order of the samples, and perhaps another number of steps
         changes = data_changes(record.get("data"), data_record(stage))
         if changes and not cfg.accept_changed_data:
-            raise ValueError(f"{changes[0]}: the samples would come in another order. Resume with the data as it was, or "
-                             "as it is with --accept-changed-data, or start again with --restart")
+            raise ValueError(f"{changes[0]}: the samples would come in another order. Bring the old data back, or add "
+                             "--accept-changed-data to resume all the same, or --restart")
 
         # an option that a checkpoint of an older version does not have is not compared
         saved = {OLD_OPTIONS.get(name, name): value for name, value in record["options"].items()}
@@ -130,10 +130,11 @@ def data_changes(saved, current):
     changes = []
     for old, new in zip(saved, current, strict=True):
         # the name may change, as when a folder is moved
-        words = [f"{key} {old[key]} and now {new[key]}" for key in ("media", "weight", "entries") if old[key] != new[key]]
+        words = [f"{old[key]} {key} then, {new[key]} now" for key in ("entries", "media", "weight")
+                 if old[key] != new[key]]
         if words or old["sha256"] != new["sha256"]:
-            changes.append(f"{new['anno']} has changed since the run was interrupted: it had "
-                           + (", ".join(words) or f"as many entries ({new['entries']}), but of another content"))
+            changes.append(f"{new['anno']} has changed since the run was interrupted ("
+                           + (", ".join(words) or f"{new['entries']} entries as before, but not the same") + ")")
     return changes
 
 def load_trainer(stage, optimizers, scaler, folder, dist):
