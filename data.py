@@ -117,7 +117,7 @@ class VideoTextDataset(torch.utils.data.Dataset):
             except MediaError:
                 raise
             except Exception as error:                 # of a decoder, or an error of ours: one file does not end a run
-                raise MediaError(f"{path}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+                raise MediaError(f"{path}: {error!r}") from error
 
         # one of several captions; the questions in another order each epoch, so that each comes first at times
         if "QA" in entry:

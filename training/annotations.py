@@ -89,6 +89,9 @@ def load_corpus(corpus):
 
 CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)")       # 1:02:03.5 or 2:03.5
 
+SURROGATE = re.compile("[\ud800-\udfff]")               # half of a character, which no file can hold
+WORD = re.compile(r"\w")
+
 def parse_seconds(text):
     """" 3 " -> 3.0, "00:01:02.5" -> 62.5; any other text stays as it is."""
     if clock := CLOCK.fullmatch(text.strip()):
@@ -107,23 +110,24 @@ def to_text(value):
 
 def normalize(entry, source):
     """Changes an entry to its usual form and returns it: seconds are numbers, paths, captions and turns are text."""
+    turns = []
     if isinstance(entry, dict):
-        entry |= {key: parse_seconds(entry[key]) for key in ("start", "end") if isinstance(entry.get(key), str)}
-        entry |= {key: to_text(entry[key]) for key in (source.media_key, "caption") if key in entry}
-        if isinstance(entry.get("QA"), list):
-            entry["QA"] = [{key: to_text(value) for key, value in turn.items()} if isinstance(turn, dict) else turn
-                           for turn in entry["QA"]]
+        turns = entry["QA"] if isinstance(entry.get("QA"), list) else []
+        for key in [key for key in ("start", "end") if isinstance(entry.get(key), str)]:
+            entry[key] = parse_seconds(entry[key])
+    for texts, keys in (entry, (source.media_key, "caption")), *((turn, "iqa") for turn in turns):
+        for key in keys if isinstance(texts, dict) else ():
+            if not isinstance(texts.get(key), str | None):
+                texts[key] = to_text(texts[key])
     return entry
 
 def text_error(name, value, needs_word=False):
     """What is wrong with a text -> (kind, text), or None. A caption needs a word, an answer any visible character."""
     if not isinstance(value, str | None):
         return "malformed", f"a {name} that is not text"
-    try:
-        value = (value or "").encode().decode()
-    except UnicodeEncodeError:
+    if value and not value.isascii() and SURROGATE.search(value):
         return "malformed", f"a {name} with half of a character (a lone surrogate, such as \\ud83d)"
-    if not re.search(r"\w", value) and (needs_word or not basic_tokenize(value)):
+    if not value or not WORD.search(value) and (needs_word or not basic_tokenize(value)):
         return "empty text", f"an empty {name}" + ", or one without a word" * bool(value)
     return None
 
@@ -132,13 +136,12 @@ def entry_error(entry, source):
     # the medium, and the part of it that the text is about
     if not isinstance(entry, dict):
         return "malformed", f"expected an object, found {type(entry).__name__}"
-    path, start, end = (entry.get(key) for key in (source.media_key, "start", "end"))
+    path, start, end = entry.get(source.media_key), entry.get("start"), entry.get("end")
     if source.media != "text" and (error := text_error(f'"{source.media_key}"', path)):
         keys = ", ".join(entry) or "nothing"
         return error if isinstance(path, str) and path.strip() else (
             "malformed", f'no "{source.media_key}" with the path of its {source.media}; it has {keys}')
-    are_seconds = {type(start), type(end)} <= {int, float} and 0 <= start < end < math.inf
-    if (start, end) != (None, None) and not are_seconds:
+    if not (start is None and end is None or {type(start), type(end)} <= {int, float} and 0 <= start < end < math.inf):
         return "malformed", f'"start" and "end" must be seconds, start before end; found {start!r} and {end!r}'
 
     # captions: one, or several of which each sample draws one
@@ -146,8 +149,10 @@ def entry_error(entry, source):
         if "caption" not in entry:
             return "malformed", f'neither "caption" nor "QA"; it has {", ".join(entry) or "nothing"}'
         captions = entry["caption"] if isinstance(entry["caption"], list) else [entry["caption"]]
-        errors = [text_error('"caption"', caption, needs_word=True) for caption in captions or [""]]
-        return next(filter(None, errors), None)
+        for caption in captions or [""]:
+            if error := text_error('"caption"', caption, needs_word=True):
+                return error
+        return None
 
     # a conversation: every turn needs an answer, may have a question, and the first an instruction
     turns = entry["QA"]
@@ -287,7 +292,8 @@ def make_index(source, path):
             if error := entry_error(entry := normalize(entry, source), source):
                 kind, text = error
                 header["kinds"][kind] += 1
-                header["first"] += [f"entry {number}: {text[:160]}"] * (len(faulty) < SHOWN)
+                text = text[:160].encode("utf-8", "backslashreplace").decode()         # it may have half a character
+                header["first"] += [f"entry {number}: {text}"] * (len(faulty) < SHOWN)
                 faulty.append(number)
                 continue
             header["entries"] += 1
@@ -295,13 +301,13 @@ def make_index(source, path):
             header["has_bounds"] += entry.get("start") is not None
             f.write(ROW.pack(start, length, text_length(entry)))
 
-        # the header comes last, when all is counted; surrogates: half characters in the text of a fault
+        # the header comes last, when all is counted
         if index_key(source) != header["index_key"]:
             raise ValueError(f"{source.anno} has changed while it was read; run the same command again")
         f.write(np.array(faulty, "<i8").tobytes())
         f.seek(0)
         header["faulty"] = len(faulty)
-        f.write(json.dumps(header, ensure_ascii=False).encode("utf-8", "surrogatepass").ljust(HEADER))
+        f.write(json.dumps(header, ensure_ascii=False).encode().ljust(HEADER))
     return header
 
 class AnnotationFile:
@@ -363,8 +369,8 @@ def load_annotations(source):
     total = len(entries) + n_faulty
     limit = {"few": max(10, total // 100), "skip": total, "raise": 0}[source.on_error]
     if n_faulty > limit or n_faulty == total > 0:
-        raise ValueError(f"{source.anno}: {entries.header['first'][0]} ({n_faulty} faulty entries in all, of {total}: "
-                         'python -m training.check_data lists them; "on_error": "skip" in the corpus leaves them out)')
+        raise ValueError(f"{source.anno}: {entries.header['first'][0]} ({n_faulty} faulty entries in all: python "
+                         '-m training.check_data lists them; "on_error": "skip" in the corpus leaves them out)')
     if not total:
         raise ValueError(f"{source.anno}: the list is empty")
     return entries

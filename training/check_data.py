@@ -54,8 +54,8 @@ def medium_fault(path, decode, options):
         if decode:
             read_media(path, None, **dict(options))
     except Exception as error:                                     # whatever a decoder raises is a fault of the file
-        text = str(error) if isinstance(error, MediaError) else f"{path}: {type(error).__name__}: {error}"
-        return next((kind for words, kind in KINDS.items() if words in text), "unreadable"), " ".join(text.split())
+        text = str(error) if isinstance(error, MediaError) else f"{path}: {error!r}"
+        return next((kind for words, kind in KINDS.items() if words in text), "unreadable"), text
     return None
 
 def entry_faults(entries, decode, max_text, tok, indices):
