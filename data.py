@@ -84,9 +84,9 @@ class VideoTextDataset(torch.utils.data.Dataset):
         return [{"anno": entries.source.anno, "media": entries.source.media, "weight": entries.source.weight,
                  "entries": len(entries), "sha256": entries.header["sha256"]} for entries in self.entries]
 
-    def __getitem__(self, index):
-        # an unreadable sample is replaced, text and all, by the next one of its source, which has the same medium: a
-        # batch keeps its size, and no video meets the text of another
+    def __getitem__(self, index, batch=()):
+        # an unreadable sample is replaced, text and all, by the next one of its source that is not in the batch, which
+        # has the same medium: a batch keeps its size, and no video meets the text of another
         bad = []
         while len(bad) <= self.max_bad:
             try:
@@ -94,8 +94,17 @@ class VideoTextDataset(torch.utils.data.Dataset):
             except MediaError as error:
                 bad.append(str(error))                                                   # shown in the log
                 span = next(span for span in self.spans if index in span)
-                index = span[(index - span.start + 1) % len(span)]
+                following = [span[(index - span.start + k) % len(span)] for k in range(1, len(batch) + 2)]
+                index = next((i for i in following if i not in batch), following[0])
         raise MediaError(f"{bad[-1]}; {len(bad)} unreadable media in a row")
+
+    def __getitems__(self, indices):
+        """The samples of a batch, as a DataLoader asks for them: a replacement is no clip that the batch has already."""
+        batch, samples = set(indices), []
+        for index in indices:
+            samples.append(self.__getitem__(index, batch))
+            batch.add(samples[-1]["idx"])
+        return samples
 
     def sample(self, index):
         """The sample without "bad". MediaError for whatever its medium raises, SampleError if annotations changed."""

@@ -251,7 +251,7 @@ def test_a_name_that_no_file_can_have_is_a_fault(pictures, name, capsys):
     write(pictures.parent / "a.json", [{"image": name, "caption": "one"}, {"image": "1.png", "caption": "two"}])
     assert check_data.main([str(pictures)]) == 1 and "2 entries of image, 1 faulty" in capsys.readouterr().out
     sample = VideoTextDataset(load_corpus(pictures), 4, Transform(32))[0]
-    assert sample["text"] == "two" and len(sample["bad"]) == 1
+    assert sample["text"] == "two" and len(sample["bad"]) == ("\0" not in name)
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
 def test_a_folder_without_permission(pictures, capsys):
@@ -287,6 +287,16 @@ def test_whatever_a_decoder_raises_is_a_replaced_sample(pictures, wordpiece, err
     assert line == f"{pictures.parent / '4.png'}: {error!r}" and "\n" not in line
     assert check_data.main([str(pictures), "--decode", "--workers", str(workers)]) == 1
     assert f"entry 4: {line}" in capsys.readouterr().out
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_replacements_are_clips_that_the_batch_lacks(pictures, workers):
+    """Else matching would find a single clip in a small batch, and the run would end over two files."""
+    for k in (1, 2):
+        (pictures.parent / f"{k}.png").write_bytes(b"torn")
+    dataset = VideoTextDataset(load_corpus(pictures), 4, Transform(32))
+    (batch,) = torch.utils.data.DataLoader(dataset, batch_sampler=[[1, 2, 3]], collate_fn=list, num_workers=workers)
+    assert [sample["idx"] for sample in batch] == [4, 5, 3] and [len(sample["bad"]) for sample in batch] == [1, 1, 0]
+    assert [sample["idx"] for sample in dataset.__getitems__([0, 1, 2, 3, 4, 5])] == [0, 3, 3, 3, 4, 5]
 
 def test_an_error_in_every_sample_stops_the_run_with_its_name(pictures, monkeypatch):
     monkeypatch.setattr(data, "read_media", lambda *args, **options: 1 / 0)
@@ -551,7 +561,7 @@ def test_annotations_that_change_in_a_run_end_it_in_one_sentence(pictures, wordp
         assert str(caught.value).startswith(f"{path} has changed: entry ") and "\n" not in str(caught.value)
 
 def test_features_are_cached_around_an_unreadable_clip(folder, monkeypatch, capsys):
-    rows = [{"video": name, "caption": "a walk"} for name in ("plain_6s.mp4", "x" * 300 + ".mp4", "b\x00.mp4")]
+    rows = [{"video": name, "caption": "a walk"} for name in ("plain_6s.mp4", "x" * 300 + ".mp4", "x/" * 3000)]
     dataset = VideoTextDataset(load_corpus([[str(write(folder / "a.json", rows)), str(folder), "video"]]), 4,
                                Transform(64, crop=False), "mvbench")
     vit = VideoChat2(PRESETS["micro"](), 1).vision_encoder

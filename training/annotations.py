@@ -141,6 +141,8 @@ def entry_error(entry, source):
         keys = ", ".join(entry) or "nothing"
         return error if isinstance(path, str) and path.strip() else (
             "malformed", f'no "{source.media_key}" with the path of its {source.media}; it has {keys}')
+    if source.media != "text" and "\0" in path:
+        return "malformed", f'a "{source.media_key}" with a null byte: {path!r}'
     if not (start is None and end is None or {type(start), type(end)} <= {int, float} and 0 <= start < end < math.inf):
         return "malformed", f'"start" and "end" must be seconds, start before end; found {start!r} and {end!r}'
 
