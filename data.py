@@ -99,7 +99,7 @@ class VideoTextDataset(torch.utils.data.Dataset):
         raise MediaError(f"{bad[-1]}; {len(bad)} unreadable media in a row")
 
     def __getitems__(self, indices):
-        """The samples of a batch, as a DataLoader asks for them: a replacement is no clip that the batch has already."""
+        """The samples of a batch, as a DataLoader asks for them; no replacement is a clip that the batch has."""
         batch, samples = set(indices), []
         for index in indices:
             samples.append(self.__getitem__(index, batch))

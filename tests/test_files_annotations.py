@@ -486,8 +486,8 @@ def test_a_run_names_the_first_sample_with_nothing_to_learn(folder, capsys):
     write(folder / "a.json", conversations("What is it? " * 300, "What is it? " * 300, "What?", "Who?"))
     train.main(options(folder, 3, "--max-text", "100"))
     out = capsys.readouterr().out
-    assert out.count("nothing to learn in ") == 2 and "plain_6s.mp4: no answer is within the first 100 ids" in out
-    assert "nothing to learn in 4 samples" in out and "samples with nothing to learn" in out and "nan" not in out
+    assert out.count("nothing to learn in ") == 1 and "plain_6s.mp4: no answer is within the first 100 ids" in out
+    assert "samples without a label: 4, of which" in out and " | samples without a label " in out and "nan" not in out
 
 def test_a_run_with_nothing_to_learn_changes_nothing(folder, capsys):
     write(folder / "a.json", conversations(*["What is it? " * 300] * 4))

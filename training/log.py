@@ -69,7 +69,7 @@ class TrainLog:
         self.read_pending()
         self.report_no_label()
         if self.n_no_label:
-            self.print_main(f"nothing to learn in {self.n_no_label} samples, of which the first is named above")
+            self.print_main(f"samples without a label: {self.n_no_label}, of which the first is named above")
         self.bar.close()
 
     def report_no_label(self):
@@ -151,7 +151,7 @@ class TrainLog:
         # the same for people
         loss = f"{row['loss']:.3f}" if means else "-"
         parts = "".join(f" | {name} {mean:.3f}" for name, mean in means.items()) if len(means) > 1 else ""
-        parts += f" | {no_label} samples with nothing to learn" * (no_label > 0)
+        parts += f" | samples without a label {no_label}" * (no_label > 0)
         eta = (now - self.start) / (step + 1 - self.first_step) * (self.cfg.steps - step - 1)
         self.print_main(f"{self.stage.name} | step {step + 1}/{self.cfg.steps} | loss {loss}{parts} "
                         f"| lr {row['lr']:.1e} | grad {grad_norm:.2f} | {row['ms']:.0f} ms, {row['waiting']:.0%} "
