@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 from infra.cli import ignore_signals
+from infra.media import MediaError, read_media
 from prompt import CAPTION_INSTRUCTIONS, add_packing, caption_prompt, learnable_conversation, pad_batch, pad_ids
 from training.annotations import load_annotations
-from video import SAMPLING, MediaError, read_media, train_frame_selector
+from video import SAMPLING, train_frame_selector
 
 # -------------------------------------------------------------------------------------------------------------- samples
 

@@ -55,6 +55,7 @@ class Config:
     lora_alpha: int = 32
     lora_dropout: float = 0.1
     prompt_style: str = "vicuna"    # how a conversation is written: prompt.py
+    vtm_text_cls: str = "cat"       # stage 1: how matching reads the text: qformer.Stage1Heads
     frame_sampling: str = "rand"    # which frames of a clip training takes: video.train_frame_indices
     add_timestamps: bool = True     # stage 3 says at which seconds the frames were taken
     crop: bool = True               # random resized crop in training, centre crop in evaluation
@@ -72,6 +73,9 @@ class Config:
     def from_dict(cls, d):
         """Inverse of asdict, with defaults for what d lacks. ValueError for a key that no field has."""
         d = {OLD_FIELDS.get(name, name): value for name, value in d.items()}
+        d["qformer"] = dict(d.get("qformer", {}))
+        if (cat := d["qformer"].pop("vtm_cat_text_cls", None)) is not None:  # before it had three values
+            d["vtm_text_cls"] = "cat" if cat else "none"
         for name, part in (("vit", ViTConfig), ("qformer", QFormerConfig), ("llama", LlamaConfig)):
             d[name] = strict_init(part, d.get(name, {}))
         config = strict_init(cls, d)
@@ -137,7 +141,7 @@ class VideoChat2(nn.Module):
         # what the losses of the stage need
         if stage == 1:
             self.vision_temp_embed = nn.Parameter(torch.zeros(1, cfg.align_frames, 1, C))
-            self.aligner = Stage1Heads(cfg.qformer)
+            self.aligner = Stage1Heads(cfg.qformer, cfg.vtm_text_cls)
         else:
             self.qformer.cls = None                                 # it writes captions in stage 1 only
             self.extra_query_tokens = nn.Parameter(torch.zeros(1, cfg.n_extra, E).normal_(std=cfg.extra_std))

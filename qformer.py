@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+VTM_TEXT_CLS = ("cat", "add", "none")          # see Stage1Heads
+
 @dataclass
 class QFormerConfig:
     vocab_size: int = 30523       # 30522 of BERT + [DEC], which opens a generated caption
@@ -39,7 +41,6 @@ class QFormerConfig:
     dropout: float = 0.1
     drop_path: float = 0.2        # of the last layer; rises linearly from 0 in the first
     embed_dim: int = 768          # of the space in which VTC compares
-    vtm_cat_text_cls: bool = True  # VTM classifies queries and the text's first row; False: the queries alone
     label_smoothing: float = 0.1  # of VTG
     init_std: float = 0.02        # 0: by the inputs of each matrix (vit_video.ViTConfig)
     checkpoint_layers: bool = False  # training: recompute each layer in the backward pass instead of storing it
@@ -257,13 +258,18 @@ def vtg_loss(logits, ids, mask, label_smoothing):
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), target.flatten(), label_smoothing=label_smoothing)
 
 class Stage1Heads(nn.Module):
-    """The heads of stage 1, dropped afterwards. Q-Former and queries are arguments, so their weights register once."""
-    def __init__(self, cfg):
+    """The heads of stage 1, dropped afterwards. Q-Former and queries are arguments, so their weights register once.
+
+    vtm_text_cls: what VTM classifies besides the mean of the query rows. Source: videochat2_qformer.py, vtm_embed.
+        cat      the text's first row, [CLS], after it      add      the sum of both      none     nothing"""
+    def __init__(self, cfg, vtm_text_cls):
         super().__init__()
-        self.cfg = cfg
+        if vtm_text_cls not in VTM_TEXT_CLS:
+            raise ValueError(f"vtm_text_cls {vtm_text_cls!r}: expected one of {', '.join(VTM_TEXT_CLS)}")
+        self.cfg, self.vtm_text_cls = cfg, vtm_text_cls
         self.vision_proj = nn.Linear(cfg.width, cfg.embed_dim)
         self.text_proj = nn.Linear(cfg.width, cfg.embed_dim)
-        self.itm_head = nn.Linear(2 * cfg.width if cfg.vtm_cat_text_cls else cfg.width, 2)
+        self.itm_head = nn.Linear(2 * cfg.width if vtm_text_cls == "cat" else cfg.width, 2)
         self.temp = nn.Parameter(torch.tensor(0.07))
 
     def temperature(self):
@@ -284,8 +290,10 @@ class Stage1Heads(nn.Module):
         query = query_tokens.expand(len(ids), -1, -1)                           # (B, Q, E)
         hidden = qformer(query, ids, mask, vision, cross_kv, n_text_out=1)      # (B, Q + 1, E)
         pooled = hidden[:, :Q].mean(1)                                          # (B, E)
-        if self.cfg.vtm_cat_text_cls:
+        if self.vtm_text_cls == "cat":
             pooled = torch.cat((pooled, hidden[:, Q]), dim=-1)                  # (B, 2*E)
+        elif self.vtm_text_cls == "add":
+            pooled = pooled + hidden[:, Q]                                      # (B, E)
         return self.itm_head(pooled)                                            # (B, 2)
 
     def losses(self, qformer, query_tokens, vision, batch, dec_id, dist, generator=None, vtg_only=False,

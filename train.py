@@ -31,6 +31,7 @@ from infra.cli import add_options, option, read_options, run
 from infra.distributed import blocks_of, init_distributed, set_gradient_sync, sync_unsharded_grads, wrap_model
 from infra.files import load_strict, read_tensors
 from model import DTYPES, PRESETS, VideoChat2, set_trainable
+from qformer import VTM_TEXT_CLS
 from tokenizer import WordPiece
 from training import feature_cache, resume
 from training.annotations import load_corpus
@@ -100,6 +101,7 @@ class TrainConfig:
     train_separators: bool = option(None, "stage 3: also learn ###Human:, ###Assistant:, as the official code", MODEL)
     question_in_qformer: bool = option(None, "stage 3: the Q-Former reads the question (paper: better without)", MODEL)
     caption_sep: bool = option(None, "stage 1: captions end in [SEP], which the official code forgets", MODEL)
+    vtm_text_cls: str = option(None, "stage 1: how matching adds [CLS] to the queries", MODEL, choices=VTM_TEXT_CLS)
     repeat_image: bool = option(None, "stage 1: repeat an image for each temporal embedding", MODEL)
 
 MODEL_OPTIONS = [f.name for f in fields(TrainConfig) if f.metadata["group"] == MODEL]    # fields of model.Config too

@@ -1,33 +1,21 @@
-"""A video, image or folder of frames -> normalised frames: select, decode, crop, resize, normalise.
+"""A video, image or folder of frames -> normalised frames: which ones, crop, resize, normalise.
 
     path -> read_media(path, select) -> frames (T, 3, H, W) uint8, seconds -> Transform -> (T, 3, size, size) float
 
-Which frames: train_frame_indices for training, eval_frame_indices for the benchmark. A file that cannot be read raises
-a MediaError that names it; it never gives an empty frame. Shape letters: model.py; size: pixels of a side.
-Not here: annotations, samples and batches (data.py), what becomes of the frames (vit_video.py).
+Which frames: train_frame_indices for training, eval_frame_indices for the benchmark. Shape letters: model.py; size:
+pixels of a side. Not here: decoding (infra/media.py), which never gives an empty frame and names what it cannot read;
+annotations, samples and batches (data.py); what becomes of the frames (vit_video.py).
 
 Source: the official dataset/video_utils.py and, for the benchmark, mvbench.ipynb.
 Run:    python -m pytest tests/test_video.py
 """
-import os
-import queue
-import struct
-import threading
-from contextlib import contextmanager
-from pathlib import Path
-
-import decord
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageSequence, UnidentifiedImageError
+
+from infra.media import read_media
 
 SAMPLING = ("rand", "middle", "official", "mvbench")                          # see train_frame_indices
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}  # .gif: see read_gif
-IMAGE_ERRORS = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError)
-GIF_LIMIT = 3e8  # pixels in all frames together
-TIME_LIMIT = 60  # seconds; a file that takes longer to decode counts as damaged
-FOLDER_FPS = 3   # frames per second of a folder of frames: TVQA's, the only one in MVBench
 NORMS = {        # name: (mean, std) of red, green, blue in 0..1
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
@@ -73,167 +61,21 @@ def eval_frame_indices(num_frames, max_frame, fps, bound=None, first_idx=0):
     return [int(start + part / 2 + round(part * i)) for i in range(num_frames)]
 
 def train_frame_selector(num_frames, sampling="rand", rng=None):
-    """A `select` for read_media: train_frame_indices of the frames from first to last."""
+    """A `select` for read_media: train_frame_indices of the frames that it offers."""
     def select(first, last, fps):
         return [first + i for i in train_frame_indices(num_frames, last - first + 1, sampling, rng)]
     return select
 
-# -------------------------------------------------------------------------------------------------------------- reading
+def read_eval_frames(path, num_frames, bound=None, fps=None, warnings=None):
+    """(T, 3, H, W) uint8: the frames of a medium that the benchmark takes, within bound = (start, end) in seconds.
 
-class SampleError(ValueError):
-    """What is wrong with one sample: "path: reason", in one line."""
-    def __str__(self):
-        # subtle: an error from a loader process arrives with its traceback in front of the message
-        message = super().__str__().strip().split("\n")[-1]
-        return message.removeprefix(f"{type(self).__module__}.{type(self).__qualname__}: ")
-
-class MediaError(SampleError):
-    """A video, image or folder of frames that cannot be read."""
-
-def check_path(path):
-    """MediaError if a medium is missing, empty or cannot be reached."""
-    try:
-        path = Path(path)
-        if os.stat(path).st_size == 0 and not path.is_dir():
-            raise MediaError(f"{path}: the file is empty")
-    except FileNotFoundError:
-        raise MediaError(f"{path}: no such file") from None
-    except MediaError:
-        raise
-    except (OSError, ValueError) as error:
-        raise MediaError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-
-def read_media(path, select, as_image=False, limit=TIME_LIMIT, fps=None, start=None, end=None):
-    """Stand-in of the reading to come: bounds and select=None, by wrapping the selector."""
-    check_path(path)
-    def bounded(first, last, rate):
-        if start is not None:
-            first = first + int(start * rate)
-            if first > last:
-                raise MediaError(f"{path}: start {start:g} s is beyond its end ({(last + 1) / rate:.1f} s)")
-            last = min(last, first + max(int((end - start) * rate), 1) - 1)
-        return list(range(first, last + 1)) if select is None else select(first, last, rate)
-    frames, seconds = read_medium(path, bounded, as_image, limit)
-    return (None if select is None else frames), seconds
-
-def read_medium(path, select, as_image=False, limit=TIME_LIMIT):
-    """-> frames (T, 3, H, W) uint8 and their seconds, of a video, an image (T = 1) or a folder of 00001.jpg ...
-
-    select(first, last, fps) -> numbers of the frames to read, of those from first to last; a number outside becomes the
-    nearest inside. as_image: an image is expected, so a GIF gives its first frame. Raises MediaError, also for a video
-    that takes more than `limit` seconds to decode."""
-    path = Path(path)
-    if path.is_dir():
-        return read_folder(path, select)
-    if not path.is_file():
-        raise MediaError(f"{path}: no such file")
-    if path.stat().st_size == 0:
-        raise MediaError(f"{path}: the file is empty")
-    if as_image or path.suffix.lower() in IMAGE_SUFFIXES:
-        return read_image(path)[None], [0.0]                                              # (1, 3, H, W)
-    if path.suffix.lower() == ".gif":
-        return read_gif(path, select)
-    return with_timeout(limit, read_video, path, select)
-
-def with_timeout(limit, read, path, *args):
-    """read(path, *args) in a thread, which is abandoned (MediaError) if it takes more than `limit` seconds. Neither an
-    exception nor Ctrl-C interrupts a decoder in C that hangs on a damaged file. But it does not hold the interpreter
-    lock, so the process can continue without it; the thread ends with the process."""
-    results = queue.SimpleQueue()
-    def work():
-        try:
-            results.put(read(path, *args))
-        except BaseException as error:
-            results.put(error)
-
-    # a daemon, unlike the threads of an executor: Python does not wait for it at the end
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        result = results.get(timeout=limit)
-    except queue.Empty:
-        raise MediaError(f"{path}: decoding takes more than {limit:g} seconds") from None
-    except KeyboardInterrupt:
-        thread.join(timeout=2)  # a process that ends in the middle of decoding may abort instead of exiting with 130
-        raise
-    try:
-        if isinstance(result, BaseException):
-            raise result
-        return result
-    finally:
-        # subtle: an error's traceback holds this frame, and the frame would hold the error. In such a circle decord's
-        # reader outlives the call, and a loader process forked meanwhile aborts when it collects the reader
-        del result
-
-@contextmanager
-def decode_errors(path, kind, *errors):
-    """These errors of a decoder become a MediaError."""
-    try:
-        yield
-    except MediaError:
-        raise
-    except errors as error:
-        raise MediaError(f"{path}: cannot be decoded as {kind}") from error
-
-def read_video(path, select):
-    with decode_errors(path, "a video", RuntimeError, decord.DECORDError):
-        reader = decord.VideoReader(str(path), num_threads=1)  # more threads break on some webm files (decord #246)
-        if len(reader) == 0:
-            raise MediaError(f"{path}: the video has no frames")
-        fps = reader.get_avg_fps() if reader.get_avg_fps() > 0 else 1.0
-        indices = np.clip(select(0, len(reader) - 1, fps), 0, len(reader) - 1).tolist()
-
-        # all frames in one call, so that no part of the file is decoded twice
-        try:
-            frames = reader.get_batch(indices).asnumpy()                                 # (T, H, W, 3)
-        except decord.DECORDError as error:
-            if "size must exactly match" not in str(error):
-                raise
-            # narrow videos (48 pixels) have padded rows; read one by one, decord takes the padding for more channels
-            frames = np.stack([reader[i].asnumpy() for i in indices])                    # (T, H, W, c)
-            t, height, width, _ = frames.shape
-            frames = frames.reshape(t, height, -1)[:, :, :3 * width].reshape(t, height, width, 3)
-    # subtle: channels stay last in memory, as they came; resize is fastest on them
-    return torch.from_numpy(frames).permute(0, 3, 1, 2), [i / fps for i in indices]      # (T, 3, H, W)
-
-def read_gif(path, select):
-    """By Pillow, in half of decord's time; so does the official code (mvbench.ipynb, read_gif)."""
-    with decode_errors(path, "a GIF", *IMAGE_ERRORS, EOFError, struct.error, IndexError), Image.open(path) as image:
-        # each frame builds on those before it, so all are decoded
-        frames, seconds = [], 0.0
-        for i, frame in enumerate(ImageSequence.Iterator(image), 1):
-            if i * frame.width * frame.height > GIF_LIMIT:
-                raise MediaError(f"{path}: {i} frames of {frame.width} x {frame.height} are too many: make it a video")
-            frames.append(frame.convert("RGB"))
-            delay = image.info.get("duration", 0) / 1000
-            seconds += delay if delay >= 0.02 else 0.1                                   # as browsers and FFmpeg do
-
-        fps = len(frames) / seconds if len(frames) > 1 else 1.0
-        indices = np.clip(select(0, len(frames) - 1, fps), 0, len(frames) - 1).tolist()
-        selected = torch.from_numpy(np.stack([np.asarray(frames[i]) for i in indices]))  # (T, H, W, 3)
-    return selected.permute(0, 3, 1, 2), [i / fps for i in indices]                      # (T, 3, H, W)
-
-def read_image(path):
-    """(3, H, W) uint8 of any kind of image: grey, palette, transparency, CMYK."""
-    with decode_errors(path, "an image", *IMAGE_ERRORS), Image.open(path) as image:
-        pixels = np.array(image.convert("RGB"))                                          # (H, W, 3)
-    return torch.from_numpy(pixels).permute(2, 0, 1)                                     # (3, H, W)
-
-def read_folder(path, select):
-    last = len(list(path.glob("*.jpg")))
-    if last == 0:
-        raise MediaError(f"{path}: the folder has no frames (00001.jpg ...)")
-    indices = np.clip(select(1, last, FOLDER_FPS), 1, last).tolist()
-    missing = [i for i in indices if not (path / f"{i:05d}.jpg").is_file()]
-    if missing:
-        raise MediaError(f"{path}: the folder of {last} frames lacks {missing[0]:05d}.jpg")
-    frames = [read_image(path / f"{i:05d}.jpg") for i in indices]
-    return torch.stack(frames), [(i - 1) / FOLDER_FPS for i in indices]                  # (T, 3, H, W)
-
-def read_eval_frames(path, num_frames, bound=None):
-    """(T, 3, H, W) uint8: the frames of a medium that the benchmark takes, within bound = (start, end) in seconds."""
-    frames, _ = read_media(path, lambda first, last, fps: eval_frame_indices(num_frames, last, fps, bound, first))
-    return frames
+    The benchmark counts frames at the average rate, also where the rate varies. fps: of a folder. warnings: a list that
+    gets a line if the bound begins after the medium ends; its last frame is taken then."""
+    def select(first, last, fps):
+        if bound and warnings is not None and round(bound[0] * fps) > last:
+            warnings.append(f"{path}: start {bound[0]:g} s is beyond its end ({(last - first + 1) / fps:.1f} s)")
+        return eval_frame_indices(num_frames, last, fps, bound, first)
+    return read_media(path, select, fps=fps)[0]
 
 # --------------------------------------------------------------------------------------------------------------- pixels
 
@@ -255,9 +97,17 @@ class Transform:
             top, left, height, width = self.random_resized_crop(height, width, rng)
             x = resize(frames[..., top:top + height, left:left + width], size, size)     # (T, 3, size, size)
         elif self.crop:
-            short = min(height, width)
+            short, corner = min(height, width), []
+            for dim, side in ((-2, height), (-1, width)):
+                corner.append(round((size * side // short - size) / 2))
+                # subtle: of a strip, six squares about the crop are resized: all of 1920 x 4 would be 480 of them. With
+                # whole squares, and two of margin, the crop's pixels stay the same
+                if corner[-1] > 4 * size:
+                    first = corner[-1] // size - 2
+                    corner[-1] -= first * size
+                    frames = frames.narrow(dim, first * short, 6 * short)
+            (top, left), (height, width) = corner, frames.shape[-2:]
             x = resize(frames, size * height // short, size * width // short)
-            top, left = (round((side - size) / 2) for side in x.shape[-2:])
             x = x[..., top:top + size, left:left + size]                                 # (T, 3, size, size)
         else:
             x = resize(frames, size, size)                                               # (T, 3, size, size)
@@ -288,7 +138,7 @@ def resize(x, height, width):
         x = F.interpolate(x, (height, width), mode="bicubic", antialias=True)
     return x.to(torch.float32, memory_format=torch.contiguous_format)
 
-def load_eval_clip(path, cfg, bound=None):
+def load_eval_clip(path, cfg, bound=None, fps=None, warnings=None):
     """A medium as MVBench and chat show it to a model (cfg: its model.Config): (T, 3, size, size)."""
     transform = Transform(cfg.vit.img_size, crop=cfg.crop, norm=cfg.eval_norm)
-    return transform(read_eval_frames(path, cfg.eval_frames, bound))
+    return transform(read_eval_frames(path, cfg.eval_frames, bound, fps, warnings))

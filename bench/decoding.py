@@ -1,7 +1,7 @@
 """Clips a second of our reader (video.py) beside the official notebook's way, with and without worker processes.
 
 The clip is 10 seconds of H.264 at 854 x 480, read to 16 frames of 224 pixels. Source: mvbench.ipynb,
-MVBench_dataset.read_video. Not here: whether the frames are right (tests/test_decoding.py).
+MVBench_dataset.read_video. Not here: whether the frames are right (tests/test_files.py).
 
     python -m bench.decoding
 """
@@ -10,13 +10,13 @@ import tempfile
 import time
 from functools import partial
 
+import av
 import decord
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from bench.reference import import_dev
 from infra.cli import run
 from model import Config
 from video import Transform, eval_frame_indices, load_eval_clip
@@ -34,7 +34,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser("python -m bench.decoding", description=__doc__.splitlines()[0])
     parser.add_argument("--clips", type=int, default=16, help="that each way reads (default %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="of the ways with workers (default %(default)s)")
-    args, av, rng = parser.parse_args(argv), import_dev("av"), np.random.default_rng(0)
+    args, rng = parser.parse_args(argv), np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         # a moving gradient with noise
         path, gradient = f"{folder}/clip.mp4", np.indices((480, 854, 3)).sum(0)         # (H, W, 3)

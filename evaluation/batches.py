@@ -15,7 +15,8 @@ from evaluation.predictions import key_of, make_row
 from evaluation.protocol import clip_seed
 from infra.cli import ignore_signals
 from infra.distributed import Distributed
-from video import MediaError, load_eval_clip
+from infra.media import MediaError
+from video import load_eval_clip
 
 GROUP = 8       # clips that a loader process hands over at a time
 

@@ -18,7 +18,8 @@ from PIL import Image
 
 from evaluation.protocol import CONTROLS
 from evaluation.tasks import LETTERS
-from video import MediaError, read_eval_frames
+from infra.media import MediaError
+from video import read_eval_frames
 
 ASSETS = Path(__file__).parent.parent / "assets"
 FRAMES, COLUMNS, WIDTH = 8, 4, 112      # of an example: frames, in rows of four, each at most WIDTH pixels wide

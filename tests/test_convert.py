@@ -196,6 +196,18 @@ def test_import_then_export_gives_back_every_key_shape_and_value(given, imported
     for name, t in wanted.items():
         assert torch.equal(found[name], t) and found[name].dtype == t.dtype, name
 
+def test_a_matching_head_of_another_width_asks_for_the_option_that_made_it(given, tmp_path):
+    tensors = recorded("stage1_cat")
+    tensors["itm_head.weight"] = tensors["itm_head.weight"][:, :64].clone()
+    torch.save(tensors, tmp_path / "add.pth")
+    start = convert.OfficialFiles(bert=str(given / "tiny_bert"), stage1=str(tmp_path / "add.pth"))
+    with pytest.raises(ValueError, match=r"itm_head.weight is \(2, 64\): add --vtm-text-cls add .* or none"):
+        convert.import_files(start, TINY[1], tmp_path / "run")
+    convert.import_files(start, replace(TINY[1], vtm_text_cls="add"), tmp_path / "run")
+    assert checkpoint.read_config(tmp_path / "run")[0].vtm_text_cls == "add"
+    with pytest.raises(ValueError, match=r"itm_head.weight is \(2, 128\): add --vtm-text-cls cat"):
+        convert.import_files(official_files(given, 1), replace(TINY[1], vtm_text_cls="none"), tmp_path / "other")
+
 def close(found, wanted, name=""):
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4, msg=lambda text: f"{name}: {text}")
 
@@ -487,13 +499,13 @@ def test_each_oddity_is_one_flag_away(imported, corpora, plain, tmp_path, flags)
         value = flags[1] if len(flags) > 1 else not flags[0].startswith("--no-")
         assert str(getattr(cfg, option)) == str(value)
 
-@pytest.mark.parametrize("flag", ["--caption-sep", "--no-repeat-image"])
-def test_stage_1_s_oddities_too(beginning, corpora, tmp_path, flag):
+@pytest.mark.parametrize("flags", [["--caption-sep"], ["--no-repeat-image"], ["--vtm-text-cls", "add"]])
+def test_stage_1_s_oddities_too(beginning, corpora, tmp_path, flags):
     cfg, _, _, folder = beginning
     start = convert.OfficialFiles(umt=str(folder / "umt.pth"), bert=str(folder / "bert"))
     convert.import_files(start, cfg, tmp_path / "init")
     shutil.copytree(tmp_path / "init", tmp_path / "other" / "init")
-    plain, changed = train_stage(corpora, tmp_path, 1), train_stage(corpora, tmp_path / "other", 1, flag)
+    plain, changed = train_stage(corpora, tmp_path, 1), train_stage(corpora, tmp_path / "other", 1, *flags)
     assert not torch.equal(plain["query_tokens"], changed["query_tokens"])
 
 # ------------------------------------------------------------------------------------------------------ what goes wrong

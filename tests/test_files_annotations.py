@@ -20,6 +20,7 @@ from PIL import Image
 import data
 import train
 from data import VideoTextDataset, collate_stage1, collate_stage2, collate_stage3
+from infra.containers import MediaError, SampleError
 from infra.distributed import Distributed
 from infra.files import read_tensors
 from model import PRESETS, Config, VideoChat2
@@ -28,7 +29,7 @@ from tokenizer import SentencePiece, WordPiece
 from toy import pretrain
 from training import annotations, check_data, feature_cache, optim, resume
 from training.annotations import AnnotationFile, Source, each_entry, load_annotations, load_corpus, normalize
-from video import MediaError, SampleError, Transform
+from video import Transform
 
 CASES = Path(__file__).resolve().parent / "cases"
 
@@ -325,7 +326,7 @@ def test_a_crashing_decoder_is_a_fault_of_its_file(pictures, monkeypatch, capsys
 
 def test_start_end_and_fps_reach_the_reader(tmp_path, monkeypatch):
     calls = []
-    def read_media(path, select, **options):
+    def read_media(path, select, limit=None, **options):
         calls.append(options)
         return torch.zeros(4, 3, 8, 8, dtype=torch.uint8), [0.0] * 4
 

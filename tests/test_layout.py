@@ -16,6 +16,7 @@ TOP = PARTS | {"model", "data", "train", "mvbench", "chat"}
 ROOMS = {"infra", "weights", "training", "evaluation", "qagen", "toy", "bench"}
 MAY_IMPORT = {  # a room, or a file of the top level -> what of ours it may import besides itself
     **{part: set() for part in PARTS},
+    "video": {"infra"},         # infra/media.py reads files: containers, time stamps, image formats
     "infra": set(),
     "model": PARTS,
     "weights": PARTS | {"model", "infra"},
@@ -30,7 +31,7 @@ MAY_IMPORT = {  # a room, or a file of the top level -> what of ours it may impo
     "bench": TOP | ROOMS - {"toy", "bench"},
 }
 LINES = {"toy/scenarios.py": 560}       # of one file, where it is not 400: twenty tasks, a class for each
-LONGEST_FILE, TOP_LEVEL, EVERYTHING = 400, 3_000, 8_400
+LONGEST_FILE, TOP_LEVEL, EVERYTHING = 400, 3_000, 8_750
 LONGEST_FUNCTION, PARAGRAPH = 50, 15
 FORBIDDEN = {  # names that a reader cannot look up: use the field's terms
     "told", "said", "seen", "look", "asked", "found", "own", "some", "keep", "kept", "hold", "spread", "whole",

@@ -71,6 +71,13 @@ def test_a_config_of_an_older_checkpoint_is_read_under_its_old_names():
     assert (stored["style"], stored["tell_seconds"], stored["train_choice"]) == ("mistral", False, "mvbench")
     assert Config.from_dict(stored) == cfg
 
+@pytest.mark.parametrize("old, new", [(True, "cat"), (False, "none")])
+def test_the_older_vtm_cat_text_cls_is_read(old, new):
+    stored = json.loads(json.dumps(asdict(PRESETS["toy"]())))
+    del stored["vtm_text_cls"]
+    stored["qformer"]["vtm_cat_text_cls"] = old
+    assert Config.from_dict(stored).vtm_text_cls == new and stored["qformer"]["vtm_cat_text_cls"] is old
+
 def test_a_config_with_an_unknown_field_is_refused():
     with pytest.raises(ValueError, match="LlamaConfig has no option n_layers"):
         Config.from_dict({"llama": {"n_layers": 2}})

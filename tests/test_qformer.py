@@ -115,7 +115,7 @@ class Stage1(nn.Module):
         self.vision_temp_embed = nn.Parameter(tensors["w.vision_temp_embed"])
         self.query_tokens = nn.Parameter(tensors["w.query_tokens"])
         self.qformer = load_part(QFormer(cfg), tensors, "w.qformer.")
-        self.aligner = Stage1Heads(cfg).eval()
+        self.aligner = Stage1Heads(cfg, "cat").eval()
         self.aligner.load_state_dict({name: tensors[f"w.{name}"] for name in self.aligner.state_dict()})
 
     def vision(self):
@@ -275,7 +275,7 @@ def test_the_head_and_the_word_embeddings_are_one_matrix():
 
 @pytest.mark.parametrize("start, used", [(0.07, 0.07), (2.0, 0.5), (-1.0, 0.001)])
 def test_the_temperature_is_bounded_but_no_forward_pass_changes_it(start, used):
-    aligner = Stage1Heads(TINY)
+    aligner = Stage1Heads(TINY, "cat")
     nn.init.constant_(aligner.temp, start)
     aligner.temperature().backward()
     assert aligner.temperature().item() == pytest.approx(used)
@@ -283,12 +283,33 @@ def test_the_temperature_is_bounded_but_no_forward_pass_changes_it(start, used):
 
 def test_matching_by_queries_alone():
     qformer, query, vision, ids = tiny()
-    aligner = Stage1Heads(replace(TINY, vtm_cat_text_cls=False))
+    aligner = Stage1Heads(TINY, "none")
     assert aligner.itm_logits(qformer, query[:1], ids, torch.ones_like(ids), vision).shape == (2, 2)
+
+@torch.no_grad()
+@pytest.mark.parametrize("text_cls", ["cat", "add", "none"])
+def test_what_matching_classifies_by_hand(stage1, text_cls):
+    """On the recorded videos and captions: the mean of the query rows, and the [CLS] row beside it, added, or left out
+    (videochat2_qformer.py, vtm_embed)."""
+    t, Q, E = stage1.tensors, stage1.query_tokens.shape[1], stage1.qformer.cfg.width
+    ids, mask, vision = t["in.input_ids"], t["in.attention_mask"], stage1.vision()
+    hidden = stage1.qformer(stage1.query_tokens.expand(len(ids), -1, -1), ids, mask, vision)   # (B, Q + S, E)
+    queries, cls = hidden[:, :Q].sum(1) / Q, hidden[:, Q]                       # (B, E), (B, E)
+
+    heads = Stage1Heads(stage1.qformer.cfg, text_cls).eval()
+    W, b = heads.itm_head.weight, heads.itm_head.bias
+    by_hand = {"cat": lambda: queries @ W[:, :E].T + cls @ W[:, E:].T, "add": lambda: (queries + cls) @ W.T,
+               "none": lambda: queries @ W.T}[text_cls]() + b                   # (B, 2)
+    assert W.shape == (2, 2 * E if text_cls == "cat" else E) and cls.abs().max() > 0.1
+    assert_close(heads.itm_logits(stage1.qformer, stage1.query_tokens, ids, mask, vision), by_hand)
+
+def test_an_unknown_way_of_matching_is_refused():
+    with pytest.raises(ValueError, match="vtm_text_cls 'sum': expected one of cat, add, none"):
+        Stage1Heads(TINY, "sum")
 
 def test_real_size_has_the_official_number_of_parameters():
     with torch.device("meta"):
-        qformer, aligner = QFormer(QFormerConfig()), Stage1Heads(QFormerConfig())
+        qformer, aligner = QFormer(QFormerConfig()), Stage1Heads(QFormerConfig(), "cat")
     assert sum(p.numel() for p in qformer.bert.parameters()) == 182_121_216
     assert sum(p.numel() for p in qformer.cls.parameters()) == 622_651
     assert sum(p.numel() for p in aligner.parameters()) == 590_592 + 590_592 + 3_074 + 1
@@ -302,6 +323,6 @@ def test_errors_name_what_is_wrong():
         qformer(ids=torch.ones(1, 21, dtype=torch.long))
     with pytest.raises(ValueError, match="batch of 2 holds a single clip, idx 4"):
         batch = {"ids": ids, "mask": mask, "idx": torch.tensor([4, 4])}
-        Stage1Heads(TINY).losses(qformer, query[:1], vision, batch, dec_id=49, dist=Distributed())
+        Stage1Heads(TINY, "cat").losses(qformer, query[:1], vision, batch, dec_id=49, dist=Distributed())
     with pytest.raises(ValueError, match="5 heads"):
         QFormerConfig(heads=5)

@@ -10,7 +10,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import video
-from video import MediaError, SampleError, Transform, read_media
+from infra.containers import SampleError
+from infra.media import MediaError, read_media
+from video import Transform
 
 def paint(folder, name, value=0, frames=16, size=48):
     """A GIF whose frame i shows a bar at column 2 i, on a background of the grey level `value`."""
@@ -77,8 +79,8 @@ def test_gif_frames_are_exact(tmp_path, size):
 
 def test_start_and_end_in_seconds(tmp_path):
     path = paint(tmp_path, "a.gif")
-    select = video.train_frame_selector(4, "middle", None, 2.0, 4.0)       # frames 4 to 7 at 2 per second
-    frames, _ = read_media(path, select)
+    select = video.train_frame_selector(4, "middle")
+    frames, _ = read_media(path, select, start=2.0, end=4.0)               # frames 4 to 7 at 2 per second
     assert bars(frames) == [4, 5, 6, 7]
     assert bars(video.read_eval_frames(path, 2, (2.0, 4.0))) == [5, 7]
     assert bars(video.read_eval_frames(path, 16)) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 8, 9, 10, 11, 12, 13, 14]
@@ -106,8 +108,8 @@ def test_a_folder_of_frames(tmp_path):
     frames, seconds = read_media(tmp_path, lambda first, last, fps: [first, last, last + 5])
     assert [round(level / 30) for level in frames[:, 0, 0, 0].tolist()] == [1, 7, 7] and seconds == [0.0, 2.0, 2.0]
     assert video.read_eval_frames(tmp_path, 2).shape == (2, 3, 10, 20)
-    (tmp_path / "00003.jpg").rename(tmp_path / "3.jpg")
-    with pytest.raises(MediaError, match="lacks 00003.jpg"):
+    (tmp_path / "00003.jpg").unlink()
+    with pytest.raises(MediaError, match="00002.jpg precedes 00004.jpg"):
         read_media(tmp_path, every)
 
 def test_unreadable_media_say_why(tmp_path):
@@ -119,7 +121,7 @@ def test_unreadable_media_say_why(tmp_path):
                "no_video.mp4": "cannot be decoded as a video", "no_image.png": "cannot be decoded as an image"}
     for name, reason in reasons.items():
         with pytest.raises(MediaError) as caught:
-            read_media(tmp_path / name, every)
+            read_media(tmp_path / name, every, as_image=name.endswith(".png"))
         assert str(caught.value).startswith(f"{tmp_path / name}: {reason}") and "\n" not in str(caught.value)
 
 def test_a_png_with_too_much_text_in_it(tmp_path):
@@ -132,9 +134,9 @@ def test_a_png_with_too_much_text_in_it(tmp_path):
 def test_an_error_in_a_worker_stays_one_line():
     """DataLoader raises the error anew, with the worker's traceback before its words."""
     wrapped = MediaError("Caught MediaError in DataLoader worker process 0.\nOriginal Traceback (most recent call):\n"
-                         '  File "video.py", line 1, in sample\nvideo.MediaError: a.gif: no such file\n')
+                         '  File "video.py", line 1, in sample\ninfra.containers.MediaError: a.gif: no such file\n')
     assert str(wrapped) == "a.gif: no such file"
-    assert str(SampleError("video.SampleError: a.gif: no room")) == "a.gif: no room"
+    assert str(SampleError("infra.containers.SampleError: a.gif: no room")) == "a.gif: no room"
     assert str(MediaError("a.gif: no such file")) == "a.gif: no such file"
 
 # ---- pixels ----------------------------------------------------------------------------------------------------------

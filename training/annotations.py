@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from infra.containers import SampleError
 from infra.files import atomic_file, hash_file
 from tokenizer import basic_tokenize
-from video import SampleError
 
 # ---- the corpus ------------------------------------------------------------------------------------------------------
 
@@ -38,7 +38,7 @@ class Source:
     weight: float = 1.0     # passes over the file in one epoch
     media_key: str = ""     # key of the path in an entry; default: the same word as media
     suffix: str = ""        # appended to each path, for files that omit ".mp4"
-    fps: float = 0          # frames per second of folders of frames; 0: video.FOLDER_FPS
+    fps: float = 0          # frames per second of folders of frames; 0: infra.media.FOLDER_FPS
     on_error: str = "few"   # faulty entries: leave out a few (load_annotations), "skip" any number, or "raise"
 
     def path(self, entry):

@@ -18,12 +18,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from infra.cli import ignore_signals, run
+from infra.media import MediaError, check_path, read_media
 from prompt import learnable_conversation
 from tokenizer import SentencePiece
 from training.annotations import AnnotationFile, load_corpus
-from video import MediaError, check_path, read_media
 
 BATCH = 64                 # entries that a process checks at a time
+LIMIT = 1800               # seconds for all frames of a medium, of which training reads a few in its 60
 KINDS = {"no such file": "missing", "beyond its end": "beyond the end"}    # words of a MediaError -> kind of the fault
 SECONDS = {"video": [10.0] * 8, "image": (), "text": ()}                   # of the frames, as the prompt says them
 CHARS_PER_ID = 4           # of English in a tokenizer of the LLaMA family
@@ -52,7 +53,7 @@ def medium_fault(path, decode, options):
     try:
         check_path(path)
         if decode:
-            read_media(path, None, **dict(options))
+            read_media(path, None, limit=LIMIT, **dict(options))
     except Exception as error:                                     # whatever a decoder raises is a fault of the file
         text = str(error) if isinstance(error, MediaError) else f"{path}: {error!r}"
         return next((kind for words, kind in KINDS.items() if words in text), "unreadable"), text

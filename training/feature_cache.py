@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from infra.cli import ignore_signals
 from infra.files import atomic_folder, fingerprint, read_json
-from video import MediaError
+from infra.media import MediaError
 
 class Features:
     """The features in a folder, by the clip's path. Opened at each access, so loader processes share nothing."""

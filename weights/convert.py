@@ -19,6 +19,7 @@ import torch
 from infra.cli import option, run
 from infra.files import atomic_file, atomic_folder, check_state_dict, read_tensors, save_tensors
 from model import PRESETS, VideoChat2
+from qformer import VTM_TEXT_CLS
 from tokenizer import WordPiece
 from weights.checkpoint import LLM_PREFIX, is_frozen_llm, read_config, save_checkpoint
 from weights.hf_llama import config_diff, inspect_llm, llm_config, llm_tokenizer
@@ -79,6 +80,11 @@ def read_official(kind, path, cfg, expected, other_names):
             raise ValueError(f"{path}: {copy} differs from {source}, to which it should be tied")
 
     ours, dropped = from_official(official, path, table, expected, cfg.prompt_style, drop_rules, other_names)
+    # stage 1's criterion is not in its file, but decides the width of its matching head
+    head, E = "aligner.itm_head.weight", cfg.qformer.width
+    if head in ours and {ours[head].shape, expected[head].shape} == {(2, E), (2, 2 * E)}:
+        choice = "cat" if ours[head].shape == (2, 2 * E) else "add (if trained with vtm_add_text_cls) or none"
+        raise ValueError(f"{path}: itm_head.weight is {tuple(ours[head].shape)}: add --vtm-text-cls {choice}")
     check_state_dict({n: expected[n] for n in ours}, ours, path)
 
     # the report: how many tensors were used, and for each reason how many were not
@@ -204,6 +210,8 @@ def main(argv=None):
     p.add_argument("--preset", choices=tuple(PRESETS), default="vicuna-7b", help="(default %(default)s)")
     for f in fields(OfficialFiles):
         p.add_argument(f"--{f.name}", default="", help=f.metadata["help"])
+    p.add_argument("--vtm-text-cls", choices=VTM_TEXT_CLS, default="cat",
+                   help="how --stage1 was trained: vtm_cat_text_cls, vtm_add_text_cls or neither (default %(default)s)")
     p.add_argument("--any-llm", action="store_true", help="accept another LLM than the preset's")
     p.add_argument("--out", required=True, help="the folder to write")
 
@@ -216,7 +224,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.command == "import":
         files = OfficialFiles(**{f.name: getattr(args, f.name) for f in fields(OfficialFiles)})
-        import_files(files, PRESETS[args.preset](), args.out, args.any_llm)
+        cfg = replace(PRESETS[args.preset](), vtm_text_cls=args.vtm_text_cls)
+        import_files(files, cfg, args.out, args.any_llm)
     elif args.command == "export":
         export(args.ckpt, args.out)
     else:
