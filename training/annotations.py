@@ -87,9 +87,9 @@ def load_corpus(corpus):
 
 # ---- checks of an entry ----------------------------------------------------------------------------------------------
 
-CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)")       # 1:02:03.5 or 2:03.5
-
-SURROGATE = re.compile("[\ud800-\udfff]")               # half of a character, which no file can hold
+CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)")    # 1:02:03.5 or 2:03.5
+NO_NAME = re.compile("[\0\ud800-\udfff]")              # characters that no file's name can have
+SURROGATE = re.compile("[\ud800-\udfff]")              # half of a character, which is no text
 WORD = re.compile(r"\w")
 
 def parse_seconds(text):
@@ -104,9 +104,9 @@ def parse_seconds(text):
 
 def to_text(value):
     """A number, or each number of a list, as text; any other value stays as it is."""
-    if isinstance(value, list):
-        return [to_text(item) for item in value]
-    return str(value) if type(value) in (int, float) and -math.inf < value < math.inf else value
+    def convert(item):
+        return str(item) if type(item) in (int, float) and -math.inf < item < math.inf else item
+    return list(map(convert, value)) if isinstance(value, list) else convert(value)
 
 def normalize(entry, source):
     """Changes an entry to its usual form and returns it: seconds are numbers, paths, captions and turns are text."""
@@ -137,12 +137,11 @@ def entry_error(entry, source):
     if not isinstance(entry, dict):
         return "malformed", f"expected an object, found {type(entry).__name__}"
     path, start, end = entry.get(source.media_key), entry.get("start"), entry.get("end")
-    if source.media != "text" and (error := text_error(f'"{source.media_key}"', path)):
+    if source.media != "text" and not (isinstance(path, str) and path.strip()):
         keys = ", ".join(entry) or "nothing"
-        return error if isinstance(path, str) and path.strip() else (
-            "malformed", f'no "{source.media_key}" with the path of its {source.media}; it has {keys}')
-    if source.media != "text" and "\0" in path:
-        return "malformed", f'a "{source.media_key}" with a null byte: {path!r}'
+        return "malformed", f'no "{source.media_key}" with the path of its {source.media}; it has {keys}'
+    if source.media != "text" and NO_NAME.search(path):
+        return "malformed", f'a "{source.media_key}" with half of a character or a null byte: {path!a}'
     if not (start is None and end is None or {type(start), type(end)} <= {int, float} and 0 <= start < end < math.inf):
         return "malformed", f'"start" and "end" must be seconds, start before end; found {start!r} and {end!r}'
 

@@ -103,7 +103,7 @@ def check_source(source, decode, workers, show, max_text, tok):
         print(error, flush=True)
         return 1
     kinds, lines = Counter(entries.header["kinds"]), entries.header["first"][:show]
-    faulty, n, checked = entries.header["faulty"], len(entries) + entries.header["faulty"], 0
+    n, checked = len(entries) + entries.header["faulty"], 0
 
     # then texts and media; what was found is printed after Ctrl-C too
     find_faults = partial(entry_faults, entries, decode, max_text, tok)

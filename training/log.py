@@ -74,12 +74,12 @@ class TrainLog:
 
     def report_no_label(self):
         """Names the run's first sample without a label, of all processes, and counts the others -> how many are new."""
-        lines = sum(self.dist.all_gather_object(self.no_label), [])
-        if lines and not self.n_no_label:
-            self.print_main(f"nothing to learn in {lines[0]}; raise --max-text or shorten the text; python -m "
+        counts, first = zip(*self.dist.all_gather_object((len(self.no_label), self.no_label[:1])), strict=True)
+        if sum(counts) and not self.n_no_label:
+            self.print_main(f"nothing to learn in {sum(first, [])[0]}; raise --max-text or shorten the text; python -m "
                             "training.check_data lists all such entries, and the log counts them")
-        self.no_label, self.n_no_label = [], self.n_no_label + len(lines)
-        return len(lines)
+        self.no_label, self.n_no_label = [], self.n_no_label + sum(counts)
+        return sum(counts)
 
     def read_pending(self):
         """Reads the last step's results and prints what is due. ValueError after max_bad_steps bad ones in a row."""
