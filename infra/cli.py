@@ -46,7 +46,8 @@ def read_options(parser, config_class, argv=None):
 
 def run(main, name, stopped="stopped"):
     """sys.exit(main()); ValueError and OSError become the line "name: error" and code 2, Ctrl-C `stopped` and 130."""
-    sys.stdout.reconfigure(errors="backslashreplace")          # a name that the terminal cannot show is no error
+    if hasattr(sys.stdout, "reconfigure"):                     # a name that the terminal cannot show is no error
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -162,8 +162,7 @@ ENTRY = {"video": "a.mp4", "caption": "a walk"}
     (ENTRY | {"start": [0], "end": 3}, "malformed", "found [0] and 3"),
     (ENTRY | {"caption": f"nice {HALF}"}, "malformed", 'a "caption" with half of a character'),
     (ENTRY | {"caption": ["fine", HALF]}, "malformed", 'a "caption" with half of a character'),
-    (ENTRY | {"video": f"{HALF}.mp4"}, "malformed", 'a "video" with half of a character or a null byte: \'\\ud83d.mp4'),
-    (ENTRY | {"video": "a\0b.mp4"}, "malformed", 'a "video" with half of a character or a null byte: \'a\\x00b.mp4'),
+    (ENTRY | {"video": f"{HALF}.mp4"}, "malformed", 'a "video" with half of a character'),
     ({f"vid{HALF}": "a"}, "malformed", 'no "video" with the path'),
     (ENTRY | {"caption": {"en": "a"}}, "malformed", 'a "caption" that is not text'),
     (ENTRY | {"caption": "\u200b"}, "empty text", 'an empty "caption", or one without a word'),
@@ -253,7 +252,7 @@ def test_a_name_that_no_file_can_have_is_a_fault(pictures, name, capsys):
     write(pictures.parent / "a.json", [{"image": name, "caption": "one"}, {"image": "1.png", "caption": "two"}])
     assert check_data.main([str(pictures)]) == 1 and "2 entries of image, 1 faulty" in capsys.readouterr().out
     sample = VideoTextDataset(load_corpus(pictures), 4, Transform(32))[0]
-    assert sample["text"] == "two" and len(sample["bad"]) == ("\0" not in name)
+    assert sample["text"] == "two" and len(sample["bad"]) == 1
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
 def test_a_folder_without_permission(pictures, capsys):

@@ -88,8 +88,7 @@ def load_corpus(corpus):
 # ---- checks of an entry ----------------------------------------------------------------------------------------------
 
 CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)")    # 1:02:03.5 or 2:03.5
-NO_NAME = re.compile("[\0\ud800-\udfff]")              # characters that no file's name can have
-SURROGATE = re.compile("[\ud800-\udfff]")              # half of a character, which is no text
+SURROGATE = re.compile("[\ud800-\udfff]")               # half of a character, which no file can hold
 WORD = re.compile(r"\w")
 
 def parse_seconds(text):
@@ -137,11 +136,10 @@ def entry_error(entry, source):
     if not isinstance(entry, dict):
         return "malformed", f"expected an object, found {type(entry).__name__}"
     path, start, end = entry.get(source.media_key), entry.get("start"), entry.get("end")
-    if source.media != "text" and not (isinstance(path, str) and path.strip()):
+    if source.media != "text" and (error := text_error(f'"{source.media_key}"', path)):
         keys = ", ".join(entry) or "nothing"
-        return "malformed", f'no "{source.media_key}" with the path of its {source.media}; it has {keys}'
-    if source.media != "text" and NO_NAME.search(path):
-        return "malformed", f'a "{source.media_key}" with half of a character or a null byte: {path!a}'
+        return error if isinstance(path, str) and path.strip() else (
+            "malformed", f'no "{source.media_key}" with the path of its {source.media}; it has {keys}')
     if not (start is None and end is None or {type(start), type(end)} <= {int, float} and 0 <= start < end < math.inf):
         return "malformed", f'"start" and "end" must be seconds, start before end; found {start!r} and {end!r}'
 
