@@ -46,7 +46,7 @@ def answer_one(model, qformer_tok, llm_tok, q, protocol):
     cfg, device = model.cfg, model.device
 
     # the video: 16 frames, each from the middle of one of 16 equal parts, resized and normalised for the ViT
-    video = load_eval_clip(q["media"], cfg, q["bound"])[None].to(device)                # (1, T, 3, H, W)
+    video = load_eval_clip(q["media"], cfg, q["bound"], q.get("fps"))[None].to(device)  # (1, T, 3, H, W)
 
     # the ViT turns N patches into features, the Q-Former turns these into Q = 96 tokens for the LLM. The Q-Former reads
     # the system prompt too, but not the question: with it, the paper's score is 0.3 points lower (table 11)
@@ -61,7 +61,8 @@ def answer_one(model, qformer_tok, llm_tok, q, protocol):
     embeds = model.insert_video_tokens(torch.tensor([prompt.ids], device=device), video_tokens)     # (1, S, D)
 
     # the LLM answers greedily, until it writes ### or </s>; the first line of the answer counts
-    (new_ids,) = model.llama_model.generate(embeds, max_new_tokens=protocol.max_new_tokens,
+    room = cfg.llama.max_positions - len(prompt.ids) + 1       # the last token is not read again
+    (new_ids,) = model.llama_model.generate(embeds, max_new_tokens=min(protocol.max_new_tokens, room),
                                             stop=partial(is_finished, llm_tok))
     return protocol.opening + decode_answer(llm_tok, new_ids).split("\n")[0].rstrip()
 
@@ -233,7 +234,7 @@ def prepare(args, dist):
         if args.strict_data:
             raise FileNotFoundError("media are missing (see above), and --strict-data stops at that")
     if not any(q["media"] for q in questions):
-        raise FileNotFoundError(f"{args.data} holds none of the media that its questions are about")
+        raise FileNotFoundError(f"{args.data} holds none of the media that its questions are about (see above)")
     for condition in conditions:
         if condition.requested:
             condition.prepare(args.restart, {"commands": [report.command_line()], "version": version,

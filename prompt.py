@@ -10,8 +10,10 @@ so no length is ever guessed. Not here: the tokenizers (tokenizer.py) and what r
 Source: the official videochat2_pt_vicuna.py (stage 2), videochat2_it_{vicuna,mistral}.py (stage 3), mvbench.ipynb.
 Run:    python -m pytest tests/test_prompt.py
 """
+import re
 import sys
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
@@ -181,6 +183,24 @@ def is_finished(tok, ids):
 def decode_answer(tok, ids):
     """New ids -> the answer, without its end."""
     return tok.decode([i for i in ids if i != tok.eos_id]).split("###")[0].strip()
+
+def decode_official(tok, ids):
+    """New ids -> the answer as the official evaluation scores it: its first line counts.
+
+    # QUIRK mvbench.ipynb answer: a final </s> stays in the text, and what stands before the last "Assistant:" is cut"""
+    for special in (tok.unk_id, tok.bos_id):                   # one of each is removed from the start
+        ids = ids[1:] if ids[:1] == [special] else ids
+
+    # special tokens are spelt out, as by transformers' LlamaTokenizer
+    names = {i: name for name, i in tok.special.items()}
+    text = "".join(names[i] * len(list(run)) if i in names else tok.decode(list(run))
+                   for i, run in groupby(ids, lambda i: i if i in names else None))
+    return text.split("###")[0].split("Assistant:")[-1].strip()
+
+def check_text(text):
+    """ValueError for a text that has no UTF-8 or that no file takes: a lone surrogate, as of a cut emoji; or NUL."""
+    if odd := re.search("[\0\ud800-\udfff]", text):
+        raise ValueError(f"{ascii(text):.60} holds {ascii(odd[0])}, which is no character of a text")
 
 # -------------------------------------------------------------------------------------------------------------- batches
 

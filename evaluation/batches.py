@@ -21,15 +21,16 @@ from video import load_eval_clip
 GROUP = 8       # clips that a loader process hands over at a time
 
 def load_clips(group, cfg):
-    """Clips, each a (medium, bound) -> (the readable ones (B, T, 3, H, W) or None; for each "", or why it failed)."""
-    clips, errors = [], [""] * len(group)
-    for i, (media, bound) in enumerate(group):
+    """Clips, each a (medium, bound, fps) -> the readable ones (B, T, 3, H, W) or None; for each "", or why it failed;
+    for each "", or a warning."""
+    clips, errors, warnings = [], [""] * len(group), [[] for _ in group]
+    for i, (media, bound, fps) in enumerate(group):
         try:
-            clip = load_eval_clip(media, cfg, bound)
+            clip = load_eval_clip(media, cfg, bound, fps, warnings[i])
             clips.append(clip.expand(cfg.eval_frames, -1, -1, -1))                         # a picture is a still video
         except Exception as error:                             # whatever a decoder dies of, the others are asked
             errors[i] = str(error) if isinstance(error, MediaError) else f"{media}: {type(error).__name__}: {error}"
-    return torch.stack(clips) if clips else None, errors
+    return torch.stack(clips) if clips else None, errors, list(map("; ".join, warnings))
 
 def evaluate(engine, questions, conditions, batch=32, workers=1, dist=None, scorer="official"):
     """Asks what has no answer yet, under all conditions; yields (condition, its new rows), batch by batch."""
@@ -38,7 +39,7 @@ def evaluate(engine, questions, conditions, batch=32, workers=1, dist=None, scor
     dist, by_clip = dist or Distributed(), defaultdict(list)
     prompts = {key_of(q): engine.prompt(q) for q in questions}
     for q in questions:
-        by_clip[q["media"], q["bound"]].append(q)
+        by_clip[q["media"], q["bound"], q.get("fps")].append(q)
     clips = sorted(by_clip.values(), key=lambda qs: -max(len(prompts[key_of(q)].ids) for q in qs))
 
     # this process's batches: every n-th one, of those that still have something to ask
@@ -48,7 +49,7 @@ def evaluate(engine, questions, conditions, batch=32, workers=1, dist=None, scor
     batches = [clips for clips in batches if any(c.todo(qs) for c in conditions for qs in clips)]
 
     # loader processes decode ahead, in groups: several of them can then work on a batch
-    groups = [[(qs[0]["media"], qs[0]["bound"]) for qs in clips[i:i + GROUP]]
+    groups = [[(qs[0]["media"], qs[0]["bound"], qs[0].get("fps")) for qs in clips[i:i + GROUP]]
               for clips in batches for i in range(0, len(clips), GROUP)]
     loader = iter(DataLoader(groups, batch_size=None, collate_fn=partial(load_clips, cfg=engine.model.cfg),
                              num_workers=workers, worker_init_fn=ignore_signals))
@@ -57,9 +58,11 @@ def evaluate(engine, questions, conditions, batch=32, workers=1, dist=None, scor
     with tqdm(total=total, unit="answer", leave=False, disable=None if dist.is_main else True) as bar:
         for clips in batches:
             with engine.clock("waiting for data"):
-                videos, errors = zip(*[next(loader) for _ in range(0, len(clips), GROUP)], strict=True)
-            videos, pairs = [v for v in videos if v is not None], list(zip(clips, sum(errors, []), strict=True))
-            readable, unread = [qs for qs, error in pairs if not error], [pair for pair in pairs if pair[1]]
+                videos, *texts = zip(*[next(loader) for _ in range(0, len(clips), GROUP)], strict=True)
+            videos, (errors, warnings) = [v for v in videos if v is not None], (sum(lists, []) for lists in texts)
+            unread = [(qs, error) for qs, error in zip(clips, errors, strict=True) if error]
+            readable = [[{**q, "warning": warning} for q in qs] if warning else qs
+                        for qs, error, warning in zip(clips, errors, warnings, strict=True) if not error]
 
             # new rows under each condition; a question about a clip that cannot be read has a row, too
             answers = answer_batch(engine, torch.cat(videos), readable, prompts, conditions, batch) if videos else {}
@@ -91,7 +94,9 @@ def answer_batch(engine, video, questions, prompts, conditions, batch):
         variants = [(v, clip, prompts.get(key_of(v)) or engine.prompt(v))
                     for clip, qs in enumerate(questions) for q in qs for v in condition.variants(q)]
         variants.sort(key=lambda item: -len(item[2].ids))
-        answers[condition.name] = []
+        reasons = [engine.too_long(q, prompt) for q, _, prompt in variants]
+        answers[condition.name] = [(v[0], reason) for v, reason in zip(variants, reasons, strict=True) if reason]
+        variants = [v for v, reason in zip(variants, reasons, strict=True) if not reason]
         for i in range(0, len(variants), batch):
             qs, clips, qs_prompts = map(list, zip(*variants[i:i + batch], strict=True))
             tokens = encoded[control]

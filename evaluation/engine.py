@@ -32,7 +32,7 @@ import torch
 from evaluation.protocol import NO_VIDEO, Protocol, apply_control, noise_like
 from evaluation.tasks import LETTERS
 from llama import KVCache
-from prompt import chat_prompt, decode_answer, is_finished, mvbench_prompt, pad_ids
+from prompt import chat_prompt, decode_answer, decode_official, is_finished, mvbench_prompt, pad_ids
 
 ANSWER_ROOM = 32    # tokens of an answer that the cache has room for from the start
 
@@ -41,6 +41,7 @@ class Answer:
     text: str               # its first line, with the bracket that the prompt ends in
     letters: list           # probability of each option's letter as the first token; [] without an answer prompt
     likelihoods: list       # mean log-probability of each option's tokens, for decode "likelihood"
+    official: str = ""      # for decode "generate": the text that the official scorer sees
 
 def letter_ids(llm_tok):
     """The ids of the letters A to E after a bracket."""
@@ -61,7 +62,7 @@ class Engine:
         # decoding is slow: only the ids that can end an answer are decoded to see whether they do
         self.letter_ids = letter_ids(llm_tok)
         self.last_ids = {i for i in range(llm_tok.vocab_size)
-                         if i == llm_tok.eos_id or set("#\n") & set(llm_tok.decode([i]))}
+                         if i == llm_tok.eos_id or "#" in llm_tok.decode([i])}
 
     @contextmanager
     def clock(self, part):
@@ -127,7 +128,8 @@ class Engine:
             if self.protocol.decode == "letter":
                 return [Answer(f"({LETTERS[p.index(max(p))]})", p, []) for p in letters]
             answers = self.generate_with_drafts(questions, prompts, logits.argmax(-1).tolist(), cache)
-            return [Answer(self.text(ids), p, []) for ids, p in zip(answers, letters, strict=True)]
+            return [Answer(self.text(ids), p, [], self.official_text(ids))
+                    for ids, p in zip(answers, letters, strict=True)]
 
     def prefill(self, prompts, video_tokens, clips, logits_to_keep=None):
         """The LLM reads the header's tree -> (hidden states (B, logits_to_keep, D) of the tails' ends, KVCache)."""
@@ -161,16 +163,16 @@ class Engine:
     def generate_with_drafts(self, questions, prompts, first_ids, cache):
         """Greedy answers (B lists of ids) that begin with first_ids; cache: of all that prefill has read."""
         llm, answers, drafts = self.model.llama_model, [[i] for i in first_ids], [self.drafts(q) for q in questions]
-        limits = [min(llm.cfg.max_positions - len(p.ids), self.protocol.max_new_tokens) for p in prompts]
+        limits = [min(llm.cfg.max_positions - len(p.ids) + 1, self.protocol.max_new_tokens) for p in prompts]
 
         # rows: the questions that the cache has a row for; complete answers leave it
         rows = list(range(len(questions)))
-        while active := [i for i in rows if not self.is_complete(answers[i])]:
+        while active := [i for i in rows if not self.is_complete(answers[i], limits[i])]:
             if active != rows:
                 cache, rows = cache.select_rows([rows.index(i) for i in active]), active
 
             # a row's input is its last id, and a draft of what follows, as far as there is room
-            tried = [continuation(answers[i], drafts[i])[:max(0, limits[i] - len(answers[i]))] for i in rows]
+            tried = [continuation(answers[i], drafts[i])[:limits[i] - len(answers[i]) - 1] for i in rows]
             ids, mask = pad_ids([[answers[i][-1], *draft] for i, draft in zip(rows, tried, strict=True)],
                                 self.llm_tok.eos_id, multiple=self.pad_multiple)                       # (rows, s)
             hidden = llm(llm.embed(ids.to(self.model.device)), mask.to(self.model.device), cache)      # (rows, s, D)
@@ -180,7 +182,8 @@ class Engine:
             begin, n_new = cache.mask.shape[1] - ids.shape[1], []
             for row, i in enumerate(rows):
                 new = best[row][:len(commonprefix([best[row], tried[row]])) + 1]
-                n_new.append(next((n for n in range(1, len(new)) if self.is_complete(answers[i] + new[:n])), len(new)))
+                ends = (n for n in range(1, len(new)) if self.is_complete(answers[i] + new[:n], limits[i]))
+                n_new.append(next(ends, len(new)))
                 answers[i] += new[:n_new[row]]
                 cache.mask[row, begin + n_new[row]:] = 0
             cache.mask = cache.mask[:, :begin + max(n_new)]    # what no row has accepted leaves the cache
@@ -192,16 +195,36 @@ class Engine:
         return [self.llm_tok.encode(f"({letter}) {text}{end}")
                 for letter, text in zip(LETTERS, q["candidates"], strict=False)]
 
-    def is_complete(self, ids):
-        """Whether an answer ends here: by its length, by ### or </s>, or because its first line ends."""
-        if len(ids) >= self.protocol.max_new_tokens:
+    def is_complete(self, ids, limit=None):
+        """Whether an answer ends here: by its length, or by ### or </s>. The end of its first line, the one that
+        counts, is not its end: an "Assistant:" in a later line would make that the first (prompt.decode_official)."""
+        if len(ids) >= (limit or self.protocol.max_new_tokens):
             return True
-        return ids[-1] in self.last_ids and (is_finished(self.llm_tok, ids)
-                                             or "\n" in self.llm_tok.decode(ids[-4:]).lstrip())
+        return ids[-1] in self.last_ids and is_finished(self.llm_tok, ids)
 
     def text(self, ids):
         """An answer's ids -> its first line, after the bracket that the prompt ends in."""
         return self.protocol.opening + decode_answer(self.llm_tok, ids).split("\n")[0].rstrip()
+
+    def official_text(self, ids):
+        """As text, for the official scorer. The official code removes </s> from Mistral's answers."""
+        if self.model.cfg.prompt_style != "vicuna":
+            return self.text(ids)
+        return self.protocol.opening + decode_official(self.llm_tok, ids).split("\n")[0]
+
+    def too_long(self, q, prompt):
+        """Why the LLM cannot be asked a question, or "". There must be room for the longest option as the answer."""
+        limit, longest, answer = self.model.llama_model.cfg.max_positions, len(prompt.ids), self.protocol.max_new_tokens
+        if longest + answer <= limit:
+            return ""
+
+        # exactly: likelihood's prompts hold an option, and do not list them; a letter takes no room
+        if self.protocol.decode == "likelihood":
+            longest = max(len(p.ids) for p in self.option_prompts(q))
+        answer = min(answer, max(map(len, self.drafts(q)))) if self.protocol.decode == "generate" else 0
+        return "" if longest + answer <= limit else (
+            f"{q['task']}, entry {q['index']}: its prompt has {longest} tokens ({self.n_video} of video) and its "
+            f"longest option {answer}, but the LLM takes at most {limit}: shorten the question or its options")
 
     def option_prompts(self, q):
         """A prompt for each option: its text is the answer, and its ids are the labels. No prompt lists the options."""

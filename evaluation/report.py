@@ -72,6 +72,8 @@ def summarise(rows, questions, condition, benchmark, seconds):
         "calibration": confidence and {"error": confidence[0], "bins": confidence[1]},
         "missing": missing_media(questions, benchmark), "unanswered": sum("unread" in row for row in plain),
         "unread": sorted({row["unread"] for row in plain if "unread" in row}),
+        "warned": sum("warning" in row for row in plain),
+        "warnings": sorted({row["warning"] for row in plain if "warning" in row}),
         "seconds": {part: round(s, 3) for part, s in seconds.items()}, "software": software(), **condition.saved()}
 
 def task_line(name, rows, questions, controls):

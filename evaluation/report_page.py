@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from evaluation.protocol import CONTROLS
+from evaluation.scorers import text_of
 from evaluation.tasks import LETTERS
 from infra.media import MediaError
 from video import read_eval_frames
@@ -38,7 +39,10 @@ def sections(summary):
     # what is missing from the scores
     parts, missing = [task_section(summary)], summary["missing"]
     if unread := [f"  unread: {reason}" for reason in summary["unread"][:20]]:
-        missing = [*missing, f"{summary['unanswered']} questions with an unreadable medium, counted as wrong:", *unread]
+        n = summary["unanswered"]
+        missing = [*missing, f"{n} questions with unreadable media or texts, counted as wrong:", *unread]
+    if warnings := [f"  warning: {warning}" for warning in summary["warnings"][:20]]:
+        missing = [*missing, f"{summary['warned']} questions with a doubtful medium, asked all the same:", *warnings]
     if missing:
         parts.append(Section("What is missing", missing))
 
@@ -127,7 +131,7 @@ def page(summary, rows):
         html += f"<h2>{s.title}</h2>{s.picture}{table(s.head, s.lines) if s.head else ''}{notes}"
 
     # the answers on which the scorers differ
-    differing = [[f"{row['task']} {row['index']}", row["prediction"], f"({row['letter']}) {row['answer']}",
+    differing = [[f"{row['task']} {row['index']}", text_of("official", row), f"({row['letter']}) {row['answer']}",
                   ", ".join(name for name, right in row["verdicts"].items() if right)] for row in summary["differing"]]
     return (ASSETS / "report.html").read_text().format(
         style=(ASSETS / "report.css").read_text(), benchmark=summary["benchmark"], average=average, cards=cards,
@@ -169,7 +173,8 @@ def example(row):
 def frame_sheet(row):
     """Eight of the clip's frames side by side, as JPEG in base64; "" if the medium cannot be read."""
     try:
-        frames = read_eval_frames(row["media"], FRAMES, row["bound"]).expand(FRAMES, -1, -1, -1)     # (T, 3, H, W)
+        frames = read_eval_frames(row["media"], FRAMES, row["bound"], row.get("fps"))      # (T, 3, H, W)
+        frames = frames.expand(FRAMES, -1, -1, -1)             # a picture is a still video
     except MediaError:
         return ""
 

@@ -88,6 +88,10 @@ def options_in(text, candidates):
 
 SCORERS = {"official": official, "lmms-eval": lmms_eval, "vlmevalkit": vlmevalkit, "strict": strict}
 
+def text_of(scorer, row):
+    """What a scorer sees of an answer. The toolkits decode without special tokens; see prompt.decode_official."""
+    return row.get("official", row["prediction"]) if scorer == "official" else row["prediction"]
+
 def is_right(scorer, row):
     """Whether a scorer counts a row of predictions.jsonl as right. An unreadable medium is never right."""
     if row.get("unread"):
@@ -96,7 +100,7 @@ def is_right(scorer, row):
     # of equal options, lmms-eval counts the first as the key, strict any of them, the others the last
     letters = [letter for letter, text in zip(LETTERS, row["candidates"], strict=False) if text == row["answer"]]
     keys = {"lmms-eval": set(letters[:1]), "strict": set(letters)}.get(scorer, {letter_of(row)})
-    return bool(SCORERS[scorer](row["prediction"], row["candidates"]) & keys)
+    return bool(SCORERS[scorer](text_of(scorer, row), row["candidates"]) & keys)
 
 def is_counted(scorer, row):
     """Whether a row is in the scorer's denominator: lmms-eval leaves empty answers out."""
@@ -107,7 +111,7 @@ def compare_scorers(rows):
     # unparsed: answers from which the scorer took no option; any: those that it counts as right under several keys
     verdicts, table = [{name: is_right(name, row) for name in SCORERS} for row in rows], {}
     for name, scorer in SCORERS.items():
-        n_letters = [len(scorer(row["prediction"], row["candidates"])) for row in rows if not row.get("unread")]
+        n_letters = [len(scorer(text_of(name, row), row["candidates"])) for row in rows if not row.get("unread")]
         right, counted = sum(v[name] for v in verdicts), sum(is_counted(name, row) for row in rows)
         table[name] = {"right": right, "counted": counted, "percent": 100 * right / max(1, counted),
                        "unparsed": n_letters.count(0), "any": sum(n > 1 for n in n_letters)}

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
-from evaluation.scorers import official
+from evaluation.scorers import official, text_of
 from evaluation.tasks import LETTERS, letter_of
 
 Z = 1.959964            # 95 % of a normal distribution are within Z standard deviations
@@ -61,7 +61,7 @@ def mcnemar(only_a, only_b):
 
 def answered_letter(row):
     """The letter that the official scorer takes from an answer, or "" if it takes none or several."""
-    accepted = official(row["prediction"], row["candidates"])
+    accepted = official(text_of("official", row), row["candidates"])
     return accepted.pop() if len(accepted) == 1 else ""
 
 def letter_counts(rows):

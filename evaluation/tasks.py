@@ -15,14 +15,18 @@ import math
 import os
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 from infra.files import read_json
+from infra.media import FOLDER_FPS
+from prompt import check_text
 
 LETTERS = "ABCDE"
+VIDEO_SUFFIXES = (".webm", ".avi", ".mp4", ".mov", ".mkv", ".flv", ".wmv", ".mpg", ".mpeg", ".m4v", ".gif")
 
 @dataclass(frozen=True)
 class Task:
@@ -32,6 +36,7 @@ class Task:
     file: str               # json/{file}.json
     folder: str             # video/{folder}/
     bound: bool = False     # only the seconds from "start" to "end" of the medium are shown
+    fps: float = FOLDER_FPS  # frames per second of media that are folders of frames
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -71,12 +76,17 @@ TASKS = [
 REVISED = ("EDXBD.mp4", "video_14727.mp4", "video_13446.mp4")
 
 def json_questions(root, task):
-    """Reader of MVBench's layout: json/{task}.json, or {task}.json where everything is in one folder."""
-    path = Path(root, f"{task.file}.json")
-    path = path if path.is_file() else Path(root, "json", path.name)
-    entries = read_json(path) if path.is_file() else None
+    """Reader of MVBench's layout: json/{task}.json, or {task}.json where everything is in one folder; or .jsonl."""
+    paths = [Path(root, folder, task.file + suffix) for suffix in (".json", ".jsonl") for folder in ("", "json")]
+    path = next(filter(Path.is_file, paths), paths[1])
+    entries = read_json(path, lines=True) if path.is_file() else None
+    entries = [entries] if isinstance(entries, dict) and "question" in entries else entries        # a file of one line
     if entries is not None and not isinstance(entries, list):
         raise ValueError(f"{path} is a JSON {type(entries).__name__}, not a list of questions")
+    for i, entry in enumerate(entries or []):
+        if not isinstance(entry, dict):
+            raise ValueError(f"{path}, entry {i}: expected an object with video, question, candidates and answer, "
+                             f"found {shown(entry)}")
     return path, entries
 
 def mvbench_version(entries):
@@ -98,66 +108,173 @@ BENCHMARKS = {"mvbench": MVBENCH, "tvbench": TVBENCH}       # as --benchmark nam
 # -------------------------------------------------------------------------------------------------------- the questions
 
 def load_questions(root, only=(), limit=0, benchmark=MVBENCH):
-    """Benchmark folder -> list of dicts: task, index, video, media, size, bound, question, candidates, answer.
+    """Benchmark folder -> list of dicts: task, index, video, media, size, bound, question, candidates, answer; and fps,
+    where the task's is not FOLDER_FPS. only: task names; limit: the first n questions of each task.
 
-    Where the medium is missing, media is "". only: task names; limit: the first n questions of each task."""
+    Where the medium is missing, media is ""; and where one file would serve other tasks' media, too, which are then
+    listed in "shared": (its path, [Task, ...])."""
     names = [task.name for task in benchmark.tasks]
     if unknown := sorted(set(only) - set(names)):
         raise ValueError(f"{benchmark.name} has no task {', '.join(unknown)}; its tasks are {', '.join(names)}")
 
     # one missing file is a task less; if all are missing, the folder is the wrong one
-    files = [(task, *benchmark.questions(root, task)) for task in benchmark.tasks if not only or task.name in only]
+    every_file = [(task, *benchmark.questions(root, task)) for task in benchmark.tasks]
+    files = [file for file in every_file if not only or file[0].name in only]
     missing = [path for _, path, entries in files if entries is None]
     if len(missing) == len(files):
         raise FileNotFoundError(f"{missing[0]} does not exist, nor does the file of any other task: --data is the "
                                 "folder that holds json/ and video/ of the benchmark")
     for path in missing:
         print(f"{path} does not exist: this task is left out", file=sys.stderr)
-    return [make_question(task, i, entry, path, root)
-            for task, path, entries in files for i, entry in enumerate((entries or [])[:limit or None])]
 
-def make_question(task, index, entry, path, root):
-    """One entry of a task's file, checked, with its medium found."""
-    wrong = [key for key in ("video", "question") if not isinstance(entry.get(key), str)]
-    wrong += ["answer"] if not isinstance(entry.get("answer"), str | int | float) else []
-    wrong += ["candidates"] if not 2 <= len(entry.get("candidates") or []) <= len(LETTERS) else []
-    bound = (entry.get("start"), entry.get("end")) if task.bound else None
-    wrong += [key for key, second in zip(("start", "end"), bound or (), strict=False)
-              if not isinstance(second, int | float) or not math.isfinite(second)]
-    if wrong:
-        raise ValueError(f"{path}, entry {index}: missing or malformed {', '.join(wrong)}")
-    if entry["answer"] not in entry["candidates"]:
-        raise ValueError(f"{path}, entry {index}: the answer {entry['answer']!r} is not among the candidates")
+    # a faulty entry is a fault of the file, so nothing is computed before it is mended
+    (media, shared), questions, faults = locate_media(root, every_file), [], []
+    for task, path, entries in files:
+        for i, entry in enumerate((entries or [])[:limit or None]):
+            try:
+                q, key = make_question(task, i, entry), (task.folder, entry["video"])
+                questions.append({**q, "media": media[key], "size": size_of(media[key])}
+                                 | ({"shared": shared[key]} if key in shared else {}))
+            except ValueError as error:
+                faults.append(f"{path}, entry {i}: {error}")
+    if faults:
+        more = f"; {len(faults) - 1} more entries are faulty" if faults[1:] else ""
+        raise ValueError(f"{faults[0]}: correct the entry, or delete it{more}")
+    return questions
 
-    # its size tells a medium from another of the same name: a file's bytes, a folder's number of files
-    media = find_media(root, task.folder, entry["video"])
-    size = len(os.listdir(media)) if os.path.isdir(media) else os.path.getsize(media) if media else 0
-    return {"task": task.name, "index": index, "video": entry["video"], "media": media, "size": size,
-            "bound": bound, "question": entry["question"], "candidates": list(map(str, entry["candidates"])),
-            "answer": str(entry["answer"])}
+def make_question(task, index, entry):
+    """One entry of a task's file -> the question, but for its medium. ValueError lists all that is wrong with it."""
+    # each fault says what was expected and what was found
+    options, faults = entry.get("candidates"), []
+    for key in ("video", "question"):
+        if not isinstance(entry.get(key), str) or key == "video" and not entry[key].strip("./ "):
+            faults.append(f"{key}: expected a text, found {shown(entry.get(key))}")
+    if not isinstance(options, list) or not 2 <= len(options) <= len(LETTERS):
+        count = len(options) if isinstance(options, list) else shown(options)
+        faults.append(f"candidates: expected a list of 2 to {len(LETTERS)} options, found {count}")
+    elif wrong := [option for option in options if not isinstance(option, str | int | float)]:
+        faults.append(f"candidates: expected texts or numbers, found {shown(wrong[0])}")
+
+    # numbers and texts are compared as text, but 3.0 is 3
+    texts, answer, key = [], entry.get("answer"), None
+    if not isinstance(answer, str | int | float):
+        faults.append(f"answer: expected a text or a number, found {shown(answer)}")
+    elif not faults:
+        texts = list(map(str, options))
+        key = next((t for t, option in zip(texts, options, strict=True) if str(answer) == t or answer == option), None)
+        faults += [f"the answer {shown(answer)} is not among the candidates {shown(options)}"] if key is None else []
+
+    # seconds may be numbers or text
+    bound = tuple(map(seconds, map(entry.get, ("start", "end")))) if task.bound else None
+    faults += [f"{name}: expected seconds, found {shown(entry.get(name))}"
+               for name, second in zip(("start", "end"), bound or (), strict=False) if second is None]
+    if bound and None not in bound and bound[1] < bound[0]:
+        faults.append(f"expected an end after the start of {shown(entry['start'])} s, found {shown(entry['end'])} s")
+    if faults:
+        raise ValueError("; ".join(faults))
+    for text in (entry["video"], entry["question"], *texts):
+        check_text(text)
+    return {"task": task.name, "index": index, "video": entry["video"], "media": "", "size": 0, "bound": bound,
+            "question": entry["question"], "candidates": texts, "answer": key,
+            **({"fps": task.fps} if task.fps != FOLDER_FPS else {})}
+
+def shown(value):
+    """A value of a JSON file as an error shows it: short, and in ASCII."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+def seconds(value):
+    """12.5 or "12.5" -> a finite number; None: it is none."""
+    try:
+        number = float(value) if isinstance(value, str) else value
+        return number if not isinstance(number, bool) and math.isfinite(number) else None
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+# ------------------------------------------------------------------------------------------------------------ the media
 
 def find_media(root, folder, name):
     """Path of a medium, in the official tree or in one that people have made of its archives; "" if it is missing."""
     # the archives' folders are in video/ or beside it, later files in data0613/; each folder is inside one of its
-    # archive's name or not; the media of a task, or of all tasks, may be in one flat folder. If the original is
-    # missing, an .mp4 of the same name will do: something-something v2 is often converted
-    first, last = folder.split("/")[0], folder.split("/")[-1]
-    for variant, base, place in product((name, Path(name).stem + ".mp4"), ("video", "video/data0613", "data0613", "."),
-                                        (folder, f"{first}/{folder}", last, first, "")):
-        path = Path(root, base, place, variant)
-        if variant and path.exists():
-            return str(path)
-    return ""
+    # archive's name or not; the media of a task, or of all tasks, may be in one flat folder
+    first, last, unreachable = folder.split("/")[0], folder.split("/")[-1], ""
+    for base, place in product(("video", "video/data0613", "data0613", "."),
+                               (folder, f"{first}/{folder}", last, first, "")):
+        path = str(Path(root, base, place, name))
+        try:
+            os.stat(path)
+            return path
+        except (FileNotFoundError, NotADirectoryError, ValueError):            # ValueError: no name, as of "a\0b"
+            continue
+        except OSError:                     # permission, a stale mount, ...: it may be there; its reader will say more
+            unreachable = unreachable or path
+    return unreachable
+
+def locate_media(root, files):
+    """[(task, path, entries), ...] of all tasks -> {(folder, name): path of the medium, "" if it is missing}, and
+    {(folder, name): (path, [task, ...])} of media that are missing because one file would serve several."""
+    tasks_of, suffix_of, users = defaultdict(list), {}, defaultdict(dict)
+    for task, _, entries in files:
+        for name in dict.fromkeys(e["video"] for e in entries or () if isinstance(e.get("video"), str)):
+            tasks_of[task.folder, name].append(task)
+    media = {key: find_media(root, *key) for key in tasks_of}
+
+    # if the original is missing, an .mp4 of the same name will do, unless it is another question's medium: videos of
+    # something-something v2 are often converted
+    exact = {file_key(path) for path in media.values()}
+    for folder, name in (key for key in tasks_of if not media[key]):
+        stem, suffix = os.path.splitext(name)
+        path = find_media(root, folder, f"{stem}.mp4") if suffix.lower() in VIDEO_SUFFIXES else ""
+        if file_key(path) not in exact:
+            media[folder, name], suffix_of[folder, name] = path, suffix
+
+    # media of different folders are different videos: CLEVRER's and Perception's have the same names. Where both are
+    # the same file, as in one flat folder, nobody knows whose it is
+    file_of = {key: file_key(path) for key, path in media.items() if path}
+    for key, file in file_of.items():
+        users[file].setdefault((key[0], suffix_of.get(key)), []).extend(tasks_of[key])
+    shared = {key: (media[key], sum(users[file].values(), [])) for key, file in file_of.items() if len(users[file]) > 1}
+    return media | dict.fromkeys(shared, ""), shared
+
+def file_key(path):
+    """The same for two paths of one file: by symbolic links, or in upper and lower case where that is the same. Hard
+    links count as two files."""
+    try:
+        return os.path.realpath(path).casefold(), os.stat(path).st_ino
+    except OSError:
+        return path, 0
+
+def size_of(media):
+    """What tells a medium from another of the same name: a file's bytes, a folder's number of frames."""
+    try:
+        if os.path.isdir(media):
+            return sum(not name.startswith(".") for name in os.listdir(media))     # macOS adds hidden files
+        return os.path.getsize(media) if media else 0
+    except OSError:
+        return 0
 
 def missing_media(questions, benchmark=MVBENCH):
-    """A line for each task with missing media: how many of its questions have none, and why that may be."""
-    lines = []
+    """A line for each task with missing media: how many of its questions have none, and why that may be. And one for
+    tasks whose media are the same files."""
+    lines, groups = [], defaultdict(list)
     for task in benchmark.tasks:
-        has_media = [bool(q["media"]) for q in questions if q["task"] == task.name]
-        hint = "; NTU RGB+D's owners give these videos out, on request" if task.short == "FP" else ""
-        if not all(has_media):
-            lines.append(f"{task.name}: {has_media.count(False)} of {len(has_media)} media are missing "
+        of_task = [q for q in questions if q["task"] == task.name]
+        missing = [q["video"] for q in of_task if not q["media"] and "shared" not in q]
+        hint = f", the first being {shown(missing[0])}" if 0 < len(missing) < len(of_task) else ""
+        hint += "; NTU RGB+D's owners give these videos out, on request" if task.short == "FP" else ""
+        if missing:
+            lines.append(f"{task.name}: {len(missing)} of {len(of_task)} media are missing "
                          f"(video/{task.folder}/){hint}")
+
+    # files that would serve the same tasks' folders, together
+    for q in (q for q in questions if "shared" in q):
+        groups[tuple(dict.fromkeys(task.folder for task in q["shared"][1]))].append(q)
+    for folders, qs in groups.items():
+        tasks, files = dict.fromkeys(task for q in qs for task in q["shared"][1]), {q["shared"][0] for q in qs}
+        names = " and ".join(f"{', '.join(task.name for task in tasks if task.folder == folder)} "
+                             f"({folder.split('/')[0]})" for folder in folders)
+        lines.append(f"the same file serves {names}: put them into {' and '.join(f'video/{f}/' for f in folders)}; "
+                     f"until then, {len(qs)} questions about {len(files)} such files are not asked ({min(files)}, ...)")
     return lines
 
 def describe(root, benchmark=MVBENCH):

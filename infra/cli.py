@@ -46,8 +46,10 @@ def read_options(parser, config_class, argv=None):
 
 def run(main, name, stopped="stopped"):
     """sys.exit(main()); ValueError and OSError become the line "name: error" and code 2, Ctrl-C `stopped` and 130."""
-    if hasattr(sys.stdout, "reconfigure"):                     # a name that the terminal cannot show is no error
-        sys.stdout.reconfigure(errors="backslashreplace")
+    # what a terminal cannot show, or what is no UTF-8, must not end a run
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if hasattr(stream, "reconfigure"):                     # not where a test captures it
+            stream.reconfigure(errors=errors)
     try:
         sys.exit(main())
     except KeyboardInterrupt:

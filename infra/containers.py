@@ -10,7 +10,6 @@ table of formats that all of this is measured on.
     pytest tests/test_files.py
 """
 import threading
-import warnings
 from bisect import bisect_left, bisect_right
 from contextlib import contextmanager
 from itertools import islice, pairwise
@@ -32,11 +31,9 @@ class MediaError(SampleError):
 
 @contextmanager
 def decode_errors(path, kind, *errors):
-    """These errors of a decoder become a MediaError; its warnings are not shown."""
+    """These errors of a decoder become a MediaError."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     except MediaError:
         raise
     except errors as error:

@@ -76,18 +76,29 @@ def lock_folder(folder):
 
 def save_text(text, path):
     with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")          # a lone surrogate: \ud800
 
 def write_json(value, path, indent=2):
     save_text(json.dumps(value, indent=indent) + "\n", path)
 
-def read_json(path):
-    """FileNotFoundError or ValueError name the file, in one line."""
+def read_json(path, lines=False):
+    """FileNotFoundError or ValueError name the file, in one line. lines: JSON Lines give a list."""
     try:
-        return json.loads(Path(path).read_text())
+        data = Path(path).read_bytes()
+        text = data.decode(json.detect_encoding(data)).removeprefix("\ufeff").strip()   # or, from Windows, UTF-16
+        if not lines:
+            return json.loads(text)
+
+        # one value after another, so that an error names the line in the file
+        values, end = [], 0
+        while not values or end < len(text):
+            value, end = json.JSONDecoder().raw_decode(text, end)
+            values.append(value)
+            end = re.compile(r"\s*").match(text, end).end()
+        return values[0] if len(values) == 1 else values
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
 
 # ------------------------------------------------------------------------------------------------------- named tensors

@@ -12,12 +12,13 @@ import os
 import queue
 import re
 import threading
-from contextlib import suppress
+import warnings
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageSequence, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageSequence, UnidentifiedImageError
 
 from infra.containers import MediaError, choose_frames, decode_errors, read_video
 
@@ -107,10 +108,17 @@ def read_decord(path, select, start=None, end=None):
 
 # --------------------------------------------------------------------------------------------------- images and folders
 
+@contextmanager
+def image_errors(path):
+    """Whatever Pillow raises becomes a MediaError; its warnings are not shown."""
+    with decode_errors(path, "an image", Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
 def open_image(path, required=True):
     """A Pillow image, not decoded yet, whatever the file's name; MediaError, or None, for other content."""
     Image.init()
-    with decode_errors(path, "an image", Exception):
+    with image_errors(path):
         try:
             return Image.open(path, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
         except UnidentifiedImageError:
@@ -135,13 +143,11 @@ def to_rgb(image):
         usual = {"u": (65535,), "i": (255, 65535), "f": (1, 255, 65535)}[grey.dtype.kind]
         white = next((white for white in usual if grey.max() <= 2 * white), grey.max())
         image = Image.fromarray((grey * np.float32(255 / white)).round().clip(0, 255).astype(np.uint8))
-    elif image.mode == "LAB":
-        return ImageCms.profileToProfile(image, *map(ImageCms.createProfile, ("LAB", "sRGB")), outputMode="RGB")
     return image.convert("RGB")
 
 def read_image(path, image=None):
     """(3, H, W) uint8 of any kind of image, upright: of the first, if the file holds several."""
-    with decode_errors(path, "an image", Exception), image or open_image(path) as image:
+    with image_errors(path), image or open_image(path) as image:
         rgb, orientation = to_rgb(image), None
         with suppress(Exception):                # of damaged EXIF; subtle: a PNG may have it after the pixels
             orientation = image.getexif().get(ExifTags.Base.Orientation)
@@ -151,7 +157,7 @@ def read_image(path, image=None):
 def read_animation(path, image, select, start=None, end=None):
     """By Pillow, GIFs in half of decord's time; so does the official code (mvbench.ipynb, read_gif)."""
     frames, times = [], [0.0]                    # of each frame in seconds, and of the end
-    with decode_errors(path, "an image", Exception), image:
+    with image_errors(path), image:
         # each frame builds on those before it, so all are decoded; a PNG's first may be for other readers only
         iterator = ImageSequence.Iterator(image)
         iterator.position += getattr(image, "default_image", False)
@@ -162,11 +168,11 @@ def read_animation(path, image, select, start=None, end=None):
             delay = image.info.get("duration", 0) / 1000
             times.append(times[-1] + (delay if delay > 0.01 else 0.1))                   # as browsers and FFmpeg do
 
-        # a torn file is a fault, even between two frames: a GIF ends with ";", the others count their frames
+        # a torn file is a fault, and Pillow says so, unless a GIF ends between two frames: then it lacks its ";"
         if image.format == "GIF":
             image.fp.seek(-1, 1)
-        if image.fp.read(1) != b";" if image.format == "GIF" else iterator.position < image.n_frames:
-            raise MediaError(f"{path}: the file ends too early, after {len(frames)} frames")
+            if image.fp.read(1) != b";":
+                raise MediaError(f"{path}: the file ends too early, after {len(frames)} frames")
 
     fps = len(frames) / times[-1] if len(frames) > 1 else 1.0
     positions, seconds = choose_frames(path, select, times[:-1], fps, start, end)

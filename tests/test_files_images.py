@@ -109,12 +109,19 @@ def test_stills_of_several_pictures_are_stills(tmp_path):
     b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', b"%PDF-1.7\n1 0 obj",
     b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"<!DOCTYPE html><html>Not found</html>",
     b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n", b"\x89HDF\r\n\x1a\n", b"GRIB   \2",
+    b"\0\0\1\xb3\x0a\0\x60\x13\xff\xff\xe0\x18",                            # an MPEG-1 stream's head
     b"\0" * 99])
 @pytest.mark.parametrize("name", ["a.jpg", "a.mp4"])
 def test_other_files_are_refused_in_one_sentence(tmp_path, name, content, capfd):
     (tmp_path / name).write_bytes(content)
+    assert media.open_image(tmp_path / name, required=False) is None
     assert "cannot be decoded as an image" in refusal(tmp_path / name, as_image=True)
     refusal(tmp_path / name)
+
+def test_no_video_is_taken_for_a_picture():
+    for path in (CASES / "video").iterdir():
+        image = media.open_image(path, required=False)
+        assert (image is not None) == (path.name == "animated.webp"), path
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 100
 
@@ -196,6 +203,14 @@ def test_torn_animations_are_faults(tmp_path, kind):
     for size in sorted(random.Random(0).sample(range(40, len(content) - 12), 40)):
         (tmp_path / "torn").write_bytes(content[:size])
         refusal(tmp_path / "torn")
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "AVIF", "JPEG2000"])
+def test_torn_pictures_are_faults(tmp_path, kind):
+    Image.fromarray(noise(96, 160, 3).numpy()).save(tmp_path / "a", kind)
+    content = (tmp_path / "a").read_bytes()
+    for share in (0.01, 0.1, 0.3, 0.5, 0.7, 0.9):
+        (tmp_path / "torn.jpg").write_bytes(content[:int(len(content) * share)])
+        refusal(tmp_path / "torn.jpg", as_image=True)
 
 def test_a_gif_that_ends_between_two_frames_is_torn(tmp_path):
     content = animate(tmp_path / "a", "GIF", [100] * 6).read_bytes()
@@ -281,7 +296,7 @@ def test_sixteen_bits_become_eight(tmp_path):
     (tmp_path / "a.pgm").write_bytes(b"P5\n32 8\n65535\n" + deep.astype(">u2").tobytes())
     assert (levels(tmp_path / "a.pgm") == RAMP).all()
     # a dark picture stays dark
-    assert levels(tmp_path / "a", Image.fromarray((deep // 64).astype(np.uint16)), "PNG").max() == 4
+    assert levels(tmp_path / "a", Image.fromarray((deep // 256).astype(np.uint16)), "PNG").max() == 1
 
 def png16(color_type, samples):
     """A PNG with 16 bits per sample, which Pillow cannot write: samples (H, W, C)."""
@@ -308,6 +323,8 @@ def test_float_greys(tmp_path, white):
     grey[0, 0], grey[-1, -1], grey[0, 1] = -0.2 * white, 1.1 * white, np.nan
     found = levels(tmp_path / "a", Image.fromarray(grey), "TIFF")
     assert (found[1:] == RAMP[1:]).all() and found[0, 0] == 0 and found[0, 1] == 0
+    grey[0, 1], grey[0, 2] = np.inf, -np.inf                                   # no value, as NaN
+    assert (levels(tmp_path / "a", Image.fromarray(grey), "TIFF")[1:] == RAMP[1:]).all()
     assert levels(tmp_path / "a", Image.fromarray(np.zeros((8, 32), np.float32)), "TIFF").max() == 0
     assert (levels(tmp_path / "a", Image.fromarray((RAMP * 1e6).astype(np.float32)), "TIFF") == RAMP).all()
 
@@ -376,7 +393,8 @@ def test_ordinary_shapes_are_cropped_as_before(shape):
     assert torch.equal(transform(frames), (old - transform.mean).div_(transform.std))
 
 @pytest.mark.parametrize("shape", [
-    (16, 320), (320, 16), (8, 1000), (100, 2000), (1600, 32), (7, 700), (32, 640), (5, 1999)])
+    (16, 320), (320, 16), (8, 1000), (100, 2000), (1600, 32), (7, 700), (32, 640), (5, 1999), (1, 40),
+    (90, 2), (1, 41)])
 def test_strips_show_what_they_showed_before(shape):
     frames = noise(1, 3, *shape)
     frames = video.resize(frames, *shape).to(torch.uint8)

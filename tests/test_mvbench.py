@@ -55,9 +55,18 @@ def test_options_move_on_and_the_key_with_them():
     assert key_of(turned) == ("Action Count", 0, 1) != key_of(question())
 
 @pytest.mark.parametrize("broken, message", [
-    ({"candidates": ["3"]}, "entry 0: missing or malformed candidates"),
-    ({"answer": "5"}, "entry 0: the answer '5' is not among the candidates"),
-    ({"question": None}, "entry 0: missing or malformed question"),
+    ({"candidates": ["3"]}, "entry 0: candidates: expected a list of 2 to 5 options, found 1: correct the entry"),
+    ({"candidates": list("345678")}, "entry 0: candidates: expected a list of 2 to 5 options, found 6"),
+    ({"candidates": {"A": "2", "B": "3"}}, 'candidates: expected a list of 2 to 5 options, found {"A": "2", "B": "3"}'),
+    ({"candidates": "23"}, 'candidates: expected a list of 2 to 5 options, found "23"'),
+    ({"candidates": ["2", None, "3"]}, "candidates: expected texts or numbers, found null"),
+    ({"answer": "5"}, r'entry 0: the answer "5" is not among the candidates \["2", "3"\]'),
+    ({"answer": None}, "answer: expected a text or a number, found null"),
+    ({"question": None, "video": 7}, "entry 0: video: expected a text, found 7; question: expected a text, found null"),
+    ({"video": "./"}, 'video: expected a text, found "./"'),
+    ({"question": "How \ud83d?"}, r"entry 0: 'How .ud83d.' holds '.ud83d', which is no character of a text"),
+    ({"candidates": ["2", "3\0"], "answer": "2"}, r"entry 0: '3.x00' holds '.x00', which is no character"),
+    ({"video": "a\0.gif"}, r"entry 0: 'a.x00.gif' holds '.x00'"),
 ])
 def test_malformed_entries_are_named(tmp_path, broken, message):
     entry = {"video": "a.gif", "question": "How often?", "candidates": ["2", "3"], "answer": "3", **broken}
@@ -279,7 +288,7 @@ def test_a_second_without_an_end_is_named(tmp_path):
     (tmp_path / "json").mkdir()
     (tmp_path / "json" / "action_sequence.json").write_text(
         '[{"video": "a.mp4", "question": "?", "candidates": [1, 2], "answer": 1, "start": 0, "end": NaN}]')
-    with pytest.raises(ValueError, match="action_sequence.json, entry 0: missing or malformed end"):
+    with pytest.raises(ValueError, match="action_sequence.json, entry 0: end: expected seconds, found NaN"):
         load_questions(tmp_path)
 
 def test_missing_media_are_told_in_the_report_and_controls_that_are_there_stay_in_it(ckpt, tree, tmp_path):
@@ -403,13 +412,13 @@ def test_memory_does_not_grow_with_the_questions(ckpt, tree, monkeypatch):
     alive, most, seen = set(), [0], []
 
     def counting(group, cfg):
-        clips, reasons = load_clips(group, cfg)
+        clips, *texts = load_clips(group, cfg)
         seen.append(group)
         alive.add(len(seen))
         weakref.finalize(clips.untyped_storage(), alive.discard, len(seen))
         gc.collect()
         most[0] = max(most[0], len(alive))
-        return clips, reasons
+        return clips, *texts
 
     load_clips = batches.load_clips
     monkeypatch.setattr(batches, "load_clips", counting)

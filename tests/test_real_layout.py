@@ -89,7 +89,8 @@ def test_what_is_missing_is_told_per_task_and_not_counted(tree, ckpt, tmp_path, 
     assert len(rows) == 40 - 2 - 2 - 1 and sum("unread" in row for row in rows) == 1     # torn is asked, and wrong
     lines = {line[:28].strip(): line.split()[-1] for line in out.splitlines() if line[:28].strip()}
     assert (lines["Moving Count"], lines["State Change"], lines["Avg"]) == ("1/2", "2/2", "35/38")
-    assert "1 questions with an unreadable medium, counted as wrong" in out and "SC_0.mp4: cannot be decoded" in out
+    assert "1 questions with unreadable media or texts, counted as wrong" in out
+    assert "SC_0.mp4: cannot be decoded" in out
     with pytest.raises(FileNotFoundError, match="media are missing"):
         run(ckpt, root, tmp_path / "out", "--strict-data")
     with pytest.raises(ValueError, match="SC_0.mp4: cannot be decoded as a video .--strict-data"):

@@ -68,7 +68,7 @@ def test_the_console(tmp_path, plain, capsys):
     report.show(summary_of(tmp_path, {**plain, "": rows, "permute": orders}))
     out = capsys.readouterr().out
     assert re.search(r"State Change +80\.0 +49\.0-94\.3 +33\.3 +20\.0 +30\.0 +60\.0 +\+20\.0 +10/10", out)
-    assert "1 questions with an unreadable medium, counted as wrong:\n  unread: a.mp4: no such file" in out
+    assert "1 questions with unreadable media or texts, counted as wrong:\n  unread: a.mp4: no such file" in out
     assert "all orders of the options, 1 questions: right 66.7 in the mean, 0.0 in every order" in out
     assert re.search(r"strict +61\.90 +13/21 +0 +0", out)
 
@@ -121,7 +121,8 @@ def test_what_stands_in_questions_and_commands_stays_text(tmp_path, plain):
 def test_unanswered_questions_are_on_the_page(tmp_path, plain):
     rows = [*plain[""], row("Action Count", 10, False, unread="<a>.mp4: no such file", prediction="")]
     html = report_page.page(summary_of(tmp_path, {"": rows}), rows)
-    assert "1 questions with an unreadable medium, counted as wrong" in html and "&lt;a&gt;.mp4: no such file" in html
+    assert "1 questions with unreadable media or texts, counted as wrong" in html
+    assert "&lt;a&gt;.mp4: no such file" in html
 
 # ---- files and comparisons -------------------------------------------------------------------------------------------
 

@@ -10,6 +10,8 @@ Not here: the network (llama.py), VideoChat2's own weights (checkpoint.py, conve
 
     pytest tests/test_hf_llama.py
 """
+import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -28,11 +30,51 @@ HF_NAMES = {  # LlamaConfig field -> key of config.json
     "attention_bias": "attention_bias", "mlp_bias": "mlp_bias"}
 OPTIONAL = {"kv_heads", "rope_theta", "head_dim", "tied", "attention_bias", "mlp_bias"}
 
+def check_llm_folder(folder):
+    """ValueError if this is no LLM folder: what it is instead, and what to do."""
+    folder, fault = Path(folder), ""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    config = read_json(folder / "config.json") if "config.json" in names else None
+
+    # a part of an LLM that is useless alone has a remedy
+    if config is None and "adapter_config.json" in names:
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "BASE"
+        raise ValueError(f"{folder} is a LoRA adapter of {base}, not an LLM: merge the two, and name {folder}_merged "
+                         f"instead:\n{merge_command(folder, base)}")
+
+    # everything else is named
+    if not folder.exists():
+        fault = "does not exist"
+    elif not folder.is_dir():
+        with open(folder, "rb") as f:
+            fault = "is a file" + " of llama.cpp (GGUF), which is not read" * (f.read(4) == b"GGUF")
+    elif config is None:
+        fault = f"has no config.json, only {', '.join(names[:4]) or 'nothing'}"
+    elif not isinstance(config, dict):
+        fault = f"has a config.json that holds a {type(config).__name__}"
+    elif {"stage", "config", "llm"} <= config.keys():
+        llm = f" (its LLM is {folder / config['llm']['path']})" if config["llm"] else ""
+        fault = f"is a VideoChat2 checkpoint, not an LLM{llm}"
+    if fault:
+        raise ValueError(f"{folder} {fault}: expected the folder of a LLaMA model in Hugging Face layout, which has "
+                         "config.json, tokenizer.model and the weights")
+
+def merge_command(adapter, base):
+    """The command that merges a LoRA adapter into its LLM, by peft, into the folder ADAPTER_merged."""
+    adapter, merged, base = (json.dumps(str(path), ensure_ascii=False) for path in (adapter, f"{adapter}_merged", base))
+    return "python -c " + shlex.quote(
+        "import shutil; from peft import AutoPeftModelForCausalLM; from transformers.utils import cached_file; "
+        f"AutoPeftModelForCausalLM.from_pretrained({adapter}).merge_and_unload().save_pretrained({merged}); "
+        f'shutil.copy(cached_file({base}, "tokenizer.model"), {merged})')
+
 def llm_config(folder):
     """config.json of an LLM folder -> LlamaConfig. ValueError names what llama.py does not implement."""
+    check_llm_folder(folder)
     path = Path(folder) / "config.json"
     config = read_json(path)
-    if missing := [hf for ours, hf in HF_NAMES.items() if config.get(hf) is None and ours not in OPTIONAL]:
+    config.setdefault("max_position_embeddings", config.get("max_sequence_length"))        # its first name
+    if missing := [hf for ours, hf in HF_NAMES.items()
+                   if not isinstance(config.get(hf), int | float) and ours not in OPTIONAL]:
         raise ValueError(f"{path} lacks {', '.join(missing)}: is this the folder of a LLaMA model?")
 
     # whatever would give other numbers than llama.py computes
@@ -58,6 +100,7 @@ def config_diff(config, expected):
             if getattr(config, ours) != getattr(expected, ours)}
 
 def llm_tokenizer(folder):
+    check_llm_folder(folder)
     path = Path(folder) / "tokenizer.model"
     if not path.is_file() and path.with_suffix(".json").is_file():
         raise FileNotFoundError(f"{path} does not exist, and tokenizer.json alone is not read: use a folder with both")
