@@ -73,26 +73,26 @@ def entry_faults(entries, decode, max_text, tok, indices):
 
 def each_batch(entries, find_faults, workers):
     """find_faults of BATCH entries after another, by loader processes. A file that kills its process is a fault too."""
-    def load(indices, batch, workers):
-        return DataLoader(indices, batch, num_workers=workers, collate_fn=find_faults, worker_init_fn=ignore_signals)
-
+    load = partial(DataLoader, collate_fn=find_faults, worker_init_fn=ignore_signals)
     start = 0
     while start < len(entries):
         try:
-            for faults in load(range(start, len(entries)), BATCH, workers):
+            for faults in load(range(start, len(entries)), BATCH, num_workers=workers):
                 yield faults
                 start += BATCH
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            # one of the batches in work: each entry of the first again, in a process of its own
-            for i in range(start, min(start + BATCH, len(entries))):
-                try:
-                    yield next(iter(load([i], 1, 1)))
-                except RuntimeError as error:
-                    path = entries.source.path(entries[i])
-                    yield [(entries.entry_number(i), "unreadable", f"{path}: {' '.join(str(error).split())}")]
+        except RuntimeError:
+            # a process was killed by one of several batches: the entries of the first again, each in its own process
+            batch = range(start, min(start + BATCH, len(entries)))
+            yield sum((find_alone(entries, load([i], 1, num_workers=1), i) for i in batch), [])
             start += BATCH
+
+def find_alone(entries, loader, i):
+    """The faults of entry i, by a loader of its own, whose process it may kill."""
+    try:
+        return next(iter(loader))
+    except RuntimeError as error:                                  # "DataLoader worker is killed by signal: ..."
+        path = entries.source.path(entries[i])
+        return [(entries.entry_number(i), "unreadable", f"{path}: {' '.join(str(error).split())}")]
 
 def check_source(source, decode, workers, show, max_text, tok):
     """Prints how many entries of a source are faulty, of which kinds, and the first of them -> how many."""
