@@ -17,6 +17,7 @@ import os
 import re
 import struct
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -87,19 +88,8 @@ def load_corpus(corpus):
 
 # ---- checks of an entry ----------------------------------------------------------------------------------------------
 
-CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)")    # 1:02:03.5 or 2:03.5
 SURROGATE = re.compile("[\ud800-\udfff]")               # half of a character, which no file can hold
 WORD = re.compile(r"\w")
-
-def parse_seconds(text):
-    """" 3 " -> 3.0, "00:01:02.5" -> 62.5; any other text stays as it is."""
-    if clock := CLOCK.fullmatch(text.strip()):
-        hours, minutes, seconds = (float(part or 0) for part in clock.groups())
-        return 3600 * hours + 60 * minutes + seconds
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 def to_text(value):
     """A number, or each number of a list, as text; any other value stays as it is."""
@@ -113,7 +103,8 @@ def normalize(entry, source):
     if isinstance(entry, dict):
         turns = entry["QA"] if isinstance(entry.get("QA"), list) else []
         for key in [key for key in ("start", "end") if isinstance(entry.get(key), str)]:
-            entry[key] = parse_seconds(entry[key])
+            with suppress(ValueError):
+                entry[key] = float(entry[key])
     for texts, keys in (entry, (source.media_key, "caption")), *((turn, "iqa") for turn in turns):
         for key in keys if isinstance(texts, dict) else ():
             if not isinstance(texts.get(key), str | None):

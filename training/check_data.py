@@ -123,10 +123,6 @@ def check_source(source, decode, workers, show, max_text, tok):
               sep="\n", flush=True)
     return faulty
 
-def check(corpus, decode=False, workers=0, show=10, max_text=512, tok=None):
-    """check_source of each source of a corpus -> how many faulty entries in all."""
-    return sum(check_source(source, decode, workers, show, max_text, tok) for source in load_corpus(corpus))
-
 def main(argv=None):
     parser = argparse.ArgumentParser("python -m training.check_data", description=__doc__.splitlines()[0])
     parser.add_argument("corpus", help="JSON list of [annotation file, media root, medium]")
@@ -137,8 +133,9 @@ def main(argv=None):
     parser.add_argument("--llm", help="folder with tokenizer.model: count ids exactly instead of estimating")
     args = parser.parse_args(argv)
     tok = SentencePiece(Path(args.llm) / "tokenizer.model") if args.llm else None
-    faulty = check(args.corpus, args.decode, args.workers, args.show, args.max_text, tok)
-    return int(faulty > 0)
+    faulty = [check_source(source, args.decode, args.workers, args.show, args.max_text, tok)
+              for source in load_corpus(args.corpus)]
+    return int(sum(faulty) > 0)                                        # 1: there are faults
 
 if __name__ == "__main__":
     run(main, "check_data")
