@@ -19,9 +19,8 @@ import numpy as np
 import torch
 
 from infra.cli import ignore_signals
-from infra.containers import SampleError
 from infra.media import MediaError, read_media
-from prompt import CAPTION_INSTRUCTIONS, add_packing, caption_prompt, conversation_prompt, pad_batch, pad_ids
+from prompt import CAPTION_INSTRUCTIONS, add_packing, caption_prompt, learnable_conversation, pad_batch, pad_ids
 from training.annotations import load_annotations
 from video import SAMPLING, train_frame_selector
 
@@ -44,6 +43,7 @@ class VideoTextDataset(torch.utils.data.Dataset):
         self.sources, self.num_frames, self.transform, self.sampling = sources, num_frames, transform, sampling
         self.seed, self.epoch, self.max_bad, self.features = seed, 0, max_bad, None
         self.entries = [load_annotations(source) for source in sources]
+        self.notes = [line for entries in self.entries for line in entries.faults()]        # the log begins with them
         ends = np.cumsum([0, *map(len, self.entries)]).tolist()         # 0, then where each source ends
         self.spans = list(map(range, ends[:-1], ends[1:]))              # the indices of each source's entries
 
@@ -80,9 +80,14 @@ class VideoTextDataset(torch.utils.data.Dataset):
         source, entry = self.entry(index)
         return source.path(entry)
 
-    def __getitem__(self, index):
-        # an unreadable sample is replaced, text and all, by the next one of its source, which has the same medium: a
-        # batch keeps its size, and no video meets the text of another
+    def order_record(self):
+        """What the order of the samples depends on besides seed and step: a dict of each source, for trainer.json."""
+        return [{"anno": entries.source.anno, "media": entries.source.media, "weight": entries.source.weight,
+                 "entries": len(entries), "sha256": entries.header["sha256"]} for entries in self.entries]
+
+    def __getitem__(self, index, batch=()):
+        # an unreadable sample is replaced, text and all, by the next one of its source that is not in the batch, which
+        # has the same medium: a batch keeps its size, and no video meets the text of another
         bad = []
         while len(bad) <= self.max_bad:
             try:
@@ -90,11 +95,20 @@ class VideoTextDataset(torch.utils.data.Dataset):
             except MediaError as error:
                 bad.append(str(error))                                                   # shown in the log
                 span = next(span for span in self.spans if index in span)
-                index = span[(index - span.start + 1) % len(span)]
+                following = [span[(index - span.start + k) % len(span)] for k in range(1, len(batch) + 2)]
+                index = next((i for i in following if i not in batch), following[0])
         raise MediaError(f"{bad[-1]}; {len(bad)} unreadable media in a row")
 
+    def __getitems__(self, indices):
+        """The samples of a batch, as a DataLoader asks for them; no replacement is a clip that the batch has."""
+        batch, samples = set(indices), []
+        for index in indices:
+            samples.append(self.__getitem__(index, batch))
+            batch.add(samples[-1]["idx"])
+        return samples
+
     def sample(self, index):
-        """The sample without "bad". Raises MediaError."""
+        """The sample without "bad". MediaError for whatever its medium raises, SampleError if annotations changed."""
         # every random choice comes from a generator of this sample; another order of drawing is another training run
         rng = random.Random(f"{self.seed} {self.epoch} {index}")
         source, entry = self.entry(index)
@@ -103,13 +117,17 @@ class VideoTextDataset(torch.utils.data.Dataset):
         # frames, or what the frozen ViT has made of them
         if source.media != "text":
             sample["path"] = path = source.path(entry)
-            if self.features:
-                sample |= self.features[path]
-            else:
-                select = train_frame_selector(self.num_frames, self.sampling, rng)
-                frames, sample["seconds"] = read_media(path, select, source.media == "image", start=entry.get("start"),
-                                                       end=entry.get("end"))
-                sample["video"] = self.transform(frames, rng)                            # (T, 3, size, size)
+            try:
+                if self.features:
+                    sample |= self.features[path]
+                else:
+                    select = train_frame_selector(self.num_frames, self.sampling, rng)
+                    frames, sample["seconds"] = read_media(path, select, **source.read_options(entry))
+                    sample["video"] = self.transform(frames, rng)                        # (T, 3, size, size)
+            except MediaError:
+                raise
+            except Exception as error:                 # of a decoder, or an error of ours: one file does not end a run
+                raise MediaError(f"{path}: {error!r}") from error
 
         # one of several captions; the questions in another order each epoch, so that each comes first at times
         if "QA" in entry:
@@ -223,15 +241,17 @@ def collate_stage2(samples, cfg, qformer_tok, llm_tok):
 
 def collate_stage3(samples, cfg, qformer_tok, llm_tok):
     """Stage 3: conversations. Adds ids, labels, mask for the LLM, instruction_ids, _mask for the Q-Former, (B, S)."""
-    # conversations for the LLM; an instruction that leaves no room for the video is an error that names its clip
-    prompts = []
+    # conversations for the LLM, some of which are too long for max_text to leave anything to learn
+    prompts, no_label = [], []
     for s in samples:
-        message = seconds_message(s["seconds"]) if cfg.add_timestamps and s["medium"] == "video" else ""
-        try:
-            prompts.append(conversation_prompt(llm_tok, s["qas"], cfg.n_query + cfg.n_extra, message, s["medium"],
-                                               cfg.prompt_style, cfg.max_text, cfg.train_separators))
-        except ValueError as error:
-            raise SampleError(f"{s['path']}: {error}") from None
+        seconds = s["seconds"] if cfg.add_timestamps and s["medium"] == "video" else ()
+        prompt, learns = learnable_conversation(llm_tok, s["qas"], cfg.n_query + cfg.n_extra, seconds, s["medium"],
+                                                cfg.prompt_style, cfg.max_text, cfg.train_separators)
+        prompts.append(prompt)
+        if not learns:
+            question = next(qa.get("q") or qa.get("i") or "" for qa in s["qas"])
+            no_label.append(f"{s['path'] or s['idx']}: no answer is within the first {cfg.max_text} ids (--max-text) "
+                            f"of its conversation {question[:40]!r}...")
     ids, labels, mask = pad_batch(prompts, llm_tok.eos_id)                               # (B, S) each
 
     # the Q-Former reads the instruction too, so that its queries look for what is asked; a long one loses its beginning
@@ -240,12 +260,7 @@ def collate_stage3(samples, cfg, qformer_tok, llm_tok):
             for s in samples]
     instruction_ids, instruction_mask = pad_ids(rows, qformer_tok.pad_id)                # (B, S) each
     batch = collate_media(samples) | add_packing({"ids": ids, "labels": labels, "mask": mask})
-    return batch | {"instruction_ids": instruction_ids, "instruction_mask": instruction_mask}
-
-def seconds_message(seconds):
-    """[0.31, 0.9] -> "The video contains 2 frames sampled at 0.3, 0.9 seconds.": part of the conversation."""
-    times = ", ".join(str(round(s, 1)) for s in seconds)
-    return f"The video contains {len(seconds)} frames sampled at {times} seconds."
+    return batch | {"instruction_ids": instruction_ids, "instruction_mask": instruction_mask, "no_label": no_label}
 
 def qformer_text(qa, with_question):
     """The instruction of a turn, with its question if with_question; never the question alone."""

@@ -11,6 +11,7 @@ Source: the official videochat2_pt_vicuna.py (stage 2), videochat2_it_{vicuna,mi
 Run:    python -m pytest tests/test_prompt.py
 """
 import re
+import sys
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -104,6 +105,27 @@ def conversation_prompt(tok, turns, n_video, message="", medium="video", prompt_
     if VIDEO in prompt.ids[length:]:
         raise ValueError(f"{prompt.slot} ids of text before the video: shorten the instruction or raise max_text")
     return Prompt(prompt.ids[:length], prompt.labels[:length])
+
+def learnable_conversation(tok, turns, n_video, seconds=(), medium="video", prompt_style="vicuna", max_text=512,
+                           train_separators=False):
+    """-> (conversation_prompt, with the seconds of the frames as its message; whether an id of an answer is learned).
+    If max_text leaves no room for the video, the prompt is the video alone: nothing is learned of it."""
+    options = turns, n_video, seconds_message(seconds) if seconds else "", medium, prompt_style
+    prompt = answers = conversation_prompt(tok, *options, sys.maxsize, train_separators)
+    length = max_text + n_video
+    if VIDEO in prompt.ids[length:]:
+        return insert_slot(tok, "", n_video, Prompt([], [])), False
+
+    # subtle: with train_separators a label is no answer yet; only a conversation that is cut may lack one
+    if train_separators and len(prompt.ids) > length:
+        answers = conversation_prompt(tok, *options, sys.maxsize)
+    learns = any(label != IGNORE for label in answers.labels[:length])
+    return Prompt(prompt.ids[:length], prompt.labels[:length]), learns
+
+def seconds_message(seconds):
+    """[0.31, 0.9] -> "The video contains 2 frames sampled at 0.3, 0.9 seconds.": part of the conversation."""
+    times = ", ".join(str(round(s, 1)) for s in seconds)
+    return f"The video contains {len(seconds)} frames sampled at {times} seconds."
 
 def vicuna_turns(turns, train_separators):
     """Spans of ` ###Human: {q} ###Assistant: {a} ###`.

@@ -252,7 +252,9 @@ def hard_negatives(sim, idx, generator=None):
 
 def vtg_loss(logits, ids, mask, label_smoothing):
     """Next word: logits (B, S, V), ids and mask (B, S) -> mean cross-entropy over all words but each row's first."""
-    target = ids.masked_fill(mask == 0, -100)[:, 1:]                            # (B, S - 1)
+    target = ids.masked_fill(mask == 0, -100)[:, 1:].contiguous()               # (B, S - 1)
+    # without a word the mean would be nan, also times 0: it is then that of one padding, which no step counts
+    target[0, 0] = torch.where(mask[:, 1:].any(), target[0, 0], ids[0, 1])
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), target.flatten(), label_smoothing=label_smoothing)
 
 class Stage1Heads(nn.Module):

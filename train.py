@@ -55,6 +55,7 @@ class TrainConfig:
     init: str = option("", "checkpoint to start from (default: the stage before, in OUT)", RUN)
     llm: str = option("", "the LLM's folder (default: the one the stage before knows, or OUT/llm)", RUN)
     resume: bool = option(True, "resume an interrupted run; --no-resume or --restart starts again", RUN)
+    accept_changed_data: bool = option(False, "resume although annotation files have changed meanwhile", RUN)
     seed: int = option(0, "the same seed gives the same run", RUN)
     device: str = option("", "cpu, cuda or cuda:N (default: cuda where there is one)", RUN)
 
@@ -277,7 +278,7 @@ def fit(stage, cfg, dist):
     last = dist.broadcast(resume.latest(stage.unfinished) if dist.is_main else None) if cfg.resume else None
 
     # weights first; then compile and distribute; then the state of optimizers and random generators; then the data
-    first_step = resume.load_weights(stage, cfg, last) if last else 0
+    first_step = resume.load_weights(stage, cfg, last, dist) if last else 0
     for block in blocks_of(stage.model) if cfg.compile else ():        # blocks are alike, so few of them are compiled
         block.compile()
     forward = wrap_model(stage.model.train(), stage.loss, dist, cfg.shard, stage.find_unused)
@@ -299,9 +300,9 @@ def fit(stage, cfg, dist):
             n_targets, stopping = dist.all_reduce_sum([sum(map(count_targets, micro_batches)), stop.signal_number > 0])
             losses = forward_backward(stage, forward, micro_batches, n_targets, step / cfg.steps, scaler, cfg, dist)
 
-            # update; a gradient that is not finite changes nothing. The log reads a step one step later: no GPU sync
+            # update, unless the gradient is not finite or there is no target; the log reads a step later: no GPU sync
             grad_norm = clip_gradients(stage.model, optimizers, scaler, cfg.grad_clip)
-            optimizer_step(optimizers, get_lr(step, cfg), scaler, grad_norm)
+            optimizer_step(optimizers, get_lr(step, cfg), scaler, grad_norm, skip=not losses)
             log.step(step, losses, grad_norm, micro_batches)
 
             # save every few hundred steps, in a thread, and when asked to stop: Ctrl-C, SIGTERM, on any machine
@@ -321,8 +322,9 @@ def fit(stage, cfg, dist):
     log.print_main(f"{stage.name}: finished in {log.minutes():.1f} min, written to {stage.folder}")
 
 def forward_backward(stage, forward, micro_batches, n_targets, progress, scaler, cfg, dist):
-    """Adds up the gradients of a step -> {name: loss}, whose mean over the processes is the loss of the step.
-    n_targets: target tokens in the whole step, of all processes. progress: share of the steps done."""
+    """Adds up the gradients of a step -> {name: loss}, whose mean over the processes is the loss of the step; {} if it
+    has no target to learn. n_targets: target tokens in the whole step, of all processes. progress: share of the steps
+    done."""
     device_type, losses = torch.device(dist.device).type, {}
     for i, batch in enumerate(micro_batches):
         # processes exchange gradients once per step, after the last micro-batch
@@ -339,7 +341,7 @@ def forward_backward(stage, forward, micro_batches, n_targets, progress, scaler,
         scaler.scale(sum(weighted.values())).backward()                # without fp16 the scale is 1
         losses = {name: losses.get(name, 0) + loss.detach() for name, loss in weighted.items()}
     sync_unsharded_grads(stage.model, dist)                            # FSDP leaves the temperature whole
-    return losses
+    return losses if n_targets or "lm" not in losses else {}
 
 def count_targets(batch):
     """Number of tokens of a batch that next-token losses are means over."""
@@ -348,9 +350,15 @@ def count_targets(batch):
     return batch["mask"][:, 1:].sum().item() if "mask" in batch else 0
 
 def cycle(loader, sampler):
-    """The batches of one epoch after another."""
+    """The batches of one epoch after another. OSError if a process that reads media is killed."""
     while True:
-        yield from loader
+        try:
+            yield from loader
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise OSError(f"{' '.join(str(error).split())} Memory ran out (use fewer --workers), or a file crashes its "
+                          "decoder: python -m training.check_data CORPUS --decode names it") from None
         sampler.next_epoch()
 
 # ---------------------------------------------------------------------------------------------------------- the command

@@ -111,8 +111,7 @@ def load_questions(root, only=(), limit=0, benchmark=MVBENCH):
     """Benchmark folder -> list of dicts: task, index, video, media, size, bound, question, candidates, answer; and fps,
     where the task's is not FOLDER_FPS. only: task names; limit: the first n questions of each task.
 
-    Where the medium is missing, media is ""; and where one file would serve other tasks' media, too, which are then
-    listed in "shared": (its path, [Task, ...])."""
+    Where the medium is missing, media is ""; also where one file, then "shared", would serve tasks of other folders."""
     names = [task.name for task in benchmark.tasks]
     if unknown := sorted(set(only) - set(names)):
         raise ValueError(f"{benchmark.name} has no task {', '.join(unknown)}; its tasks are {', '.join(names)}")
@@ -144,39 +143,34 @@ def load_questions(root, only=(), limit=0, benchmark=MVBENCH):
 
 def make_question(task, index, entry):
     """One entry of a task's file -> the question, but for its medium. ValueError lists all that is wrong with it."""
-    # each fault says what was expected and what was found
-    options, faults = entry.get("candidates"), []
-    for key in ("video", "question"):
-        if not isinstance(entry.get(key), str) or key == "video" and not entry[key].strip("./ "):
-            faults.append(f"{key}: expected a text, found {shown(entry.get(key))}")
-    if not isinstance(options, list) or not 2 <= len(options) <= len(LETTERS):
-        count = len(options) if isinstance(options, list) else shown(options)
-        faults.append(f"candidates: expected a list of 2 to {len(LETTERS)} options, found {count}")
-    elif wrong := [option for option in options if not isinstance(option, str | int | float)]:
-        faults.append(f"candidates: expected texts or numbers, found {shown(wrong[0])}")
+    # numbers and texts are compared as text, but 3.0 is 3; seconds may be text, too
+    options, answer, start, end = (entry.get(key) for key in ("candidates", "answer", "start", "end"))
+    texts = list(map(str, options)) if isinstance(options, list) else []
+    keys = [t for t, option in zip(texts, options or (), strict=False) if str(answer) == t or answer == option]
+    bound = (seconds(start), seconds(end)) if task.bound else (0, 0)
 
-    # numbers and texts are compared as text, but 3.0 is 3
-    texts, answer, key = [], entry.get("answer"), None
-    if not isinstance(answer, str | int | float):
-        faults.append(f"answer: expected a text or a number, found {shown(answer)}")
-    elif not faults:
-        texts = list(map(str, options))
-        key = next((t for t, option in zip(texts, options, strict=True) if str(answer) == t or answer == option), None)
-        faults += [f"the answer {shown(answer)} is not among the candidates {shown(options)}"] if key is None else []
-
-    # seconds may be numbers or text
-    bound = tuple(map(seconds, map(entry.get, ("start", "end")))) if task.bound else None
-    faults += [f"{name}: expected seconds, found {shown(entry.get(name))}"
-               for name, second in zip(("start", "end"), bound or (), strict=False) if second is None]
-    if bound and None not in bound and bound[1] < bound[0]:
-        faults.append(f"expected an end after the start of {shown(entry['start'])} s, found {shown(entry['end'])} s")
-    if faults:
+    # what must hold -> the fault otherwise
+    def is_text(*values):
+        return all(isinstance(value, str | int | float) for value in values)
+    rules = {
+        f"video: expected a text, found {shown(entry.get('video'))}":
+            isinstance(entry.get("video"), str) and entry["video"].strip("./ "),
+        f"question: expected a text, found {shown(entry.get('question'))}": isinstance(entry.get("question"), str),
+        f"candidates: expected a list of 2 to {len(LETTERS)} options, found {len(texts) or shown(options)}":
+            2 <= len(texts) <= len(LETTERS),
+        f"candidates: expected texts or numbers, found {shown(options)}": is_text(*options or ()),
+        f"the answer {shown(answer)} is not among the candidates {shown(options)}": is_text(answer) and keys,
+        f"start: expected seconds, found {shown(start)}": bound[0] is not None,
+        f"end: expected seconds, found {shown(end)}": bound[1] is not None,
+        f"expected an end after the start of {shown(start)} s, found {shown(end)} s":
+            None in bound or bound[0] <= bound[1]}
+    if faults := [fault for fault, holds in rules.items() if not holds]:
         raise ValueError("; ".join(faults))
     for text in (entry["video"], entry["question"], *texts):
         check_text(text)
-    return {"task": task.name, "index": index, "video": entry["video"], "media": "", "size": 0, "bound": bound,
-            "question": entry["question"], "candidates": texts, "answer": key,
-            **({"fps": task.fps} if task.fps != FOLDER_FPS else {})}
+    return {"task": task.name, "index": index, "video": entry["video"], "media": "", "size": 0,
+            "bound": bound if task.bound else None, "question": entry["question"], "candidates": texts,
+            "answer": keys[0], **({"fps": task.fps} if task.fps != FOLDER_FPS else {})}
 
 def shown(value):
     """A value of a JSON file as an error shows it: short, and in ASCII."""
@@ -212,33 +206,28 @@ def find_media(root, folder, name):
 
 def locate_media(root, files):
     """[(task, path, entries), ...] of all tasks -> {(folder, name): path of the medium, "" if it is missing}, and
-    {(folder, name): (path, [task, ...])} of media that are missing because one file would serve several."""
-    tasks_of, suffix_of, users = defaultdict(list), {}, defaultdict(dict)
-    for task, _, entries in files:
-        for name in dict.fromkeys(e["video"] for e in entries or () if isinstance(e.get("video"), str)):
-            tasks_of[task.folder, name].append(task)
-    media = {key: find_media(root, *key) for key in tasks_of}
+    {(folder, name): path} of media that count as missing because one file would serve several folders."""
+    keys = ((task.folder, e.get("video")) for task, _, entries in files for e in entries or ())
+    media = {key: find_media(root, *key) for key in dict.fromkeys(keys) if isinstance(key[1], str)}
 
     # if the original is missing, an .mp4 of the same name will do, unless it is another question's medium: videos of
     # something-something v2 are often converted
     exact = {file_key(path) for path in media.values()}
-    for folder, name in (key for key in tasks_of if not media[key]):
+    for folder, name in (key for key, path in media.items() if not path):
         stem, suffix = os.path.splitext(name)
         path = find_media(root, folder, f"{stem}.mp4") if suffix.lower() in VIDEO_SUFFIXES else ""
-        if file_key(path) not in exact:
-            media[folder, name], suffix_of[folder, name] = path, suffix
+        media[folder, name] = "" if file_key(path) in exact else path
 
     # media of different folders are different videos: CLEVRER's and Perception's have the same names. Where both are
     # the same file, as in one flat folder, nobody knows whose it is
-    file_of = {key: file_key(path) for key, path in media.items() if path}
-    for key, file in file_of.items():
-        users[file].setdefault((key[0], suffix_of.get(key)), []).extend(tasks_of[key])
-    shared = {key: (media[key], sum(users[file].values(), [])) for key, file in file_of.items() if len(users[file]) > 1}
+    users = defaultdict(set)
+    for (folder, name), path in media.items():
+        users[file_key(path)].add((folder, "" if os.path.basename(name) == os.path.basename(path) else name))
+    shared = {key: path for key, path in media.items() if path and len(users[file_key(path)]) > 1}
     return media | dict.fromkeys(shared, ""), shared
 
 def file_key(path):
-    """The same for two paths of one file: by symbolic links, or in upper and lower case where that is the same. Hard
-    links count as two files."""
+    """The same for two paths of one file: by symbolic links, or in upper and lower case where that is the same."""
     try:
         return os.path.realpath(path).casefold(), os.stat(path).st_ino
     except OSError:
@@ -254,27 +243,18 @@ def size_of(media):
         return 0
 
 def missing_media(questions, benchmark=MVBENCH):
-    """A line for each task with missing media: how many of its questions have none, and why that may be. And one for
-    tasks whose media are the same files."""
-    lines, groups = [], defaultdict(list)
+    """A line for each task with missing media: how many of its questions have none, and why that may be."""
+    lines = []
     for task in benchmark.tasks:
         of_task = [q for q in questions if q["task"] == task.name]
         missing = [q["video"] for q in of_task if not q["media"] and "shared" not in q]
+        shared = [q["shared"] for q in of_task if "shared" in q]
         hint = f", the first being {shown(missing[0])}" if 0 < len(missing) < len(of_task) else ""
         hint += "; NTU RGB+D's owners give these videos out, on request" if task.short == "FP" else ""
-        if missing:
-            lines.append(f"{task.name}: {len(missing)} of {len(of_task)} media are missing "
-                         f"(video/{task.folder}/){hint}")
-
-    # files that would serve the same tasks' folders, together
-    for q in (q for q in questions if "shared" in q):
-        groups[tuple(dict.fromkeys(task.folder for task in q["shared"][1]))].append(q)
-    for folders, qs in groups.items():
-        tasks, files = dict.fromkeys(task for q in qs for task in q["shared"][1]), {q["shared"][0] for q in qs}
-        names = " and ".join(f"{', '.join(task.name for task in tasks if task.folder == folder)} "
-                             f"({folder.split('/')[0]})" for folder in folders)
-        lines.append(f"the same file serves {names}: put them into {' and '.join(f'video/{f}/' for f in folders)}; "
-                     f"until then, {len(qs)} questions about {len(files)} such files are not asked ({min(files)}, ...)")
+        lines += [f"{task.name}: {len(missing)} of {len(of_task)} media are missing (video/{task.folder}/){hint}"
+                  ] if missing else []
+        lines += [f"{task.name}: {len(shared)} of {len(of_task)} questions are not asked, because the same file serves "
+                  f"other media ({shared[0]}): put this task's media into video/{task.folder}/"] if shared else []
     return lines
 
 def describe(root, benchmark=MVBENCH):

@@ -1,1 +1,1 @@
-"""Files that are written whole, processes that work together, command lines. Imports nothing of ours."""
+"""Media files, files that are written whole, processes that work together, command lines. Imports nothing of ours."""

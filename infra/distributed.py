@@ -13,6 +13,7 @@ Source: PyTorch DDP (arXiv 2006.15704), FSDP (arXiv 2304.11277); gathering with 
 import datetime
 import os
 import sys
+import time
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -124,6 +125,7 @@ def raise_together(dist):
     if problem and (dist.is_main or not main_fails):
         raise problem
     if main_fails:
+        time.sleep(1)                                              # torchrun stops all processes as soon as one exits
         sys.exit(2)
 
 # --------------------------------------------------------------------------------------- one model in several processes

@@ -36,7 +36,7 @@ def test_the_old_name_of_on_error_still_counts():
     ([["a.json", "", "video"], ["b.json"]], r"corpus.json: entry 1: expected \[anno, root\]"),
     ([{"video": "a.gif", "caption": "a"}], "corpus.json: entry 0: expected"),
     ([["a.json", "", "audio"]], "corpus.json: entry 0: media 'audio': expected video, image or text"),
-    ([{"anno": "a.json", "on_error": "hide"}], "corpus.json: entry 0: on_error 'hide': expected raise or skip"),
+    ([{"anno": "a.json", "on_error": "hide"}], "corpus.json: entry 0: on_error 'hide': expected few, raise or skip"),
 ])
 def test_a_faulty_corpus_is_named(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
@@ -54,14 +54,14 @@ GOOD = {"video": "a.gif", "QA": [{"q": "", "a": "yes"}]}
     ([{"video": "a.gif", "caption": []}], 'entry 0: an empty "caption"'),
     ([{"video": "a.gif", "QA": {"q": "", "a": ""}}], 'entry 0: "QA" must be a list'),
     ([{"video": "a.gif", "QA": [{"q": "why?"}]}], 'entry 0: QA 0 has no answer "a"'),
-    ([{"video": "a.gif", "QA": [{"q": 3, "a": "b"}]}], 'entry 0: QA 0 has an "i" or "q" that is not text'),
+    ([{"video": "a.gif", "QA": [{"q": [3], "a": "b"}]}], 'entry 0: QA 0 has a "q" that is not text'),
     ([GOOD | {"start": 3.0, "end": 1.0}], 'entry 0: "start" and "end" must be seconds, .* found 3.0 and 1.0'),
     ([GOOD | {"start": 3.0}], "found 3.0 and None"),
     ([{"video": "a.gif", "caption": "a", "start": -1, "end": 2}], "found -1 and 2"),
 ])
 def test_a_faulty_entry_is_named(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
-        load_annotations(Source(str(write(tmp_path / "anno.json", content)), media="video", media_key="video"))
+        load_annotations(source(write(tmp_path / "anno.json", content), on_error="raise"))
 
 def test_a_missing_annotation_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.json: no such annotation file"):
@@ -74,15 +74,17 @@ def test_a_null_instruction_is_none(tmp_path):
     entries = load_annotations(source(write(tmp_path / "a.json", [{"video": "a.gif", "QA": [{"i": None, "a": "b"}]}])))
     assert entries[0]["QA"][0]["a"] == "b" and entries.header["qa"] == 1
 
-def test_faulty_entries_are_left_out_where_the_corpus_says_so_and_told(tmp_path, capsys):
+def test_faulty_entries_are_left_out_where_the_corpus_says_so_and_told(tmp_path):
     good = [{"video": f"{i}.mp4", "caption": f"clip {i}"} for i in range(6)]
     path = write(tmp_path / "a.json", [good[0], {}, good[1], good[2], {"video": "x", "caption": ""}, *good[3:]])
     with pytest.raises(ValueError, match=r"entry 1: no .video.*2 faulty entries in all: python -m training.check_data"):
-        load_annotations(source(path))
+        load_annotations(source(path, on_error="raise"))
     entries = load_annotations(source(path, on_error="skip"))
     assert [entries[i] for i in range(len(entries))] == good
     assert [entries.entry_number(i) for i in range(6)] == [0, 2, 3, 5, 6, 7]
-    assert "2 faulty entries are left out, the first: entry 1" in capsys.readouterr().out
+    first, *lines = entries.faults()
+    assert "a.json: 2 faulty entries are left out" in first
+    assert [line[:9] for line in lines] == ["  entry 1", "  entry 4"]
     assert entries.header["kinds"] == {"malformed": 1, "empty text": 1}
 
 def test_the_texts_of_many_faults_do_not_spill_into_the_rows(tmp_path):

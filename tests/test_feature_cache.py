@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 
 import data
+from infra.media import MediaError
 from model import PRESETS
 from training import feature_cache
 from training.annotations import load_corpus
-from video import MediaError, Transform
+from video import Transform
 from vit_video import VisionTransformer
 
 @pytest.fixture

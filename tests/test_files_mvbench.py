@@ -58,10 +58,11 @@ def media_of(root, **more):
 def test_one_flat_folder(ckpt, tmp_path, capsys):
     questions = load_questions(CASES / "flat_same_name")
     assert [q["media"] for q in questions] == ["", ""]
-    (line,) = missing_media(questions)
-    assert line.startswith("the same file serves Object Existence (clevrer) and Action Count (perception): put them "
-                           "into video/clevrer/video_validation/ and video/perception/videos/; until then, 2 questions "
-                           "about 1 such files are not asked (") and line.endswith("video_10142.mp4, ...)")
+    for line, task, folder in zip(missing_media(questions), ("Object Existence", "Action Count"),
+                                  ("clevrer/video_validation", "perception/videos"), strict=True):
+        assert line.startswith(f"{task}: 1 of 1 questions are not asked, because the same file serves other media (")
+        assert "video_10142.mp4)" in line
+        assert line.endswith(f": put this task's media into video/{folder}/")
     with pytest.raises(FileNotFoundError, match="none of the media"):
         run(ckpt, CASES / "flat_same_name", tmp_path / "out")
     assert "the same file serves" in capsys.readouterr().out
@@ -76,8 +77,9 @@ def test_what_can_be_told_apart_is_asked(ckpt, tmp_path, capsys):
     assert (row["task"], row["video"]) == ("Moving Count", "other.mp4") and "unread" not in row
     assert row["media"] == str(root / "other.mp4") and "shared" not in row
     html = (tmp_path / "out" / "report.html").read_text()
-    assert "the same file serves Object Existence, Moving Count (clevrer) and Action Count (perception)" in html
-    assert "3 questions about 1 such files" in capsys.readouterr().out
+    for n, task in ((1, "Object Existence"), (1, "Moving Count"), (1, "Action Count")):
+        assert f"{task}: {n} of " in html and "questions are not asked, because the same file serves" in html
+    assert "Moving Count: 1 of 2 questions are not asked" in capsys.readouterr().out
 
 def test_one_task_alone_does_not_hide_the_other(tmp_path):
     """Neither --only nor --limit makes the file of two tasks the file of one."""

@@ -34,11 +34,13 @@ class TrainLog:
         self.last_line = self.start, 0.0                       # time and data_seconds at the last printed line
         self.recent, self.pending = defaultdict(list), None    # losses since that line; the step that is not read yet
         self.bad_steps = self.overflows = 0                    # in a row
+        self.no_label, self.n_no_label = [], 0                 # samples without a label since that line; all of them
         self.path = Path(cfg.out) / "metrics.jsonl"
         self.bar = tqdm(total=cfg.steps, initial=first_step, leave=False, disable=None if dist.is_main else True)
         self.print_main(f"{stage.name}: {cfg.steps} steps of {cfg.batch} from {len(stage.dataset):,} samples, "
                         f"{cfg.dtype} on {dist.device}" + f" in {dist.size} processes" * (dist.size > 1)
-                        + f", resuming from step {first_step}" * (first_step > 0), *stage.notes)
+                        + f", resuming from step {first_step}" * (first_step > 0),
+                        *getattr(stage.dataset, "notes", ()), *stage.notes)
 
     def print_main(self, *lines):
         if self.dist.is_main:
@@ -65,7 +67,19 @@ class TrainLog:
 
     def close(self):
         self.read_pending()
+        self.report_no_label()
+        if self.n_no_label:
+            self.print_main(f"samples without a label: {self.n_no_label}, of which the first is named above")
         self.bar.close()
+
+    def report_no_label(self):
+        """Names the run's first sample without a label, of all processes, and counts the others -> how many are new."""
+        counts, first = zip(*self.dist.all_gather_object((len(self.no_label), self.no_label[:1])), strict=True)
+        if sum(counts) and not self.n_no_label:
+            self.print_main(f"nothing to learn in {sum(first, [])[0]}; raise --max-text or shorten the text; python -m "
+                            "training.check_data lists all such entries, and the log counts them")
+        self.no_label, self.n_no_label = [], self.n_no_label + sum(counts)
+        return sum(counts)
 
     def read_pending(self):
         """Reads the last step's results and prints what is due. ValueError after max_bad_steps bad ones in a row."""
@@ -78,6 +92,7 @@ class TrainLog:
         grad_norm = losses.pop("grad_norm")
         for line in (line for batch in micro_batches for line in batch["bad"]):    # by every process, of its own clips
             print(f"unreadable, replaced by another sample: {line}", flush=True)
+        self.no_label += [line for batch in micro_batches for line in batch.get("no_label", ())]
 
         # a step whose gradient is not finite has changed nothing (optim.optimizer_step): the log names the first module
         # where a value was not, and the step's files; every process has other files, and perhaps another module
@@ -115,6 +130,7 @@ class TrainLog:
         sums = self.dist.all_reduce_sum([sum(column) / len(column) for column in self.recent.values()])
         means = {name: total / self.dist.size for name, total in zip(self.recent, sums, strict=True)}
         self.recent.clear()
+        no_label = self.report_no_label()
         if not self.dist.is_main:
             return
 
@@ -135,6 +151,7 @@ class TrainLog:
         # the same for people
         loss = f"{row['loss']:.3f}" if means else "-"
         parts = "".join(f" | {name} {mean:.3f}" for name, mean in means.items()) if len(means) > 1 else ""
+        parts += f" | samples without a label {no_label}" * (no_label > 0)
         eta = (now - self.start) / (step + 1 - self.first_step) * (self.cfg.steps - step - 1)
         self.print_main(f"{self.stage.name} | step {step + 1}/{self.cfg.steps} | loss {loss}{parts} "
                         f"| lr {row['lr']:.1e} | grad {grad_norm:.2f} | {row['ms']:.0f} ms, {row['waiting']:.0%} "

@@ -99,8 +99,8 @@ def clip_gradients(model, optimizers, scaler, max_norm):
         scaler.unscale_(optimizer)
     return full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
 
-def optimizer_step(optimizers, lr, scaler, grad_norm):
-    """One update of the weights. If the gradient's norm is not finite, nothing changes: no weight, no moment."""
+def optimizer_step(optimizers, lr, scaler, grad_norm, skip=False):
+    """One update of the weights. With skip, or if the gradient's norm is not finite, no weight or moment changes."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
@@ -110,7 +110,7 @@ def optimizer_step(optimizers, lr, scaler, grad_norm):
         fused = optimizer.defaults.get("fused")
         if fused and not scaler.is_enabled():
             optimizer.grad_scale, optimizer.found_inf = None, (~grad_norm.isfinite()).float()
-        if fused or grad_norm.isfinite():
+        if not skip and (fused or grad_norm.isfinite()):
             scaler.step(optimizer)                                         # skips where float16 overflowed
         optimizer.zero_grad(set_to_none=True)
     scaler.update()

@@ -3,7 +3,7 @@
     runs/toy/stage1.unfinished/000400/      after 400 steps; the last few stay until the stage is finished
         config.json, model.safetensors ...  the checkpoint at that step, which mvbench.py and chat.py can read
         trainer.safetensors                 the optimizers' moments, the states of each process's random generators
-        trainer.json                        step, options, and size and hash of every file in the folder
+        trainer.json                        step, options, hashes of the annotations and of every file in the folder
 
 If a folder is damaged, its hashes show it, and the one before it is used. The position in the data and the learning
 rate follow from the step. Not here: what the files of a checkpoint are (weights/checkpoint.py).
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from infra.distributed import full_tensor, raise_together, shard_like
+from infra.distributed import Distributed, full_tensor, raise_together, shard_like
 from infra.files import atomic_folder, hash_file, load_strict, lock_folder, read_json, read_tensors, save_tensors
 from weights import checkpoint
 
@@ -96,17 +96,46 @@ def init_checkpoint(cfg):
 
 # ------------------------------------------------------------------------------------------------------------- reading
 
-def load_weights(stage, cfg, folder):
+def load_weights(stage, cfg, folder, dist=None):
     """Fills the model from a checkpoint, before it is distributed -> the step. ValueError if it is another run's."""
-    # an option that a checkpoint of an older version does not have is not compared
     record, current = read_json(folder / TRAINER), asdict(cfg)
-    saved = {OLD_OPTIONS.get(name, name): value for name, value in record["options"].items()}
-    differing = [f"{name} {saved[name]} instead of {current[name]}" for name in MUST_MATCH
-                 if name in saved and saved[name] != current[name]]
-    if differing:
-        raise ValueError(f"{folder} belongs to a run with {', '.join(differing)}; resume with these, or use --restart")
+    with raise_together(dist or Distributed()):
+        # other data means another order of the samples, and perhaps another number of steps
+        changes = data_changes(record.get("data"), data_record(stage))
+        if changes and not cfg.accept_changed_data:
+            raise ValueError(f"{changes[0]}: the samples would come in another order. Bring the old data back, or add "
+                             "--accept-changed-data to resume all the same, or --restart")
+
+        # an option that a checkpoint of an older version does not have is not compared
+        saved = {OLD_OPTIONS.get(name, name): value for name, value in record["options"].items()}
+        differing = [f"{name} {saved[name]} instead of {current[name]}" for name in MUST_MATCH if name in saved
+                     and saved[name] != current[name] and not (name == "steps" and changes)]
+        if differing:
+            raise ValueError(f"{folder} belongs to a run with {', '.join(differing)}; resume with these, or use "
+                             "--restart")
+    stage.notes += [f"resuming with changed data: {line}" for line in changes]
     load_strict(stage.model, read_tensors(folder / "model.safetensors"), folder, fresh=(checkpoint.LLM_PREFIX,))
     return record["step"]
+
+def data_record(stage):
+    """What the order of a stage's samples depends on, as trainer.json has it, or None for a dataset without files."""
+    return stage.dataset.order_record() if hasattr(stage.dataset, "order_record") else None
+
+def data_changes(saved, current):
+    """What has changed between two of these records, a line each. Older versions have none."""
+    if not saved or not current:
+        return []
+    if len(saved) != len(current):
+        return [f"the corpus had {len(saved)} annotation files when the run was interrupted and has {len(current)} now"]
+    changes = []
+    for old, new in zip(saved, current, strict=True):
+        # the name may change, as when a folder is moved
+        words = [f"{old[key]} {key} then, {new[key]} now" for key in ("entries", "media", "weight")
+                 if old[key] != new[key]]
+        if words or old["sha256"] != new["sha256"]:
+            changes.append(f"{new['anno']} has changed since the run was interrupted ("
+                           + (", ".join(words) or f"{new['entries']} entries as before, but not the same") + ")")
+    return changes
 
 def load_trainer(stage, optimizers, scaler, folder, dist):
     """Fills optimizers, generators and gradient scaler from a checkpoint. ValueError if other parameters train now."""
@@ -177,7 +206,8 @@ class AsyncSaver:
             # every process draws its own dropout
             tensors |= {f"random.{rank}.{name}": t for name, t in state.items()}
         if self.dist.is_main:
-            record = {"step": step, "done": False, "options": asdict(self.cfg), "scaler": scaler.state_dict()}
+            record = {"step": step, "done": False, "options": asdict(self.cfg), "scaler": scaler.state_dict(),
+                      "data": data_record(self.stage)}
             self.thread = threading.Thread(target=self.write, args=(step, weights, record, tensors))
             self.thread.start()
 
