@@ -13,13 +13,15 @@ to results/. Parts of earlier runs stay on the page until they run again. Weight
 Not here: what the parts do (gpu_checks.py, gpu_speed.py); several cards, real weights, real videos.
 
 A bare machine needs Python 3.10 and torch 2.6 or newer, and wheels of av, numpy, pillow, safetensors, sentencepiece and
-tqdm; of transformers and peft for part 3.
+tqdm; of transformers and peft for part 3; a C compiler and Python's headers for --compile.
 
     python -m bench.gpu --out DIR              # on a card
     python -m bench.gpu --tiny --out DIR       # a rehearsal: every part at tiny sizes, with or without a card
 """
 import argparse
+import contextlib
 import datetime
+import gc
 import importlib
 import importlib.util
 import os
@@ -70,7 +72,7 @@ PARTS = {
 class Report:
     """What a part writes: rows of tables, in a file that is complete after each of them."""
     def __init__(self, path, seconds, tiny):
-        self.path, self.tiny, self.deadline = Path(path), tiny, time.monotonic() + seconds
+        self.path, self.tiny, self.deadline, self.failed = Path(path), tiny, time.monotonic() + seconds, 0
         self.record = read_json(path) | {"card": "CPU", "device": f"CPU, {torch.get_num_threads()} threads"}
         if torch.cuda.is_available():
             name, size = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1] / 2 ** 30
@@ -83,6 +85,20 @@ class Report:
         self.record["rows"].append({name: as_text(value) for name, value in columns.items()})
         self.save("running")
 
+    def attempt(self, what, call, *args):
+        """call(self, *args), which writes rows. If it fails, a row says why, and the part goes on."""
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()                             # compiled code refers to the model before
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        try:
+            call(self, *args)
+        except Exception as error:
+            traceback.print_exc()
+            self.failed += 1
+            self.row(what=what, result=one_line(error))
+
     def save(self, status):
         write_json(self.record | {"status": status}, self.path)
 
@@ -92,72 +108,59 @@ class Report:
 def as_text(value):
     """{"a": 1} -> "a 1"; [1, 2] -> "1, 2"."""
     if isinstance(value, dict):
-        value = [f"{name} {x}" for name, x in value.items()]
+        value = [f"{name} {x}" for name, x in value.items()] or ["none"]
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+def one_line(error):
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
 
 def run_part(function, path, seconds, tiny):
     """Calls a part's function; whatever it raises becomes its status."""
-    report = None
+    report = Report(path, float(seconds), tiny == "True")
     try:
-        report = Report(path, float(seconds), tiny == "True")
         module, _, name = function.rpartition(".")
         getattr(importlib.import_module(module), name)(report)
-        report.save("done")
+        report.save(f"done, but {report.failed} measurements failed" if report.failed else "done")
     except BaseException as error:                             # SystemExit of argparse, too
-        traceback.print_exc()
-        reason = (str(error).strip().splitlines() or [""])[0][:300]
-        if report:
-            report.save(f"failed: {type(error).__name__}: {reason}")
-        sys.exit(1)
+        report.save(f"failed: {one_line(error)}")
+        raise
 
 # ------------------------------------------------------------------------------------------------ in the first process
 
 def start_part(number, options, commit, seconds, scratch):
-    """Runs a part in a process group of its own, which ends after these seconds -> its record, also in partN.json."""
-    # what the page says of the part, until it says more itself
+    """Runs a part in a process group of its own, which ends after these seconds; its record is in OUT/partN.json."""
+    # what the page says of the part until its first row
     path, part = Path(options.out).resolve() / f"part{number}.json", PARTS[number]
     now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
     record = {"date": now, "commit": commit, "torch": torch.__version__, "tiny": options.tiny, "rows": [], "seconds": 0}
     missing = [name for name in part.needs if importlib.util.find_spec(name) is None]
     if missing or seconds < START_UP:
         reason = f"needs {' and '.join(missing)}" if missing else "no time was left"
-        write_json(record | {"status": f"not run: {reason}"}, path)
-        return
+        return write_json(record | {"status": f"not run: {reason}"}, path)
     write_json(record | {"status": "running"}, path)
 
     # its temporary files are in scratch, and go with it also if the part is killed
-    start, status = time.monotonic(), ""
-    env = os.environ | {"TMPDIR": scratch, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(
-        [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
     code = "import sys; from bench.gpu import run_part; run_part(*sys.argv[1:])"
-    arguments = [part.function, str(path), f"{seconds:.0f}", str(options.tiny)]
+    command = [sys.executable, "-c", code, part.function, str(path), f"{seconds:.0f}", str(options.tiny)]
+    start, env = time.monotonic(), os.environ | {"TMPDIR": scratch, "PYTHONUNBUFFERED": "1"}
     with open(path.with_name("log.txt"), "a") as log:
-        log.write(f"\n==== part {number}, {now}, at most {seconds:.0f} s\n")
-        log.flush()
-        process = subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=ROOT, env=env, stdout=log,
-                                   stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            process.wait(seconds)
-            status = f"failed: ended by signal {-process.returncode}" if process.returncode < 0 else (
-                f"failed: exit code {process.returncode}, see log.txt")
-        except subprocess.TimeoutExpired:
-            status = f"stopped at its limit of {seconds:.0f} s"
-        except KeyboardInterrupt:
-            status = "stopped by Ctrl-C"
-            raise
-        finally:
-            end_group(process)
-            record = read_json(path)
-            record["status"] = status if record["status"] == "running" else record["status"]
-            write_json(record | {"seconds": round(time.monotonic() - start)}, path)
-
-def end_group(process):
-    """Kills what is left of a part and of the processes that it started."""
+        print(f"\n==== part {number}, {now}, at most {seconds:.0f} s", file=log, flush=True)
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT,
+                                   start_new_session=True)
+    status = "stopped by Ctrl-C"
     try:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait(10)                                       # a process that waits for a driver may not die
-    except (ProcessLookupError, subprocess.TimeoutExpired):
-        pass
+        code = process.wait(seconds)
+        status = f"failed: ended by signal {-code}" if code < 0 else f"failed: exit code {code}, see log.txt"
+    except subprocess.TimeoutExpired:
+        status = f"stopped at its limit of {seconds:.0f} s"
+    finally:
+        # end what is left of its group; a process that waits for a driver may not die
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(10)
+        record = read_json(path)
+        status = status if record["status"] == "running" else record["status"]
+        write_json(record | {"status": status, "seconds": round(time.monotonic() - start)}, path)
 
 def write_page(options, driver):
     """The page of all parts in OUT, whichever run they are of -> its path. Also to results/, unless sizes are tiny."""
@@ -170,35 +173,29 @@ def write_page(options, driver):
              'date, commit and card; what was not reached is "not run".',
              *["", "**Tiny sizes**: this is a rehearsal, and its times say nothing."] * options.tiny]
 
-    # each part with its tables
+    # each part with its tables: rows with the same columns are one
     for number, part in PARTS.items():
         record = records.get(number, {"status": "not run", "rows": []})
-        lines += ["", f"## {number}. {part.title}: {record['status']}", ""]
+        lines += ["", f"## {number}. {part.title}: {record['status']}"]
         if "date" in record:
             command = f"python -m bench.gpu{' --tiny' * record['tiny']} --only {number} --out DIR"
-            lines.append(f"`{command}`, {record['date']}, commit {record['commit']}, torch {record['torch']}, "
-                         f"{record.get('device', 'no device')}, {record['seconds']} s")
-        lines += tables(record["rows"])
+            lines += ["", f"`{command}`, {record['date']}, commit {record['commit']}, torch {record['torch']}, "
+                      f"{record.get('device', 'no device')}, {record['seconds']} s"]
+        for header in dict.fromkeys(map(tuple, record["rows"])):
+            rows = [row.values() for row in record["rows"] if tuple(row) == header]
+            lines += ["", *map(as_markdown, [header, ["---"] * len(header), *rows])]
 
     # results/ may not be writable
     text, page = "\n".join(lines) + "\n", out / f"gpu_{re.sub(r'[^a-z0-9]+', '_', card.lower())}.md"
     save_text(text, page)
-    if not options.tiny:
-        try:
+    try:
+        if not options.tiny:
             save_text(text, RESULTS / page.name)
-        except OSError as error:
-            print(f"{RESULTS / page.name} is not written ({error}); the page is {page}", flush=True)
+    except OSError as error:
+        print(f"{RESULTS / page.name} is not written ({error}); the page is {page}", flush=True)
     return page
 
-def tables(rows):
-    """Markdown of rows; those with the same columns are one table."""
-    lines = []
-    for header in dict.fromkeys(map(tuple, rows)):
-        lines += ["", as_row(header), "|---" * len(header) + "|"]
-        lines += [as_row(row.values()) for row in rows if tuple(row) == header]
-    return lines
-
-def as_row(cells):
+def as_markdown(cells):
     return f"| {' | '.join(cell.replace('|', '/').replace(chr(10), ' ') for cell in cells)} |"
 
 def output_of(*arguments):
@@ -215,7 +212,8 @@ def main(argv=None):
     options, _ = read_options(parser, Options, argv)
     if not torch.cuda.is_available() and not options.tiny:
         raise ValueError("PyTorch finds no CUDA device here; --tiny runs every part at tiny sizes on the CPU")
-    if unknown := set(options.only.replace(" ", "").split(",")) - {"", *map(str, PARTS)}:
+    only = options.only.replace(" ", "").split(",") if options.only else [*map(str, PARTS)]
+    if unknown := set(only) - {*map(str, PARTS)}:
         raise ValueError(f"--only knows no part {', '.join(sorted(unknown))}: expected numbers from 1 to {len(PARTS)}")
 
     # where and from what
@@ -223,7 +221,7 @@ def main(argv=None):
     commit = options.commit or output_of("git", "describe", "--always", "--dirty", "--exclude", "*")
     driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     deadline = time.monotonic() + 60 * options.minutes
-    numbers = [n for n in PARTS if not options.only or str(n) in options.only.replace(" ", "").split(",")]
+    numbers = [n for n in PARTS if str(n) in only]
 
     # what a part leaves of its time goes to those after it
     with tempfile.TemporaryDirectory(prefix="bench_gpu_", ignore_cleanup_errors=True) as scratch:

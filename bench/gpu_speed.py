@@ -7,13 +7,12 @@ processes, time limits, the page (gpu.py).
     python -m bench.gpu --tiny --only 2,3,4 --out DIR
 """
 import functools
-import gc
 import math
 import os
 import re
+import shutil
 import tempfile
 import time
-import traceback
 import warnings
 from collections import Counter
 from dataclasses import replace
@@ -25,13 +24,14 @@ from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import decoding, memory, mvbench_speed, train_step
-from bench.gpu_checks import ON_GPU, Trainer, made_questions, one_line, pinned_batch, random_chat
+from bench.gpu_checks import ON_GPU, Trainer, made_questions, pinned_batch, random_chat
 from bench.train_step import CPU_ATTENTION, DEVICE, DTYPE, Step, our_model, step_config
-from evaluation.batches import evaluate
+from evaluation.batches import GROUP, evaluate
 from evaluation.engine import Engine
 from evaluation.predictions import Condition
 from evaluation.protocol import Protocol
 from infra.distributed import blocks_of
+from lora import merge_lora
 from weights.int8 import quantize_int8
 
 GIB, NO_CUDA = memory.GIB, "not run: no CUDA device"
@@ -40,9 +40,13 @@ COUNTED = {  # stage -> variant -> GiB of the first clip, GiB of each further: p
     1: {"": (3.68, 0.201), RECOMPUTE: (3.55, 0.073)},
     2: {"": (19.99, 1.99), RECOMPUTE: (18.80, 0.13), INT8: (14.21, 1.98)},
     3: {"": (23.25, 4.43), RECOMPUTE: (19.83, 0.29), INT8: (17.41, 4.41)}}
-LARGEST = {1: 64, 2: 8, 3: 8}                              # clips of a batch: more are not faster
-ATTENTION = re.compile("flash|fmha|sdpa", re.I)            # in names of kernels; every flash kernel's has "flash"
-HOST_WAITS = re.compile(r"Synchronize|^cuda(Memcpy|Malloc|Free)(_v\d+)?$|^Memcpy DtoH")
+LARGEST = {1: 64, 2: 16, 3: 8}                             # clips of a batch that keep a large card busy
+
+# names of kernels: PyTorch's flash and cuDNN's, both never store the scores; fmha_cutlass does not either, but is slower
+FLASH = re.compile("flash|cudnn.*(sdpa|attention)", re.I)
+ATTENTION = re.compile("flash|fmha|sdpa|attention", re.I)
+# a copy to pinned memory waits for nothing; one to pageable memory does
+HOST_WAITS = re.compile(r"Synchronize|^cuda(Memcpy|Malloc|Free|HostAlloc)(_v\d+)?$|^Memcpy DtoH.*Pageable")
 
 def clips_that_fit(stage, variant, gib):
     """By the count, on a card of this size, 1 GiB of which CUDA itself takes."""
@@ -60,27 +64,15 @@ def real_step(stage, variant="", tiny=False):
         raise MemoryError(f"vicuna-7b does not fit: {gib / 0.9:.1f} GiB are free")
     return Step(stage, "vicuna-7b", batch=min(LARGEST[stage], clips))
 
-def attempt(report, what, call):
-    """Calls what writes rows. If it fails, a row says why, and the part goes on."""
-    gc.collect()                                           # what the call before has left
-    if ON_GPU:
-        torch.cuda.empty_cache()
-    try:
-        call()
-    except Exception as error:
-        traceback.print_exc()
-        report.row(what=what, result=one_line(error))
-
 def real_size(report):
-    """A step of each stage and variant, each with new weights; compiling, which takes long, comes last."""
+    """A step of each stage and variant, each with new weights; compiling, which may take minutes, comes last."""
     rate, operations = train_step.matmul_rate(), {}
     report.row(what=f"product of two large matrices in {DTYPE}, the rate that MFU refers to",
                result=f"{rate / 1e12:.3g} TFLOP/s")
     for variant in ("", INT8, RECOMPUTE, COMPILE):
         for stage in (3, 2, 1) if not report.tiny or not variant else (3,):
             if variant != INT8 or stage > 1:                               # stage 1 has no LLM
-                attempt(report, f"stage {stage} {variant}",
-                        functools.partial(measure, report, stage, variant, rate, operations))
+                report.attempt(f"stage {stage} {variant}", measure, stage, variant, rate, operations)
 
 def measure(report, stage, variant, rate, operations):
     """Times one variant. rate: of a matrix product; operations: {stage: counted for a clip}, which this may fill."""
@@ -91,11 +83,8 @@ def measure(report, stage, variant, rate, operations):
     model = our_model(cfg, stage, dropout=True)
     if variant == INT8:
         quantize_int8(model.llama_model)
-    if variant == COMPILE:
-        torch.compiler.reset()                             # of the stage before
-        torch._dynamo.utils.counters.clear()
-        for block in blocks_of(model):
-            block.compile(backend="inductor" if ON_GPU else "eager")
+    for block in blocks_of(model) if variant == COMPILE else ():
+        block.compile(backend="inductor" if ON_GPU else "eager")
 
     # the first steps make AdamW's moments, and compile
     trainer, batch = Trainer(model, "bf16" if ON_GPU else "fp32"), pinned_batch(step)
@@ -103,45 +92,29 @@ def measure(report, stage, variant, rate, operations):
     for _ in range(3):
         train_once()
     if ON_GPU:
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    seconds = train_step.seconds_of(train_once, 0.01 if report.tiny else 3)
+    seconds = train_step.seconds_of(train_once, 0.01 if report.tiny else 2)
     peak = torch.cuda.max_memory_allocated() / GIB if ON_GPU else math.nan
 
     # operations: the plain step's, for recomputing is no progress; where that does not fit, int8's has the same
-    counts_operations = stage not in operations and variant in ("", INT8)
-    if counts_operations:
+    is_first = stage not in operations and variant in ("", INT8)
+    if is_first:
         with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
             train_once()
         operations[stage] = counter.get_total_flops() / step.batch
-    report_step(report, step, variant, seconds, peak, operations.get(stage, math.nan) * step.batch, rate)
 
-    # what may fail or take long; with texts of unlike lengths, as real ones are
-    if variant == COMPILE:
-        report_graphs(report, trainer, step)
-    if counts_operations:
+    # its peak beside the count for vicuna-7b, and the batches that fit by the count
+    flops, (first, each) = operations.get(stage, math.nan) * step.batch, COUNTED[stage].get(variant, COUNTED[stage][""])
+    counted = first + (step.batch - 1) * each
+    report.row(stage=stage, variant=variant or "plain", ms=f"{1000 * seconds:.1f}", MFU=f"{flops / seconds / rate:.0%}",
+               **{"clips/s": f"{step.batch / seconds:.2f}", "TFLOP": f"{flops / 1e12:.3g}",
+                  "peak GiB": f"{peak:.2f}" if ON_GPU else NO_CUDA, "counted GiB": f"{counted:.2f}",
+                  "peak/counted": f"{peak / counted:.2f}" if ON_GPU else NO_CUDA, "clips for 24, 40, 80 GiB":
+                  [clips_that_fit(stage, variant, gib) for gib in (24, 40, 80)], "size": step})
+
+    # texts of unlike lengths, as real ones are
+    if is_first:
         report_kernels(report, stage, functools.partial(trainer.step, pinned_batch(step, shortest=0.5)))
-
-def report_step(report, step, variant, seconds, peak, operations, rate):
-    """The row of a variant: its peak beside the count, and the batches that fit by the count."""
-    row = {"stage": step.stage, "variant": variant or "plain", "ms": f"{1000 * seconds:.1f}",
-           "clips/s": f"{step.batch / seconds:.2f}", "TFLOP": f"{operations / 1e12:.3g}",
-           "MFU": f"{100 * operations / seconds / rate:.0f} %", "peak GiB": f"{peak:.2f}" if ON_GPU else NO_CUDA,
-           "counted GiB": "-", "peak/counted": "-", "clips for 24, 40, 80 GiB": "-", "size": step}
-    if step.preset == "vicuna-7b":
-        first, each = COUNTED[step.stage].get(variant, COUNTED[step.stage][""])
-        counted = first + (step.batch - 1) * each
-        row |= {"counted GiB": f"{counted:.2f}", "peak/counted": f"{peak / counted:.2f}", "clips for 24, 40, 80 GiB": [
-            clips_that_fit(step.stage, variant, gib) for gib in (24, 40, 80)]}
-    report.row(**row)
-
-def report_graphs(report, trainer, step):
-    """Whether texts of other lengths are compiled again, which would cost a real run seconds each time."""
-    graphs = [torch._dynamo.utils.counters["stats"]["unique_graphs"]]
-    for shortest in (0.75, 0.5, 0.25):
-        trainer.step(pinned_batch(step, shortest))
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    report.row(stage=step.stage, **{"graphs compiled so far, after texts of 1, 2, 3 and 4 sets of lengths": graphs})
 
 def report_kernels(report, stage, train_once):
     """Which attention runs, and what makes the host wait: by the profiler, and by PyTorch's warnings."""
@@ -164,10 +137,14 @@ def report_kernels(report, stage, train_once):
         if ON_GPU:
             torch.cuda.set_sync_debug_mode("default")
     lines = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message))
-    flash = sum(count for name, count in kernels.items() if "flash" in name.lower())
-    on_gpu = {"flash kernels": flash, "attention kernels": as_text(kernels), "host waits, by the profiler":
-              as_text(waits), "host waits, by PyTorch's warnings": as_text(lines)}
-    report.row(stage=stage, attention=as_text(attention), **(on_gpu if ON_GPU else dict.fromkeys(on_gpu, NO_CUDA)))
+
+    # a profiler that may not read the card's counters sees no kernel; then it has seen no wait either
+    on_gpu = {"flash kernels": sum(n for name, n in kernels.items() if FLASH.search(name)),
+              "attention kernels": times(kernels), "host waits, by the profiler": times(waits)}
+    if not kernels:
+        on_gpu = dict.fromkeys(on_gpu, "the profiler saw no attention kernel" if ON_GPU else NO_CUDA)
+    report.row(stage=stage, attention=times(attention), **on_gpu,
+               **{"host waits, by PyTorch's warnings": times(lines) if ON_GPU else NO_CUDA})
 
 def read_profile(events):
     """Events of a profiled "training step" -> operations of attention, its kernels, what made the host wait."""
@@ -179,26 +156,28 @@ def read_profile(events):
             Counter(e.name for e in on_gpu if ATTENTION.search(e.name)),
             Counter(e.name for e in [*inside, *on_gpu] if HOST_WAITS.search(e.name)))
 
-def as_text(counter):
-    return ", ".join(f"{count} {name[:90]}" for name, count in counter.most_common()) or "none"
+def times(counter):
+    return [f"{count} {name[:90]}" for name, count in counter.most_common()] or "none"
 
 # ------------------------------------------------------------------------------------------ part 3: beside transformers
 
 def beside_transformers(report):
     """The step of bench.train_step on both sides: same weights, batch and losses, no dropout."""
     for stage in (3,) if report.tiny else (3, 2, 1):
-        seconds = {}
-        for side in ("ours", "transformers"):
-            attempt(report, f"stage {stage}, {side}", functools.partial(measure_side, report, side, stage, seconds))
+        report.attempt(f"stage {stage}", measure_both, stage)
 
-def measure_side(report, side, stage, seconds):
-    """seconds: {side: seconds of a step}, of the sides that are measured."""
-    step = real_step(stage, "", report.tiny)
+def measure_both(report, stage):
+    step, seconds = real_step(stage, "", report.tiny), {}
     step = replace(step, batch=max(1, step.batch // 2))                    # their padding takes more memory
-    result = train_step.measure(side, step, 0.01 if report.tiny else 3)
+    for side in ("ours", "transformers"):
+        report.attempt(f"stage {stage}, {side}", measure_side, side, step, seconds)
+
+def measure_side(report, side, step, seconds):
+    """seconds: {side: seconds of a step}, of the sides that are measured."""
+    result = train_step.measure(side, step, 0.01 if report.tiny else 2)
     seconds[side] = result["seconds"]
-    report.row(stage=stage, side=side, ms=f"{1000 * seconds[side]:.1f}", MFU=f"{result['mfu']:.0%}",
-               losses=", ".join(f"{name} {loss:.4f}" for name, loss in result["losses"].items()), size=step,
+    report.row(stage=step.stage, side=side, ms=f"{1000 * seconds[side]:.1f}", MFU=f"{result['mfu']:.0%}",
+               losses={name: f"{loss:.4f}" for name, loss in result["losses"].items()}, size=step,
                **{"clips/s": f"{step.batch / seconds[side]:.2f}", "peak GiB": f"{result['peak'] / GIB:.2f}",
                   "times ours": f"{seconds[side] / seconds.get('ours', math.nan):.2f}"})
 
@@ -206,39 +185,42 @@ def measure_side(report, side, stage, seconds):
 
 def mvbench_real_size(report):
     """Questions about one made video under many names. Random weights accept no draft of an answer, so each takes ten
-    steps of the LLM; a trained LLM needs about two, and `letter` needs one."""
-    tiny, folder = report.tiny, Path(tempfile.mkdtemp())
+    steps of the LLM; a trained LLM needs about two."""
+    tiny, folder, protocol = report.tiny, Path(tempfile.mkdtemp()), Protocol(max_new_tokens=10)
     chat = random_chat("micro" if tiny else "vicuna-7b", DEVICE, DTYPE)    # model and tokenizers
+    merge_lora(chat[0].llama_model)                                        # as mvbench.py does
     decoding.write_clip(folder / "clip.mp4", np.random.default_rng(0), 20 if tiny else 250)
     media = [folder / f"{i}.mp4" for i in range(4 if tiny else 400)]
     for path in media:
         path.symlink_to(folder / "clip.mp4")
-    questions, few = made_questions(media), 2 if tiny else 20
+    questions, few = made_questions(media), 2 if tiny else 10
 
-    # what matters most comes first
+    # loader processes hand clips over in shared memory, of which a container may have only 64 MB: each needs room for
+    # the group it reads, two that are read and one that is in use
+    cfg, batch, workers = chat[0].cfg, 32, 0
+    if not tiny:
+        group = GROUP * 4 * cfg.eval_frames * 3 * cfg.vit.img_size ** 2                        # bytes
+        workers = min(8, len(os.sched_getaffinity(0)) // 2, shutil.disk_usage("/dev/shm").free // (4 * group))
+        batch = 32 if torch.cuda.get_device_properties(0).total_memory > 30 * GIB else 8
+
+    def report_rate(way, n, seconds, parts):
+        report.row(size=f"{cfg.preset}, {cfg.eval_frames} frames", way=way, questions=n, **{
+            "questions/s": f"{n / seconds:.2f}", "parts": parts, "minutes for 4,000": f"{4000 * seconds / n / 60:.1f}"})
+
     with torch.autocast(DEVICE, DTYPE, enabled=ON_GPU):
-        ask_engine(report, chat, questions, "generate")
-        _, seconds = mvbench_speed.ask_one_by_one(*chat, questions[:few], Protocol(max_new_tokens=10))
-        report_rate(report, chat[0].cfg, "answer_one", few, seconds, "-")
-        ask_engine(report, chat, questions, "letter")
+        _, seconds = mvbench_speed.ask_one_by_one(*chat, questions[:few], protocol)
+        report_rate("answer_one", few, seconds, "-")
 
-def ask_engine(report, chat, questions, decode):
-    """Asks in batches; the first one is asked twice, and not counted at first."""
-    engine, folder = Engine(*chat, Protocol(decode=decode, max_new_tokens=10)), Path(tempfile.mkdtemp())
-    batch = 32 if not ON_GPU or torch.cuda.mem_get_info()[0] > 40 * GIB else 8
-    workers = 0 if report.tiny else max(1, min(8, os.cpu_count() // 2))
-    for part in (questions[:batch], questions):
-        engine.seconds.clear()
-        start = time.perf_counter()
-        rows = sum((rows for _, rows in evaluate(engine, part, [Condition(folder)], batch, workers)), [])
-        seconds = time.perf_counter() - start
+        # the first batch is asked twice, and not counted at first
+        engine, condition = Engine(*chat, protocol), Condition(Path(tempfile.mkdtemp()))
+        for part in (questions[:batch], questions):
+            engine.seconds.clear()
+            start = time.perf_counter()
+            rows = sum((rows for _, rows in evaluate(engine, part, [condition], batch, workers)), [])
+            seconds = time.perf_counter() - start
 
     # a video that cannot be read would be answered in no time
     if unread := [row["unread"] for row in rows if "unread" in row]:
         raise ValueError(f"{len(unread)} of {len(rows)} videos: {unread[0]}")
-    report_rate(report, chat[0].cfg, f"engine, {decode}, batches of {batch}, {workers} workers", len(rows), seconds,
+    report_rate(f"engine, batches of {batch}, {workers} workers", len(rows), seconds,
                 {part: f"{s:.2f} s" for part, s in engine.seconds.items()})
-
-def report_rate(report, cfg, way, n, seconds, parts):
-    report.row(size=f"{cfg.preset}, {cfg.eval_frames} frames", way=way, questions=n, **{
-        "questions/s": f"{n / seconds:.2f}", "parts": parts, "minutes for 4,000": f"{4000 * seconds / n / 60:.1f}"})
