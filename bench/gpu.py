@@ -87,10 +87,9 @@ class Report:
 
     def attempt(self, what, call, *args):
         """call(self, *args), which writes rows. If it fails, a row says why, and the part goes on."""
-        if "torch._dynamo" in sys.modules:
-            torch.compiler.reset()                             # compiled code refers to the model before
-        gc.collect()
-        if torch.cuda.is_available():
+        if torch.cuda.is_available():                          # what went before, compiled code too, frees its memory
+            torch.compiler.reset()
+            gc.collect()
             torch.cuda.empty_cache()
         try:
             call(self, *args)
@@ -101,9 +100,6 @@ class Report:
 
     def save(self, status):
         write_json(self.record | {"status": status}, self.path)
-
-    def seconds_left(self):
-        return self.deadline - time.monotonic()
 
 def as_text(value):
     """{"a": 1} -> "a 1"; [1, 2] -> "1, 2"."""
@@ -129,7 +125,7 @@ def run_part(function, path, seconds, tiny):
 
 def start_part(number, options, commit, seconds, scratch):
     """Runs a part in a process group of its own, which ends after these seconds; its record is in OUT/partN.json."""
-    # what the page says of the part until its first row
+    # a record for the page until the part writes its own
     path, part = Path(options.out).resolve() / f"part{number}.json", PARTS[number]
     now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
     record = {"date": now, "commit": commit, "torch": torch.__version__, "tiny": options.tiny, "rows": [], "seconds": 0}
@@ -142,12 +138,10 @@ def start_part(number, options, commit, seconds, scratch):
     # its temporary files are in scratch, and go with it also if the part is killed
     code = "import sys; from bench.gpu import run_part; run_part(*sys.argv[1:])"
     command = [sys.executable, "-c", code, part.function, str(path), f"{seconds:.0f}", str(options.tiny)]
-    start, env = time.monotonic(), os.environ | {"TMPDIR": scratch, "PYTHONUNBUFFERED": "1"}
+    env, start, status = os.environ | {"TMPDIR": scratch, "PYTHONUNBUFFERED": "1"}, time.monotonic(), "stopped by Ctrl-C"
     with open(path.with_name("log.txt"), "a") as log:
         print(f"\n==== part {number}, {now}, at most {seconds:.0f} s", file=log, flush=True)
-        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT,
-                                   start_new_session=True)
-    status = "stopped by Ctrl-C"
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True)
     try:
         code = process.wait(seconds)
         status = f"failed: ended by signal {-code}" if code < 0 else f"failed: exit code {code}, see log.txt"

@@ -9,6 +9,7 @@ import json
 import math
 import signal
 import tempfile
+import time
 from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
@@ -246,7 +247,7 @@ def toy(report):
     full = {"toy.pretrain": 8000, "train --stage 1": 3000, "train --stage 2": 3000, "train --stage 3": 5400}
     for i, (name, most) in enumerate(full.items()):
         # each stage shows how many steps a second the next one will make; 20 s are for MVBench, 3 to load and to save
-        seconds = (report.seconds_left() - 20) * most / sum([*full.values()][i:]) - 3
+        seconds = (report.deadline - time.monotonic() - 20) * most / sum([*full.values()][i:]) - 3
         steps = min(most, int(rate * seconds)) // (2 if name == "toy.pretrain" else 1)         # ViT and LLM
         steps = 2 if report.tiny else max(1, steps // 20) * 20
         run_command(*name.split(), "--preset", preset, "--data", data, "--out", out, "--steps", steps,

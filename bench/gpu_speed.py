@@ -42,10 +42,8 @@ COUNTED = {  # stage -> variant -> GiB of the first clip, GiB of each further: p
     3: {"": (23.25, 4.43), RECOMPUTE: (19.83, 0.29), INT8: (17.41, 4.41)}}
 LARGEST = {1: 64, 2: 16, 3: 8}                             # clips of a batch that keep a large card busy
 
-# names of kernels: PyTorch's flash and cuDNN's, both never store the scores; fmha_cutlass does not either, but is slower
-FLASH = re.compile("flash|cudnn.*(sdpa|attention)", re.I)
-ATTENTION = re.compile("flash|fmha|sdpa|attention", re.I)
-# a copy to pinned memory waits for nothing; one to pageable memory does
+# names of kernels, of which cuDNN has a flash kernel too, and of CUDA's calls; a copy to pinned memory does not wait
+FLASH, ATTENTION = re.compile("flash|cudnn.*sdpa", re.I), re.compile("flash|fmha|sdpa|attention", re.I)
 HOST_WAITS = re.compile(r"Synchronize|^cuda(Memcpy|Malloc|Free|HostAlloc)(_v\d+)?$|^Memcpy DtoH.*Pageable")
 
 def clips_that_fit(stage, variant, gib):
@@ -120,12 +118,9 @@ def report_kernels(report, stage, train_once):
     """Which attention runs, and what makes the host wait: by the profiler, and by PyTorch's warnings."""
     for _ in range(2):
         train_once()                                                       # memory for these shapes
-    activities = [torch.profiler.ProfilerActivity.CPU, *[torch.profiler.ProfilerActivity.CUDA] * ON_GPU]
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile() as profile:                              # of CPU and card; waits for it at the end
         with torch.profiler.record_function("training step"):
             train_once()
-        if ON_GPU:
-            torch.cuda.synchronize()
     attention, kernels, waits = read_profile(profile.events())
 
     # a second witness: PyTorch warns of each call of its own that waits, at the line that made it
@@ -138,13 +133,13 @@ def report_kernels(report, stage, train_once):
             torch.cuda.set_sync_debug_mode("default")
     lines = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message))
 
-    # a profiler that may not read the card's counters sees no kernel; then it has seen no wait either
-    on_gpu = {"flash kernels": sum(n for name, n in kernels.items() if FLASH.search(name)),
-              "attention kernels": times(kernels), "host waits, by the profiler": times(waits)}
-    if not kernels:
-        on_gpu = dict.fromkeys(on_gpu, "the profiler saw no attention kernel" if ON_GPU else NO_CUDA)
-    report.row(stage=stage, attention=times(attention), **on_gpu,
-               **{"host waits, by PyTorch's warnings": times(lines) if ON_GPU else NO_CUDA})
+    # a profiler that is not allowed to watch the card sees no kernel, and no wait either
+    blind = "the profiler saw no attention kernel" if ON_GPU else NO_CUDA
+    flash = sum(n for name, n in kernels.items() if FLASH.search(name))
+    report.row(stage=stage, attention=times(attention), **{
+        "flash kernels": flash if kernels else blind, "attention kernels": times(kernels) if kernels else blind,
+        "host waits, by the profiler": times(waits) if kernels else blind,
+        "host waits, by PyTorch's warnings": times(lines) if ON_GPU else NO_CUDA})
 
 def read_profile(events):
     """Events of a profiled "training step" -> operations of attention, its kernels, what made the host wait."""
@@ -163,23 +158,25 @@ def times(counter):
 
 def beside_transformers(report):
     """The step of bench.train_step on both sides: same weights, batch and losses, no dropout."""
+    steps, ours = {}, {}
     for stage in (3,) if report.tiny else (3, 2, 1):
-        report.attempt(f"stage {stage}", measure_both, stage)
+        for side in ("ours", "transformers"):
+            report.attempt(f"stage {stage}, {side}", measure_side, side, stage, steps, ours)
 
-def measure_both(report, stage):
-    step, seconds = real_step(stage, "", report.tiny), {}
-    step = replace(step, batch=max(1, step.batch // 2))                    # their padding takes more memory
-    for side in ("ours", "transformers"):
-        report.attempt(f"stage {stage}, {side}", measure_side, side, step, seconds)
-
-def measure_side(report, side, step, seconds):
-    """seconds: {side: seconds of a step}, of the sides that are measured."""
+def measure_side(report, side, stage, steps, ours):
+    """Times a side. This fills steps: {stage: the Step of both sides}, and ours: {stage: seconds of our side}."""
+    if stage not in steps:
+        step = real_step(stage, "", report.tiny)
+        steps[stage] = replace(step, batch=max(1, step.batch // 2))        # their padding takes more memory
+    step = steps[stage]
     result = train_step.measure(side, step, 0.01 if report.tiny else 2)
-    seconds[side] = result["seconds"]
-    report.row(stage=step.stage, side=side, ms=f"{1000 * seconds[side]:.1f}", MFU=f"{result['mfu']:.0%}",
+    seconds = result["seconds"]
+    if side == "ours":
+        ours[stage] = seconds
+    report.row(stage=stage, side=side, ms=f"{1000 * seconds:.1f}", MFU=f"{result['mfu']:.0%}",
                losses={name: f"{loss:.4f}" for name, loss in result["losses"].items()}, size=step,
-               **{"clips/s": f"{step.batch / seconds[side]:.2f}", "peak GiB": f"{result['peak'] / GIB:.2f}",
-                  "times ours": f"{seconds[side] / seconds.get('ours', math.nan):.2f}"})
+               **{"clips/s": f"{step.batch / seconds:.2f}", "peak GiB": f"{result['peak'] / GIB:.2f}",
+                  "times ours": f"{seconds / ours.get(stage, math.nan):.2f}"})
 
 # --------------------------------------------------------------------------------------------------- part 4: MVBench
 
