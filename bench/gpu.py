@@ -138,10 +138,11 @@ def start_part(number, options, commit, seconds, scratch):
     # its temporary files are in scratch, and go with it also if the part is killed
     code = "import sys; from bench.gpu import run_part; run_part(*sys.argv[1:])"
     command = [sys.executable, "-c", code, part.function, str(path), f"{seconds:.0f}", str(options.tiny)]
-    env, start, status = os.environ | {"TMPDIR": scratch, "PYTHONUNBUFFERED": "1"}, time.monotonic(), "stopped by Ctrl-C"
+    env, start = os.environ | {"TMPDIR": scratch, "PYTHONUNBUFFERED": "1"}, time.monotonic()
     with open(path.with_name("log.txt"), "a") as log:
         print(f"\n==== part {number}, {now}, at most {seconds:.0f} s", file=log, flush=True)
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True)
+    status = "stopped by Ctrl-C"
     try:
         code = process.wait(seconds)
         status = f"failed: ended by signal {-code}" if code < 0 else f"failed: exit code {code}, see log.txt"
