@@ -86,8 +86,8 @@ class Report:
         self.save("running")
 
     def attempt(self, what, call, *args):
-        """call(self, *args), which writes rows. If it fails, a row says why, and the part goes on."""
-        if torch.cuda.is_available():                          # what went before, compiled code too, frees its memory
+        """call(self, *args), which writes rows. If it fails, a row says why, and the part continues."""
+        if torch.cuda.is_available():                          # frees what the call before used, compiled code too
             torch.compiler.reset()
             gc.collect()
             torch.cuda.empty_cache()
@@ -116,7 +116,7 @@ def run_part(function, path, seconds, tiny):
     try:
         module, _, name = function.rpartition(".")
         getattr(importlib.import_module(module), name)(report)
-        report.save(f"done, but {report.failed} measurements failed" if report.failed else "done")
+        report.save(f"done, but {report.failed} of its rows failed" if report.failed else "done")
     except BaseException as error:                             # SystemExit of argparse, too
         report.save(f"failed: {one_line(error)}")
         raise

@@ -194,11 +194,9 @@ def mvbench_real_size(report):
 
     # loader processes hand clips over in shared memory, of which a container may have only 64 MB: each needs room for
     # the group it reads, two that are read and one that is in use
-    cfg, batch, workers = chat[0].cfg, 32, 0
-    if not tiny:
-        group = GROUP * 4 * cfg.eval_frames * 3 * cfg.vit.img_size ** 2                        # bytes
-        workers = min(8, len(os.sched_getaffinity(0)) // 2, shutil.disk_usage("/dev/shm").free // (4 * group))
-        batch = 32 if torch.cuda.get_device_properties(0).total_memory > 30 * GIB else 8
+    cfg, batch = chat[0].cfg, 32 if not ON_GPU or torch.cuda.mem_get_info()[1] > 30 * GIB else 8
+    group = GROUP * 4 * cfg.eval_frames * 3 * cfg.vit.img_size ** 2                            # bytes
+    workers = 0 if tiny else min(8, os.cpu_count() // 2, shutil.disk_usage("/dev/shm").free // (4 * group))
 
     def report_rate(way, n, seconds, parts):
         report.row(size=f"{cfg.preset}, {cfg.eval_frames} frames", way=way, questions=n, **{

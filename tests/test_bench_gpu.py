@@ -60,6 +60,10 @@ def raises(report):
     works(report)
     raise RuntimeError("CUDA error: out of | order\nmore lines")
 
+def attempts(report):
+    report.attempt("the first", raises)
+    report.attempt("the second", works)
+
 def crashes(report):
     works(report)
     os.abort()
@@ -94,6 +98,13 @@ def test_the_others_survive_a_part_that_raises_crashes_or_hangs(tmp_path, monkey
     assert page.count("| a figure | 1, 2 |") == 3 and all(status in page for status in statuses)
     assert not is_alive(record_of(tmp_path, 3)["rows"][0]["result"])
     assert "Traceback" in (tmp_path / "log.txt").read_text()
+
+def test_a_measurement_that_fails_is_a_row_and_the_next_one_runs(tmp_path):
+    (tmp_path / "part1.json").write_text('{"rows": []}')
+    gpu.run_part("test_bench_gpu.attempts", tmp_path / "part1.json", 60, "True")
+    record, figure = record_of(tmp_path, 1), {"what": "a figure", "result": "1, 2"}
+    error = {"what": "the first", "result": "RuntimeError: CUDA error: out of | order"}
+    assert record["status"] == "done, but 1 of its rows failed" and record["rows"] == [figure, error, figure]
 
 def test_ctrl_c_keeps_what_is_there(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "PARTS", {1: part(works, 1), 2: part(hangs, 9), 3: part(works, 1)})
@@ -162,10 +173,12 @@ def test_a_profile_tells_kernels_and_what_made_the_host_wait():
         event("fmha_cutlassF_bf16_aligned_64x64_rf_sm80(...)", 121, DeviceType.CUDA),
         event("ampere_bf16_s16816gemm", 122, DeviceType.CUDA), event("cudaMemcpyAsync", 30),
         event("Memcpy HtoD (Pinned -> Device)", 12, DeviceType.CUDA), event("cudaStreamSynchronize", 31),
-        event("cudaMalloc", 32),
+        event("cudaMalloc", 32), event("Memcpy DtoH (Device -> Pinned)", 131, DeviceType.CUDA),
         event("Memcpy DtoH (Device -> Pageable)", 130, DeviceType.CUDA), event("cudaDeviceSynchronize_v2", 101)])
     assert attention == {"aten::_scaled_dot_product_flash_attention": 1} and len(kernels) == 2
     assert waits == {"cudaStreamSynchronize": 1, "cudaMalloc": 1, "Memcpy DtoH (Device -> Pageable)": 1}
+    names = [*kernels, "cudnn_generated_fort_native_sdpa_sm90_knob_3_64x64x64_4x1x1_kernel0_0"]
+    assert [bool(gpu_speed.FLASH.search(name)) for name in names] == [True, False, True]       # cuDNN's is one, too
 
 @pytest.mark.parametrize("gib, plain, int8, recompute", [(23.2, 0, 1, 1), (39.1, 3, 3, 3), (79.2, 8, 8, 8)])
 def test_the_batch_is_what_a_card_has_room_for(monkeypatch, gib, plain, int8, recompute):
