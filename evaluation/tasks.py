@@ -144,32 +144,30 @@ def load_questions(root, only=(), limit=0, benchmark=MVBENCH):
 def make_question(task, index, entry):
     """One entry of a task's file -> the question, but for its medium. ValueError lists all that is wrong with it."""
     # numbers and texts are compared as text, but 3.0 is 3; seconds may be text, too
-    options, answer, start, end = (entry.get(key) for key in ("candidates", "answer", "start", "end"))
-    texts = list(map(str, options)) if isinstance(options, list) else []
-    keys = [t for t, option in zip(texts, options or (), strict=False) if str(answer) == t or answer == option]
-    bound = (seconds(start), seconds(end)) if task.bound else (0, 0)
+    video, question, candidates, answer = map(entry.get, ("video", "question", "candidates", "answer"))
+    options = candidates if isinstance(candidates, list) else []
+    texts = list(map(str, options))
+    keys = [text for text, option in zip(texts, options, strict=True) if str(answer) == text or answer == option]
+    start, end = (seconds(entry.get(key)) if task.bound else 0 for key in ("start", "end"))
 
-    # what must hold -> the fault otherwise
-    def is_text(*values):
-        return all(isinstance(value, str | int | float) for value in values)
-    rules = {
-        f"video: expected a text, found {shown(entry.get('video'))}":
-            isinstance(entry.get("video"), str) and entry["video"].strip("./ "),
-        f"question: expected a text, found {shown(entry.get('question'))}": isinstance(entry.get("question"), str),
-        f"candidates: expected a list of 2 to {len(LETTERS)} options, found {len(texts) or shown(options)}":
-            2 <= len(texts) <= len(LETTERS),
-        f"candidates: expected texts or numbers, found {shown(options)}": is_text(*options or ()),
-        f"the answer {shown(answer)} is not among the candidates {shown(options)}": is_text(answer) and keys,
-        f"start: expected seconds, found {shown(start)}": bound[0] is not None,
-        f"end: expected seconds, found {shown(end)}": bound[1] is not None,
-        f"expected an end after the start of {shown(start)} s, found {shown(end)} s":
-            None in bound or bound[0] <= bound[1]}
-    if faults := [fault for fault, holds in rules.items() if not holds]:
+    # each fault, and whether it is absent
+    checks = {
+        f"video: expected a text, found {shown(video)}": isinstance(video, str) and video.strip("./ "),
+        f"question: expected a text, found {shown(question)}": isinstance(question, str),
+        f"candidates: expected a list of 2 to {len(LETTERS)} options, found {len(options) or shown(candidates)}":
+            2 <= len(options) <= len(LETTERS),
+        f"candidates: expected texts or numbers, found {shown(candidates)}":
+            all(isinstance(option, str | int | float) for option in options),
+        f"the answer {shown(answer)} is not among the candidates {shown(candidates)}": keys and answer is not None,
+        f"start: expected seconds, found {shown(entry.get('start'))}": start is not None,
+        f"end: expected seconds, found {shown(entry.get('end'))}": end is not None,
+        f"expected an end after the start of {start} s, found {end} s": None in (start, end) or start <= end}
+    if faults := [fault for fault, is_absent in checks.items() if not is_absent]:
         raise ValueError("; ".join(faults))
-    for text in (entry["video"], entry["question"], *texts):
+    for text in (video, question, *texts):
         check_text(text)
-    return {"task": task.name, "index": index, "video": entry["video"], "media": "", "size": 0,
-            "bound": bound if task.bound else None, "question": entry["question"], "candidates": texts,
+    return {"task": task.name, "index": index, "video": video, "media": "", "size": 0,
+            "bound": (start, end) if task.bound else None, "question": question, "candidates": texts,
             "answer": keys[0], **({"fps": task.fps} if task.fps != FOLDER_FPS else {})}
 
 def shown(value):
@@ -251,10 +249,12 @@ def missing_media(questions, benchmark=MVBENCH):
         shared = [q["shared"] for q in of_task if "shared" in q]
         hint = f", the first being {shown(missing[0])}" if 0 < len(missing) < len(of_task) else ""
         hint += "; NTU RGB+D's owners give these videos out, on request" if task.short == "FP" else ""
-        lines += [f"{task.name}: {len(missing)} of {len(of_task)} media are missing (video/{task.folder}/){hint}"
-                  ] if missing else []
-        lines += [f"{task.name}: {len(shared)} of {len(of_task)} questions are not asked, because the same file serves "
-                  f"other media ({shared[0]}): put this task's media into video/{task.folder}/"] if shared else []
+        if missing:
+            lines.append(f"{task.name}: {len(missing)} of {len(of_task)} media are missing "
+                         f"(video/{task.folder}/){hint}")
+        if shared:
+            lines.append(f"{task.name}: {len(shared)} of {len(of_task)} questions are not asked, because the same file "
+                         f"serves other media ({shared[0]}): put this task's media into video/{task.folder}/")
     return lines
 
 def describe(root, benchmark=MVBENCH):
