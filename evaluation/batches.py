@@ -21,12 +21,13 @@ from video import load_eval_clip
 GROUP = 8       # clips that a loader process hands over at a time
 
 def load_clips(group, cfg):
-    """Clips, each a (medium, bound, fps) -> the readable ones (B, T, 3, H, W) or None; and for each clip what the rows of
-    its questions say of it: {}, {"warning": text} or {"unread": why}."""
+    """Clips, each a (medium, bound, fps) -> the readable ones (B, T, 3, H, W) or None; and for each clip a note for the
+    rows of its questions: {}, {"warning": text} or {"unread": why}."""
     clips, notes = [], []
     for media, bound, fps in group:
+        warnings = []
         try:
-            clip = load_eval_clip(media, cfg, bound, fps, warnings := [])
+            clip = load_eval_clip(media, cfg, bound, fps, warnings)
             clips.append(clip.expand(cfg.eval_frames, -1, -1, -1))                         # a picture is a still video
             notes.append({"warning": "; ".join(warnings)} if warnings else {})
         except Exception as error:                             # whatever a decoder dies of, the others are asked
@@ -93,14 +94,13 @@ def answer_batch(engine, video, questions, prompts, conditions, batch):
                 encoded[control] = engine.video_tokens(encoded[control], control, seeds, firsts)       # (B, Q, D)
 
         # the questions that fit into the LLM, those with long prompts first, `batch` at a time
-        variants, answers[condition.name] = [], []
-        for clip, v in [(clip, v) for clip, qs in enumerate(questions) for q in qs for v in condition.variants(q)]:
-            prompt = prompts.get(key_of(v)) or engine.prompt(v)
-            if why := engine.too_long(v, prompt):
-                answers[condition.name].append((v | {"unread": why}, None))
-            else:
-                variants.append((v, clip, prompt))
+        variants = [(v, clip, prompts.get(key_of(v)) or engine.prompt(v))
+                    for clip, qs in enumerate(questions) for q in qs for v in condition.variants(q)]
         variants.sort(key=lambda item: -len(item[2].ids))
+        too_long = [engine.too_long(v, prompt) for v, _, prompt in variants]
+        answers[condition.name] = [(item[0] | {"unread": why}, None)
+                                   for item, why in zip(variants, too_long, strict=True) if why]
+        variants = [item for item, why in zip(variants, too_long, strict=True) if not why]
         for i in range(0, len(variants), batch):
             qs, clips, qs_prompts = map(list, zip(*variants[i:i + batch], strict=True))
             tokens = encoded[control]

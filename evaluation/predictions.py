@@ -26,7 +26,7 @@ def rotate_options(q, n):
     return {**q, "candidates": q["candidates"][n:] + q["candidates"][:n], "shift": n}
 
 def make_row(q, answer, scorer):
-    """A row of predictions.jsonl. answer: an engine.Answer, or None: then q["unread"] says why, and it counts as wrong."""
+    """A row of predictions.jsonl. answer: an engine.Answer, or None: q["unread"] says why, and counts as wrong."""
     row = {**q, "letter": letter_of(q), "prediction": "", "letter_probabilities": []}
     if answer:
         row |= {"prediction": answer.text, "letter_probabilities": [round(p, 4) for p in answer.letters]}

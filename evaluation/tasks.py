@@ -80,8 +80,9 @@ def json_questions(root, task):
     paths = [Path(root, folder, task.file + suffix) for suffix in (".json", ".jsonl") for folder in ("", "json")]
     path = next(filter(Path.is_file, paths), paths[1])
     entries = read_json(path, lines=True) if path.is_file() else None
-    entries = [entries] if isinstance(entries, dict) and "question" in entries else entries        # a file of one line
-    if entries is not None and not isinstance(entries, list):
+    if isinstance(entries, dict) and "question" in entries:                            # JSON Lines of one line
+        entries = [entries]
+    if not isinstance(entries, list | None):
         raise ValueError(f"{path} is a JSON {type(entries).__name__}, not a list of questions")
     for i, entry in enumerate(entries or []):
         if not isinstance(entry, dict):
@@ -109,9 +110,8 @@ BENCHMARKS = {"mvbench": MVBENCH, "tvbench": TVBENCH}       # as --benchmark nam
 
 def load_questions(root, only=(), limit=0, benchmark=MVBENCH):
     """Benchmark folder -> list of dicts: task, index, video, media, size, bound, question, candidates, answer; and fps,
-    where the task's is not FOLDER_FPS. only: task names; limit: the first n questions of each task.
-
-    Where the medium is missing, media is ""; also where one file, then "shared", would serve tasks of other folders."""
+    where the task's is not FOLDER_FPS. only: task names; limit: the first n questions of each task. media is "" where
+    it is missing, or where one file, then "shared", would serve tasks of other folders."""
     names = [task.name for task in benchmark.tasks]
     if unknown := sorted(set(only) - set(names)):
         raise ValueError(f"{benchmark.name} has no task {', '.join(unknown)}; its tasks are {', '.join(names)}")
@@ -127,15 +127,16 @@ def load_questions(root, only=(), limit=0, benchmark=MVBENCH):
         print(f"{path} does not exist: this task is left out", file=sys.stderr)
 
     # a faulty entry is a fault of the file, so nothing is computed before it is mended
-    (media, shared), questions, faults = locate_media(root, every_file), [], []
+    media, questions, faults = locate_media(root, every_file), [], []
     for task, path, entries in files:
         for i, entry in enumerate((entries or [])[:limit or None]):
             try:
-                q, key = make_question(task, i, entry), (task.folder, entry["video"])
-                questions.append({**q, "media": media[key], "size": size_of(media[key])}
-                                 | ({"shared": shared[key]} if key in shared else {}))
+                q = make_question(task, i, entry)
             except ValueError as error:
                 faults.append(f"{path}, entry {i}: {error}")
+                continue
+            medium, shared = media[task.folder, q["video"]]
+            questions.append(q | {"media": medium, "size": size_of(medium)} | ({"shared": shared} if shared else {}))
     if faults:
         more = f"; {len(faults) - 1} more entries are faulty" if faults[1:] else ""
         raise ValueError(f"{faults[0]}: correct the entry, or delete it{more}")
@@ -166,9 +167,9 @@ def make_question(task, index, entry):
         raise ValueError("; ".join(faults))
     for text in (video, question, *texts):
         check_text(text)
-    return {"task": task.name, "index": index, "video": video, "media": "", "size": 0,
-            "bound": (start, end) if task.bound else None, "question": question, "candidates": texts,
-            "answer": keys[0], **({"fps": task.fps} if task.fps != FOLDER_FPS else {})}
+    q = {"task": task.name, "index": index, "video": video, "bound": (start, end) if task.bound else None,
+         "question": question, "candidates": texts, "answer": keys[0]}
+    return q if task.fps == FOLDER_FPS else q | {"fps": task.fps}
 
 def shown(value):
     """A value of a JSON file as an error shows it: short, and in ASCII."""
@@ -179,7 +180,7 @@ def seconds(value):
     """12.5 or "12.5" -> a finite number; None: it is none."""
     try:
         number = float(value) if isinstance(value, str) else value
-        return number if not isinstance(number, bool) and math.isfinite(number) else None
+        return number if math.isfinite(number) and not isinstance(number, bool) else None
     except (TypeError, ValueError, OverflowError):
         return None
 
@@ -189,24 +190,25 @@ def find_media(root, folder, name):
     """Path of a medium, in the official tree or in one that people have made of its archives; "" if it is missing."""
     # the archives' folders are in video/ or beside it, later files in data0613/; each folder is inside one of its
     # archive's name or not; the media of a task, or of all tasks, may be in one flat folder
-    first, last, unreachable = folder.split("/")[0], folder.split("/")[-1], ""
+    first, last = folder.split("/")[0], folder.split("/")[-1]
     for base, place in product(("video", "video/data0613", "data0613", "."),
                                (folder, f"{first}/{folder}", last, first, "")):
         path = str(Path(root, base, place, name))
         try:
             os.stat(path)
-            return path
         except (FileNotFoundError, NotADirectoryError, ValueError):            # ValueError: no name, as of "a\0b"
             continue
         except OSError:                     # permission, a stale mount, ...: it may be there; its reader will say more
-            unreachable = unreachable or path
-    return unreachable
+            pass
+        return path
+    return ""
 
 def locate_media(root, files):
-    """[(task, path, entries), ...] of all tasks -> {(folder, name): path of the medium, "" if it is missing}, and
-    {(folder, name): path} of media that count as missing because one file would serve several folders."""
-    keys = ((task.folder, e.get("video")) for task, _, entries in files for e in entries or ())
-    media = {key: find_media(root, *key) for key in dict.fromkeys(keys) if isinstance(key[1], str)}
+    """[(task, path, entries), ...] of all tasks -> {(folder, name): (path of the medium, "")}; ("", "") if it is
+    missing, and ("", path) if this one file would serve several folders."""
+    names = {(task.folder, e["video"]): None for task, _, entries in files for e in entries or ()
+             if isinstance(e.get("video"), str)}
+    media = {key: find_media(root, *key) for key in names}
 
     # if the original is missing, an .mp4 of the same name will do, unless it is another question's medium: videos of
     # something-something v2 are often converted
@@ -217,12 +219,11 @@ def locate_media(root, files):
         media[folder, name] = "" if file_key(path) in exact else path
 
     # media of different folders are different videos: CLEVRER's and Perception's have the same names. Where both are
-    # the same file, as in one flat folder, nobody knows whose it is
+    # the same file, as in one flat folder, nobody knows whose it is; nor where two originals have become one .mp4
     users = defaultdict(set)
     for (folder, name), path in media.items():
         users[file_key(path)].add((folder, "" if os.path.basename(name) == os.path.basename(path) else name))
-    shared = {key: path for key, path in media.items() if path and len(users[file_key(path)]) > 1}
-    return media | dict.fromkeys(shared, ""), shared
+    return {key: ("", path) if len(users[file_key(path)]) > 1 else (path, "") for key, path in media.items()}
 
 def file_key(path):
     """The same for two paths of one file: by symbolic links, or in upper and lower case where that is the same."""
@@ -247,6 +248,8 @@ def missing_media(questions, benchmark=MVBENCH):
         of_task = [q for q in questions if q["task"] == task.name]
         missing = [q["video"] for q in of_task if not q["media"] and "shared" not in q]
         shared = [q["shared"] for q in of_task if "shared" in q]
+
+        # the first name shows what is missing, if not all are
         hint = f", the first being {shown(missing[0])}" if 0 < len(missing) < len(of_task) else ""
         hint += "; NTU RGB+D's owners give these videos out, on request" if task.short == "FP" else ""
         if missing:
