@@ -116,8 +116,9 @@ def learnable_conversation(tok, turns, n_video, seconds=(), medium="video", prom
     if VIDEO in prompt.ids[length:]:
         return insert_slot(tok, "", n_video, Prompt([], [])), False
 
-    # subtle: with train_separators a label may be no answer yet
-    answers = conversation_prompt(tok, *options, sys.maxsize) if train_separators else prompt
+    # subtle: with train_separators a label is no answer yet; but only a conversation that is cut may lack one
+    is_cut = len(prompt.ids) > length
+    answers = conversation_prompt(tok, *options, sys.maxsize) if train_separators and is_cut else prompt
     learns = any(label != IGNORE for label in answers.labels[:length])
     return Prompt(prompt.ids[:length], prompt.labels[:length]), learns
 
