@@ -85,19 +85,34 @@ class VideoTextDataset(torch.utils.data.Dataset):
         return [{"anno": entries.source.anno, "media": entries.source.media, "weight": entries.source.weight,
                  "entries": len(entries), "sha256": entries.header["sha256"]} for entries in self.entries]
 
+    def clip(self, index):
+        """What sample `index` reads: a path, and how."""
+        source, entry = self.entry(index)
+        return source.path(entry), *source.read_options(entry).values()
+
     def __getitem__(self, index, batch=()):
-        # an unreadable sample is replaced, text and all, by the next one of its source that is not in the batch, which
-        # has the same medium: a batch keeps its size, and no video meets the text of another
-        bad = []
+        # an unreadable sample is replaced, text and all, by the next one of its source that has another clip and is not
+        # in the batch: a batch keeps its size and its kind of medium, and no video meets the text of another
+        bad = {}                                                                         # clip -> why it is not read
         while len(bad) <= self.max_bad:
             try:
-                return self.sample(index) | {"bad": bad}
+                return self.sample(index) | {"bad": list(bad.values())}                  # shown in the log
             except MediaError as error:
-                bad.append(str(error))                                                   # shown in the log
-                span = next(span for span in self.spans if index in span)
-                following = [span[(index - span.start + k) % len(span)] for k in range(1, len(batch) + 2)]
-                index = next((i for i in following if i not in batch), following[0])
-        raise MediaError(f"{bad[-1]}; {len(bad)} unreadable media in a row")
+                bad[self.clip(index)] = reason = str(error)
+
+            # entries of the same clip are passed over; one of the batch is better than none
+            span, of_batch = next(span for span in self.spans if index in span), None
+            for i in (span[(index - span.start + k) % len(span)] for k in range(1, len(span))):
+                if self.clip(i) not in bad:
+                    if i not in batch:
+                        break
+                    of_batch = i if of_batch is None else of_batch
+            else:
+                i = of_batch
+            if i is None:
+                raise MediaError(f"{reason}; {len(bad)} unreadable media, and its source has no other")
+            index = i
+        raise MediaError(f"{reason}; {len(bad)} unreadable media in a row")
 
     def __getitems__(self, indices):
         """The samples of a batch, as a DataLoader asks for them; no replacement is a clip that the batch has."""

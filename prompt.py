@@ -111,14 +111,14 @@ def learnable_conversation(tok, turns, n_video, seconds=(), medium="video", prom
     """-> (conversation_prompt, with the seconds of the frames as its message; whether an id of an answer is learned).
     If max_text leaves no room for the video, the prompt is the video alone: nothing is learned of it."""
     options = turns, n_video, seconds_message(seconds) if seconds else "", medium, prompt_style
-    prompt = answers = conversation_prompt(tok, *options, sys.maxsize, train_separators)
+    prompt = conversation_prompt(tok, *options, sys.maxsize, train_separators)
     length = max_text + n_video
     if VIDEO in prompt.ids[length:]:
         return insert_slot(tok, "", n_video, Prompt([], [])), False
 
-    # subtle: with train_separators a label is no answer yet; only a conversation that is cut may lack one
-    if train_separators and len(prompt.ids) > length:
-        answers = conversation_prompt(tok, *options, sys.maxsize)
+    # subtle: with train_separators a label is no answer yet; but only a conversation that is cut may lack one
+    is_cut = len(prompt.ids) > length
+    answers = conversation_prompt(tok, *options, sys.maxsize) if train_separators and is_cut else prompt
     learns = any(label != IGNORE for label in answers.labels[:length])
     return Prompt(prompt.ids[:length], prompt.labels[:length]), learns
 
@@ -193,8 +193,8 @@ def decode_official(tok, ids):
 
     # special tokens are spelt out, as by transformers' LlamaTokenizer
     names = {i: name for name, i in tok.special.items()}
-    text = "".join(names[i] * len(list(run)) if i in names else tok.decode(list(run))
-                   for i, run in groupby(ids, lambda i: i if i in names else None))
+    text = "".join("".join(map(names.get, run)) if is_special else tok.decode(list(run))
+                   for is_special, run in groupby(ids, lambda i: i in names))
     return text.split("###")[0].split("Assistant:")[-1].strip()
 
 def check_text(text):

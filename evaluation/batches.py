@@ -21,16 +21,19 @@ from video import load_eval_clip
 GROUP = 8       # clips that a loader process hands over at a time
 
 def load_clips(group, cfg):
-    """Clips, each a (medium, bound, fps) -> the readable ones (B, T, 3, H, W) or None; for each "", or why it failed;
-    for each "", or a warning."""
-    clips, errors, warnings = [], [""] * len(group), [[] for _ in group]
-    for i, (media, bound, fps) in enumerate(group):
+    """Clips, each a (medium, bound, fps) -> the readable ones (B, T, 3, H, W) or None; and for each clip a note for the
+    rows of its questions: {}, {"warning": text} or {"unread": why}."""
+    clips, notes = [], []
+    for media, bound, fps in group:
+        warnings = []
         try:
-            clip = load_eval_clip(media, cfg, bound, fps, warnings[i])
+            clip = load_eval_clip(media, cfg, bound, fps, warnings)
             clips.append(clip.expand(cfg.eval_frames, -1, -1, -1))                         # a picture is a still video
+            notes.append({"warning": "; ".join(warnings)} if warnings else {})
         except Exception as error:                             # whatever a decoder dies of, the others are asked
-            errors[i] = str(error) if isinstance(error, MediaError) else f"{media}: {type(error).__name__}: {error}"
-    return torch.stack(clips) if clips else None, errors, list(map("; ".join, warnings))
+            why = str(error) if isinstance(error, MediaError) else f"{media}: {type(error).__name__}: {error}"
+            notes.append({"unread": why})
+    return torch.stack(clips) if clips else None, notes
 
 def evaluate(engine, questions, conditions, batch=32, workers=1, dist=None, scorer="official"):
     """Asks what has no answer yet, under all conditions; yields (condition, its new rows), batch by batch."""
@@ -58,23 +61,23 @@ def evaluate(engine, questions, conditions, batch=32, workers=1, dist=None, scor
     with tqdm(total=total, unit="answer", leave=False, disable=None if dist.is_main else True) as bar:
         for clips in batches:
             with engine.clock("waiting for data"):
-                videos, *texts = zip(*[next(loader) for _ in range(0, len(clips), GROUP)], strict=True)
-            videos, (errors, warnings) = [v for v in videos if v is not None], (sum(lists, []) for lists in texts)
-            unread = [(qs, error) for qs, error in zip(clips, errors, strict=True) if error]
-            readable = [[{**q, "warning": warning} for q in qs] if warning else qs
-                        for qs, error, warning in zip(clips, errors, warnings, strict=True) if not error]
+                videos, notes = zip(*[next(loader) for _ in range(0, len(clips), GROUP)], strict=True)
+            videos = [v for v in videos if v is not None]
+            clips = [[q | note for q in qs] for qs, note in zip(clips, sum(notes, []), strict=True)]
+            readable = [qs for qs in clips if "unread" not in qs[0]]
 
             # new rows under each condition; a question about a clip that cannot be read has a row, too
             answers = answer_batch(engine, torch.cat(videos), readable, prompts, conditions, batch) if videos else {}
             for condition in conditions:
                 answered = answers.get(condition.name, [])
-                answered += [(v, error) for qs, error in unread for q in qs for v in condition.variants(q)]
+                answered += [(v, None) for qs in clips if "unread" in qs[0] for q in qs for v in condition.variants(q)]
                 rows = [make_row(v, answer, scorer) for v, answer in answered if condition.needs_answer(v)]
                 yield condition, rows
                 bar.update(len(rows))
 
 def answer_batch(engine, video, questions, prompts, conditions, batch):
-    """Clips (B, T, 3, H, W), a list of questions for each -> {condition: [(question, Answer), ...]}."""
+    """Clips (B, T, 3, H, W), a list of questions for each -> {condition: [(question, Answer), ...]}; without an
+    Answer, the question says why: "unread"."""
     seeds = [clip_seed(qs[0]["video"], qs[0]["bound"]) for qs in questions]
     shared, encoded, answers = not engine.protocol.question_in_qformer, {}, {}
     for condition in conditions:
@@ -90,13 +93,14 @@ def answer_batch(engine, video, questions, prompts, conditions, batch):
                 firsts = [qs[0] for qs in questions]
                 encoded[control] = engine.video_tokens(encoded[control], control, seeds, firsts)       # (B, Q, D)
 
-        # the questions, those with long prompts first, `batch` at a time
+        # the questions that fit into the LLM, those with long prompts first, `batch` at a time
         variants = [(v, clip, prompts.get(key_of(v)) or engine.prompt(v))
                     for clip, qs in enumerate(questions) for q in qs for v in condition.variants(q)]
         variants.sort(key=lambda item: -len(item[2].ids))
-        reasons = [engine.too_long(q, prompt) for q, _, prompt in variants]
-        answers[condition.name] = [(v[0], reason) for v, reason in zip(variants, reasons, strict=True) if reason]
-        variants = [v for v, reason in zip(variants, reasons, strict=True) if not reason]
+        too_long = [engine.too_long(v, prompt) for v, _, prompt in variants]
+        answers[condition.name] = [(item[0] | {"unread": why}, None)
+                                   for item, why in zip(variants, too_long, strict=True) if why]
+        variants = [item for item, why in zip(variants, too_long, strict=True) if not why]
         for i in range(0, len(variants), batch):
             qs, clips, qs_prompts = map(list, zip(*variants[i:i + batch], strict=True))
             tokens = encoded[control]

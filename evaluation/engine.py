@@ -198,9 +198,8 @@ class Engine:
     def is_complete(self, ids, limit=None):
         """Whether an answer ends here: by its length, or by ### or </s>. The end of its first line, the one that
         counts, is not its end: an "Assistant:" in a later line would make that the first (prompt.decode_official)."""
-        if len(ids) >= (limit or self.protocol.max_new_tokens):
-            return True
-        return ids[-1] in self.last_ids and is_finished(self.llm_tok, ids)
+        at_limit = len(ids) >= (limit or self.protocol.max_new_tokens)
+        return at_limit or ids[-1] in self.last_ids and is_finished(self.llm_tok, ids)
 
     def text(self, ids):
         """An answer's ids -> its first line, after the bracket that the prompt ends in."""
@@ -215,13 +214,11 @@ class Engine:
     def too_long(self, q, prompt):
         """Why the LLM cannot be asked a question, or "". There must be room for the longest option as the answer."""
         limit, longest, answer = self.model.llama_model.cfg.max_positions, len(prompt.ids), self.protocol.max_new_tokens
-        if longest + answer <= limit:
-            return ""
-
-        # exactly: likelihood's prompts hold an option, and do not list them; a letter takes no room
-        if self.protocol.decode == "likelihood":
-            longest = max(len(p.ids) for p in self.option_prompts(q))
-        answer = min(answer, max(map(len, self.drafts(q)))) if self.protocol.decode == "generate" else 0
+        if longest + answer > limit:                           # rare, so the options are rarely tokenised for this
+            # likelihood's prompts hold an option, and do not list them; a letter takes no room
+            if self.protocol.decode == "likelihood":
+                longest = max(len(p.ids) for p in self.option_prompts(q))
+            answer = min(answer, max(map(len, self.drafts(q)))) if self.protocol.decode == "generate" else 0
         return "" if longest + answer <= limit else (
             f"{q['task']}, entry {q['index']}: its prompt has {longest} tokens ({self.n_video} of video) and its "
             f"longest option {answer}, but the LLM takes at most {limit}: shorten the question or its options")

@@ -26,11 +26,9 @@ def rotate_options(q, n):
     return {**q, "candidates": q["candidates"][n:] + q["candidates"][:n], "shift": n}
 
 def make_row(q, answer, scorer):
-    """A row of predictions.jsonl. answer: an engine.Answer, or a str that says why there is none."""
+    """A row of predictions.jsonl. answer: an engine.Answer, or None: q["unread"] says why, and counts as wrong."""
     row = {**q, "letter": letter_of(q), "prediction": "", "letter_probabilities": []}
-    if isinstance(answer, str):
-        row["unread"] = answer                                 # counts as wrong
-    else:
+    if answer:
         row |= {"prediction": answer.text, "letter_probabilities": [round(p, 4) for p in answer.letters]}
         row |= {"official": answer.official} if answer.official not in ("", answer.text) else {}
         row |= {"likelihoods": [round(p, 4) for p in answer.likelihoods]} if answer.likelihoods else {}

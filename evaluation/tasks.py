@@ -80,8 +80,9 @@ def json_questions(root, task):
     paths = [Path(root, folder, task.file + suffix) for suffix in (".json", ".jsonl") for folder in ("", "json")]
     path = next(filter(Path.is_file, paths), paths[1])
     entries = read_json(path, lines=True) if path.is_file() else None
-    entries = [entries] if isinstance(entries, dict) and "question" in entries else entries        # a file of one line
-    if entries is not None and not isinstance(entries, list):
+    if isinstance(entries, dict) and "question" in entries:                            # JSON Lines of one line
+        entries = [entries]
+    if not isinstance(entries, list | None):
         raise ValueError(f"{path} is a JSON {type(entries).__name__}, not a list of questions")
     for i, entry in enumerate(entries or []):
         if not isinstance(entry, dict):
@@ -109,9 +110,8 @@ BENCHMARKS = {"mvbench": MVBENCH, "tvbench": TVBENCH}       # as --benchmark nam
 
 def load_questions(root, only=(), limit=0, benchmark=MVBENCH):
     """Benchmark folder -> list of dicts: task, index, video, media, size, bound, question, candidates, answer; and fps,
-    where the task's is not FOLDER_FPS. only: task names; limit: the first n questions of each task.
-
-    Where the medium is missing, media is ""; also where one file, then "shared", would serve tasks of other folders."""
+    where the task's is not FOLDER_FPS. only: task names; limit: the first n questions of each task. media is "" where
+    it is missing, or where one file, then "shared", would serve tasks of other folders."""
     names = [task.name for task in benchmark.tasks]
     if unknown := sorted(set(only) - set(names)):
         raise ValueError(f"{benchmark.name} has no task {', '.join(unknown)}; its tasks are {', '.join(names)}")
@@ -127,15 +127,16 @@ def load_questions(root, only=(), limit=0, benchmark=MVBENCH):
         print(f"{path} does not exist: this task is left out", file=sys.stderr)
 
     # a faulty entry is a fault of the file, so nothing is computed before it is mended
-    (media, shared), questions, faults = locate_media(root, every_file), [], []
+    media, questions, faults = locate_media(root, every_file), [], []
     for task, path, entries in files:
         for i, entry in enumerate((entries or [])[:limit or None]):
             try:
-                q, key = make_question(task, i, entry), (task.folder, entry["video"])
-                questions.append({**q, "media": media[key], "size": size_of(media[key])}
-                                 | ({"shared": shared[key]} if key in shared else {}))
+                q = make_question(task, i, entry)
             except ValueError as error:
                 faults.append(f"{path}, entry {i}: {error}")
+                continue
+            medium, shared = media[task.folder, q["video"]]
+            questions.append(q | {"media": medium, "size": size_of(medium)} | ({"shared": shared} if shared else {}))
     if faults:
         more = f"; {len(faults) - 1} more entries are faulty" if faults[1:] else ""
         raise ValueError(f"{faults[0]}: correct the entry, or delete it{more}")
@@ -144,33 +145,31 @@ def load_questions(root, only=(), limit=0, benchmark=MVBENCH):
 def make_question(task, index, entry):
     """One entry of a task's file -> the question, but for its medium. ValueError lists all that is wrong with it."""
     # numbers and texts are compared as text, but 3.0 is 3; seconds may be text, too
-    options, answer, start, end = (entry.get(key) for key in ("candidates", "answer", "start", "end"))
-    texts = list(map(str, options)) if isinstance(options, list) else []
-    keys = [t for t, option in zip(texts, options or (), strict=False) if str(answer) == t or answer == option]
-    bound = (seconds(start), seconds(end)) if task.bound else (0, 0)
+    video, question, candidates, answer = map(entry.get, ("video", "question", "candidates", "answer"))
+    options = candidates if isinstance(candidates, list) else []
+    texts = list(map(str, options))
+    keys = [text for text, option in zip(texts, options, strict=True) if str(answer) == text or answer == option]
+    start, end = (seconds(entry.get(key)) if task.bound else 0 for key in ("start", "end"))
 
-    # what must hold -> the fault otherwise
-    def is_text(*values):
-        return all(isinstance(value, str | int | float) for value in values)
-    rules = {
-        f"video: expected a text, found {shown(entry.get('video'))}":
-            isinstance(entry.get("video"), str) and entry["video"].strip("./ "),
-        f"question: expected a text, found {shown(entry.get('question'))}": isinstance(entry.get("question"), str),
-        f"candidates: expected a list of 2 to {len(LETTERS)} options, found {len(texts) or shown(options)}":
-            2 <= len(texts) <= len(LETTERS),
-        f"candidates: expected texts or numbers, found {shown(options)}": is_text(*options or ()),
-        f"the answer {shown(answer)} is not among the candidates {shown(options)}": is_text(answer) and keys,
-        f"start: expected seconds, found {shown(start)}": bound[0] is not None,
-        f"end: expected seconds, found {shown(end)}": bound[1] is not None,
-        f"expected an end after the start of {shown(start)} s, found {shown(end)} s":
-            None in bound or bound[0] <= bound[1]}
-    if faults := [fault for fault, holds in rules.items() if not holds]:
+    # each fault, and whether it is absent
+    checks = {
+        f"video: expected a text, found {shown(video)}": isinstance(video, str) and video.strip("./ "),
+        f"question: expected a text, found {shown(question)}": isinstance(question, str),
+        f"candidates: expected a list of 2 to {len(LETTERS)} options, found {len(options) or shown(candidates)}":
+            2 <= len(options) <= len(LETTERS),
+        f"candidates: expected texts or numbers, found {shown(candidates)}":
+            all(isinstance(option, str | int | float) for option in options),
+        f"the answer {shown(answer)} is not among the candidates {shown(candidates)}": keys and answer is not None,
+        f"start: expected seconds, found {shown(entry.get('start'))}": start is not None,
+        f"end: expected seconds, found {shown(entry.get('end'))}": end is not None,
+        f"expected an end after the start of {start} s, found {end} s": None in (start, end) or start <= end}
+    if faults := [fault for fault, is_absent in checks.items() if not is_absent]:
         raise ValueError("; ".join(faults))
-    for text in (entry["video"], entry["question"], *texts):
+    for text in (video, question, *texts):
         check_text(text)
-    return {"task": task.name, "index": index, "video": entry["video"], "media": "", "size": 0,
-            "bound": bound if task.bound else None, "question": entry["question"], "candidates": texts,
-            "answer": keys[0], **({"fps": task.fps} if task.fps != FOLDER_FPS else {})}
+    q = {"task": task.name, "index": index, "video": video, "bound": (start, end) if task.bound else None,
+         "question": question, "candidates": texts, "answer": keys[0]}
+    return q if task.fps == FOLDER_FPS else q | {"fps": task.fps}
 
 def shown(value):
     """A value of a JSON file as an error shows it: short, and in ASCII."""
@@ -181,7 +180,7 @@ def seconds(value):
     """12.5 or "12.5" -> a finite number; None: it is none."""
     try:
         number = float(value) if isinstance(value, str) else value
-        return number if not isinstance(number, bool) and math.isfinite(number) else None
+        return number if math.isfinite(number) and not isinstance(number, bool) else None
     except (TypeError, ValueError, OverflowError):
         return None
 
@@ -191,24 +190,25 @@ def find_media(root, folder, name):
     """Path of a medium, in the official tree or in one that people have made of its archives; "" if it is missing."""
     # the archives' folders are in video/ or beside it, later files in data0613/; each folder is inside one of its
     # archive's name or not; the media of a task, or of all tasks, may be in one flat folder
-    first, last, unreachable = folder.split("/")[0], folder.split("/")[-1], ""
+    first, last = folder.split("/")[0], folder.split("/")[-1]
     for base, place in product(("video", "video/data0613", "data0613", "."),
                                (folder, f"{first}/{folder}", last, first, "")):
         path = str(Path(root, base, place, name))
         try:
             os.stat(path)
-            return path
         except (FileNotFoundError, NotADirectoryError, ValueError):            # ValueError: no name, as of "a\0b"
             continue
         except OSError:                     # permission, a stale mount, ...: it may be there; its reader will say more
-            unreachable = unreachable or path
-    return unreachable
+            pass
+        return path
+    return ""
 
 def locate_media(root, files):
-    """[(task, path, entries), ...] of all tasks -> {(folder, name): path of the medium, "" if it is missing}, and
-    {(folder, name): path} of media that count as missing because one file would serve several folders."""
-    keys = ((task.folder, e.get("video")) for task, _, entries in files for e in entries or ())
-    media = {key: find_media(root, *key) for key in dict.fromkeys(keys) if isinstance(key[1], str)}
+    """[(task, path, entries), ...] of all tasks -> {(folder, name): (path of the medium, "")}; ("", "") if it is
+    missing, and ("", path) if this one file would serve several folders."""
+    names = {(task.folder, e["video"]): None for task, _, entries in files for e in entries or ()
+             if isinstance(e.get("video"), str)}
+    media = {key: find_media(root, *key) for key in names}
 
     # if the original is missing, an .mp4 of the same name will do, unless it is another question's medium: videos of
     # something-something v2 are often converted
@@ -219,12 +219,11 @@ def locate_media(root, files):
         media[folder, name] = "" if file_key(path) in exact else path
 
     # media of different folders are different videos: CLEVRER's and Perception's have the same names. Where both are
-    # the same file, as in one flat folder, nobody knows whose it is
+    # the same file, as in one flat folder, nobody knows whose it is; nor where two originals have become one .mp4
     users = defaultdict(set)
     for (folder, name), path in media.items():
         users[file_key(path)].add((folder, "" if os.path.basename(name) == os.path.basename(path) else name))
-    shared = {key: path for key, path in media.items() if path and len(users[file_key(path)]) > 1}
-    return media | dict.fromkeys(shared, ""), shared
+    return {key: ("", path) if len(users[file_key(path)]) > 1 else (path, "") for key, path in media.items()}
 
 def file_key(path):
     """The same for two paths of one file: by symbolic links, or in upper and lower case where that is the same."""
@@ -249,12 +248,16 @@ def missing_media(questions, benchmark=MVBENCH):
         of_task = [q for q in questions if q["task"] == task.name]
         missing = [q["video"] for q in of_task if not q["media"] and "shared" not in q]
         shared = [q["shared"] for q in of_task if "shared" in q]
+
+        # the first name shows what is missing, if not all are
         hint = f", the first being {shown(missing[0])}" if 0 < len(missing) < len(of_task) else ""
         hint += "; NTU RGB+D's owners give these videos out, on request" if task.short == "FP" else ""
-        lines += [f"{task.name}: {len(missing)} of {len(of_task)} media are missing (video/{task.folder}/){hint}"
-                  ] if missing else []
-        lines += [f"{task.name}: {len(shared)} of {len(of_task)} questions are not asked, because the same file serves "
-                  f"other media ({shared[0]}): put this task's media into video/{task.folder}/"] if shared else []
+        if missing:
+            lines.append(f"{task.name}: {len(missing)} of {len(of_task)} media are missing "
+                         f"(video/{task.folder}/){hint}")
+        if shared:
+            lines.append(f"{task.name}: {len(shared)} of {len(of_task)} questions are not asked, because the same file "
+                         f"serves other media ({shared[0]}): put this task's media into video/{task.folder}/")
     return lines
 
 def describe(root, benchmark=MVBENCH):

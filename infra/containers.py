@@ -9,6 +9,7 @@ table of formats that all of this is measured on.
 
     pytest tests/test_files.py
 """
+import statistics
 import threading
 from bisect import bisect_left, bisect_right
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ import av
 import numpy as np
 import torch
 from av.video.frame import PictureType
+
+PIXEL_LIMIT = 6e8  # in all frames that are read: 1.8 GB; 16 frames of 8K are just within it
 
 class SampleError(ValueError):
     """What is wrong with one sample: "path: reason", in one line."""
@@ -40,18 +43,19 @@ def decode_errors(path, kind, *errors):
         reason = " ".join((getattr(error, "strerror", None) or str(error) or repr(error)).split())
         raise MediaError(f"{path}: cannot be decoded as {kind}: {reason}") from error
 
-def choose_frames(path, select, times, fps, start=None, end=None, first=0):
+def choose_frames(path, select, times, fps, start=None, end=None, first=0, last_seconds=0.0):
     """-> positions in `times` of the frames to read, and their seconds. MediaError for a start beyond the end.
 
-    times: seconds at which each frame appears; first: the number of the first frame. Where frames come at an equal
-    rate, seconds times fps give their numbers, as in the official code. Elsewhere their own times decide which are on
-    screen between start and end: in a phone's video, whose rate varies, frame 60 may be at second 2 or 6."""
+    times: seconds at which each frame appears; first: the number of the first frame; last_seconds: how long the last
+    is shown. Where frames come at an equal rate, seconds times fps give their numbers, as in the official code.
+    Elsewhere their own times decide which are on screen between start and end: in a phone's video, whose rate varies,
+    frame 60 may be at second 2 or 6."""
     times, regular = np.asarray(times, float), np.arange(len(times)) / fps               # (n,) each
     is_regular = (np.abs(times - regular) < 0.5 / fps).all()
     times = regular if is_regular else times
 
     # the frames on screen between start and end
-    low, high, stop = 0, len(times) - 1, times[-1] + 1 / fps
+    low, high, stop = 0, len(times) - 1, times[-1] + max(1 / fps, last_seconds)
     if start is not None:
         if start >= stop:
             raise MediaError(f"{path}: start {start:g} s is beyond its end ({stop:.1f} s)")
@@ -62,8 +66,8 @@ def choose_frames(path, select, times, fps, start=None, end=None, first=0):
         high = int(min(max(last, low), high))
 
     # a number outside becomes the nearest inside
-    numbers = range(low, high + 1) if select is None else np.array(select(low + first, high + first, fps)) - first
-    positions = np.clip(numbers, low, high)
+    numbers = range(low + first, high + first + 1) if select is None else select(low + first, high + first, fps)
+    positions = np.array([min(max(n - first, low), high) for n in numbers])
     return positions, times[positions].tolist()
 
 @contextmanager
@@ -114,12 +118,12 @@ def read_video(path, select, start=None, end=None):
                 return take_frames(path, *video, *list_packets(path, *video), select, start, end)
         except TimeStampError:
             with open_video(path) as video:
-                stamps = [frame.pts for frame in decode(path, *video)]
+                shown = [(frame.pts, frame.duration) for frame in decode(path, *video)]
             with open_video(path) as video:
-                return take_frames(path, *video, stamps, None, select, start, end)
+                return take_frames(path, *video, shown, None, select, start, end)
 
 def list_packets(path, container, stream):
-    """-> time stamps of the frames that are shown, ascending; {time stamp of a key frame: where to seek for it}."""
+    """-> (time stamp, duration) of the frames that are shown, ascending; {key frame's stamp: where to seek for it}."""
     # a palette may have changed in what a seek passes over
     if stream.format and stream.format.has_palette:
         raise TimeStampError
@@ -131,15 +135,16 @@ def list_packets(path, container, stream):
         if packet.is_keyframe:
             keys[packet.pts] = packet.pts if has_index or packet.dts is None else packet.dts
         if packet.size and keys and not packet.is_discard and not (is_vp8 and not memoryview(packet)[0] & 16):
-            shown.append(packet.pts)
-    if not shown or None in shown or None in keys or len(set(shown)) < len(shown):
+            shown.append((packet.pts, packet.duration))
+    stamps = {stamp for stamp, _ in shown}
+    if not shown or None in stamps or None in keys or len(stamps) < len(shown):
         raise TimeStampError
 
     # MP4 lists all packets at its beginning or end, so it shows when some are missing
     if container.format.name.startswith("mov") and len(stream.index_entries) > n:
         raise MediaError(f"{path}: torn: {n} of {len(stream.index_entries)} frames are there")
     first = min(keys)                                          # what comes before the first key frame is lost
-    return sorted(stamp for stamp in shown if stamp >= first), keys
+    return sorted((stamp, duration) for stamp, duration in shown if stamp >= first), keys
 
 def decode(path, container, stream, needed=None):
     """Yields the decoder's frames. needed: time stamps; frames that are not among them and serve no other are left out.
@@ -157,7 +162,7 @@ def decode(path, container, stream, needed=None):
             damaged, frames = packet.pts or 0 if has_key and damaged is None else damaged, []
         for frame in frames:
             if damaged is not None and (frame.pts is None or frame.pts > damaged):
-                raise MediaError(f"{path}: damaged at {float(damaged * stream.time_base):.1f} s")
+                raise MediaError(f"{path}: damaged at {max(0.0, float(damaged * stream.time_base)):.1f} s")
             yield frame
         if getattr(threading.current_thread(), "is_abandoned", False):                   # by with_timeout
             return
@@ -197,10 +202,13 @@ def decode_needed(path, container, stream, stamps, keys, needed):
                 position, limit = new, p if skips else new + 1
         yield p, frame
 
-def take_frames(path, container, stream, stamps, keys, select, start, end):
-    """-> frames (T, 3, H, W), their seconds. stamps, keys: of list_packets; or of all decoded frames, and None."""
-    times, fps = frame_times(path, container, stream, stamps)
-    positions, seconds = choose_frames(path, select, times, fps, start, end)
+def take_frames(path, container, stream, shown, keys, select, start, end):
+    """-> frames (T, 3, H, W), their seconds. shown, keys: of list_packets; or of all decoded frames, and None."""
+    if not shown:
+        raise MediaError(f"{path}: the video has no frames")
+    stamps, last_seconds = [stamp for stamp, _ in shown], float((shown[-1][1] or 0) * stream.time_base)
+    times, fps = frame_times(container, stream, stamps)
+    positions, seconds = choose_frames(path, select, times, fps, start, end, last_seconds=last_seconds)
     frames, graph, source, size = None, None, None, None
     for p, frame in decode_needed(path, container, stream, stamps, keys, np.unique(positions).tolist()):
         if frame.is_corrupt:
@@ -211,6 +219,9 @@ def take_frames(path, container, stream, stamps, keys, select, start, end):
         # to RGB; where the picture changes its size, as large as the first. A palette may change, too
         if source != (source := (frame.width, frame.height, frame.format.name)) or frame.format.has_palette:
             size = size or source[:2]
+            if len(positions) * size[0] * size[1] > PIXEL_LIMIT:
+                raise MediaError(f"{path}: {len(positions)} frames of {size[0]} x {size[1]} take too much memory: make "
+                                 "the video smaller")
             graph = rgb_graph(stream, frame, *size)
         graph.push(frame)
         picture = np.rot90(graph.pull().to_ndarray(), round(frame.rotation / 90))        # (H, W, 3), upright
@@ -230,19 +241,30 @@ def rgb_graph(stream, frame, width, height):
                      graph.add("buffersink")).configure()
     return graph
 
-def frame_times(path, container, stream, stamps):
+def frame_times(container, stream, stamps):
     """-> seconds at which each frame appears, frames per second in the mean."""
+    # a new piece begins where time runs back by more than a decoder's reordering, as where two recordings are joined
     n, unit, rate = len(stamps), float(stream.time_base), float(stream.average_rate or 0)
-    if n == 0:
-        raise MediaError(f"{path}: the video has no frames")
-    if None in stamps or any(a >= b for a, b in pairwise(stamps)):                       # a raw stream has no times
-        stamps, unit = range(n), 1 / (rate or 25)
+    known = sorted({stamp for stamp in stamps if stamp is not None})
+    step = statistics.median(b - a for a, b in pairwise(known)) * unit if len(known) > 1 else 1 / (rate or 25)
+    pieces, latest = [[]], -step
+    for stamp in stamps:
+        time = latest + step if stamp is None else stamp * unit
+        if pieces[-1] and time < latest - 1:
+            pieces.append([])
+        latest = max(latest, time) if pieces[-1] else time
+        pieces[-1].append(time)
 
-    # seconds count from the first frame, unless the video begins late, after a pause that an edit list makes
-    begin = 0 if has_time_index(container) else (container.start_time or 0) / 1e6
-    delay = stamps[0] * unit - begin
-    times = [(stamp - stamps[0]) * unit + (delay if delay > 0.5 else 0) for stamp in stamps]
+    # within a piece, some codecs' stamps are in the order of decoding; pieces follow each other at the usual step
+    times = sorted(pieces[0])
+    for piece in map(sorted, pieces[1:]):
+        times += [time - piece[0] + times[-1] + step for time in piece]
 
     # the container's average rate, unless it is missing or absurd
-    mean_rate = (n - 1) / (times[-1] - times[0]) if n > 1 else rate or 1.0
-    return times, rate if mean_rate / 2 < rate < mean_rate * 2 else mean_rate
+    mean_rate = (n - 1) / (times[-1] - times[0]) if times[-1] > times[0] else rate or 1.0
+    fps = rate if mean_rate / 2 < rate < mean_rate * 2 else mean_rate
+
+    # seconds count from the first frame, unless the video begins late: by more than the few frames of a decoder's delay
+    begin = 0 if has_time_index(container) else (container.start_time or 0) / 1e6
+    delay = times[0] - begin if known and (times[0] - begin) * fps > 4 else 0
+    return [time - times[0] + delay for time in times], fps

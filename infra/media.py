@@ -43,6 +43,8 @@ def read_media(path, select, as_image=False, limit=TIME_LIMIT, fps=None, start=N
     if os.path.isdir(path):
         return read_folder(path, select, fps or FOLDER_FPS, start, end)
     image = None if as_image else open_image(path, required=False)
+    if image and image.format == "JPEG" and is_motion_jpeg(path):
+        image = None
     if image and (image.format == "GIF" or image.format in ("PNG", "WEBP", "AVIF") and image.is_animated):
         return read_animation(path, image, select, start, end)
     if image or as_image:
@@ -135,12 +137,17 @@ def open_image(path, required=True):
             if required or brand:
                 raise
 
+def is_motion_jpeg(path):
+    """Whether another picture follows the first at once, as in a camera's stream. A thumbnail is inside of it."""
+    with open(path, "rb") as file:
+        return b"\xff\xd9\xff\xd8" in file.read()
+
 def to_rgb(image):
     """A Pillow image of any mode -> RGB, its transparency dropped, as the official code does. Files do not say what is
     white among 32-bit greys: it is the least usual value that they do not exceed by far (floats overshoot)."""
     if image.mode[0] in "IF":
         grey = np.nan_to_num(np.asarray(image), posinf=0, neginf=0)                      # (H, W)
-        usual = {"u": (65535,), "i": (255, 65535), "f": (1, 255, 65535)}[grey.dtype.kind]
+        usual = {"u": (65535,), "i": (255, 65535), "f": (1, 255, 65535)[:2 + (grey.max() > 30_000)]}[grey.dtype.kind]
         white = next((white for white in usual if grey.max() <= 2 * white), grey.max())
         image = Image.fromarray((grey * np.float32(255 / white)).round().clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
@@ -175,7 +182,8 @@ def read_animation(path, image, select, start=None, end=None):
                 raise MediaError(f"{path}: the file ends too early, after {len(frames)} frames")
 
     fps = len(frames) / times[-1] if len(frames) > 1 else 1.0
-    positions, seconds = choose_frames(path, select, times[:-1], fps, start, end)
+    last_seconds = times[-1] - times[-2]
+    positions, seconds = choose_frames(path, select, times[:-1], fps, start, end, last_seconds=last_seconds)
     if select is None:
         return None, seconds
     selected = torch.from_numpy(np.stack([np.asarray(frames[p]) for p in positions]))    # (T, H, W, 3)
@@ -190,6 +198,8 @@ def read_folder(path, select, fps, start=None, end=None):
         raise MediaError(f"{path}: the folder has no frames (00001.jpg ...)")
     step = min((b - a for (a, _), (b, _) in pairwise(files) if a < b), default=1)
     for (a, name), (b, next_name) in pairwise(files):
+        if a == b:
+            raise MediaError(f"{path}: {name} and {next_name} have the same number: keep one of them")
         if b - a != step:
             raise MediaError(f"{path}: the frames are numbered in steps of {step}, but {name} precedes {next_name}")
 

@@ -19,7 +19,8 @@ import av
 import decord
 import pytest
 import torch
-from videos import CASES, FORMATS, UNEVEN, case_number, number, write_video
+from PIL import Image
+from videos import CASES, FORMATS, UNEVEN, case_number, number, painted, write_video
 
 from data import VideoTextDataset
 from infra import media
@@ -95,7 +96,8 @@ def case(name):
 def test_cases(name):
     shown, fps = CASES_SHOWN[name]
     taken, seconds = numbers(case(name), every, case_number)
-    assert taken == list(shown) and seconds == pytest.approx([i / fps for i in range(len(shown))], abs=1e-6)
+    exact = 1e-6 if name != "more/xvid.avi" else 0.041                     # its encoder has dropped frames
+    assert taken == list(shown) and seconds == pytest.approx([i / fps for i in range(len(shown))], abs=exact)
     for _ in range(20):                                                    # decord refused some of them at random
         positions = sorted(random.choices(range(len(shown)), k=4))
         taken, _ = numbers(case(name), lambda first, last, fps, p=positions: p, case_number)
@@ -118,6 +120,47 @@ def test_a_video_that_begins_late():
     taken, seconds = numbers(case("more/late.mp4"), every, case_number)
     assert taken == list(range(120)) and seconds[0] == pytest.approx(2.0) and seconds[-1] == pytest.approx(6.76)
     assert numbers(case("more/late.mp4"), every, case_number, start=3.0, end=3.2)[0] == [25, 26, 27, 28, 29]
+
+def test_joined_recordings_and_missing_stamps_keep_the_known_times(tmp_path):
+    """H.264 in AVI: the last frames have no time stamp; in a joined TS, time begins again."""
+    times = [i * 40 + 800 * (i >= 30) for i in range(60)]                  # a pause after frame 29
+    write_video(tmp_path / "a.mkv", times=times, width=160, height=96, bf=0)
+    with av.open(str(tmp_path / "a.mkv")) as source, av.open(str(tmp_path / "a.ts"), "w") as copy:
+        stream = copy.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                copy.mux(packet)
+    (tmp_path / "twice.ts").write_bytes((tmp_path / "a.ts").read_bytes() * 2)
+    taken, seconds = numbers(tmp_path / "twice.ts", every)
+    once = [t / 1000 for t in times]
+    assert taken == [*range(60)] * 2
+    assert seconds == pytest.approx([*once, *(once[-1] + 0.04 + t for t in once)], abs=0.01)
+    assert numbers(tmp_path / "twice.ts", every, start=4.5, end=4.7)[0] == [29]
+    assert numbers(tmp_path / "twice.ts", every, start=5.45, end=5.6)[0] == [36, 37, 38, 39]
+
+def test_a_last_frame_that_stands_long(tmp_path):
+    path = write_video(tmp_path / "a.mkv", frames=11, times=[100 * i for i in range(10)] + [9000], width=160, height=96)
+    assert numbers(path, every, start=4.0, end=6.0)[0] == [9]
+    images = [Image.fromarray(painted(i, 160, 96)) for i in range(4)]
+    images[0].save(tmp_path / "a.gif", save_all=True, append_images=images[1:], duration=[100, 100, 100, 5000])
+    assert numbers(tmp_path / "a.gif", every, start=2.0, end=4.0)[0] == [3]
+    with pytest.raises(MediaError, match=r"start 6 s is beyond its end \(5.3 s\)"):
+        read_media(tmp_path / "a.gif", every, start=6.0, end=7.0)
+
+def test_too_many_pixels_are_refused(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "a.mp4", frames=10)
+    monkeypatch.setattr("infra.containers.PIXEL_LIMIT", 8 * 320 * 240)
+    assert len(numbers(path, lambda first, last, fps: range(8))[0]) == 8
+    assert reason(path) == "10 frames of 320 x 240 take too much memory: make the video smaller"
+
+def test_a_camera_s_stream_of_jpegs_is_a_video(tmp_path):
+    path = write_video(tmp_path / "a.mjpeg", codec="mjpeg", pix_fmt="yuvj420p", frames=20)
+    assert numbers(path, every)[0] == list(range(20))
+
+def test_a_start_beyond_all_numbers():
+    lines = []
+    assert len(read_eval_frames(case("plain_6s.mp4"), 4, (1e300, 2e300), warnings=lines)) == 4 and len(lines) == 1
 
 def test_pictures_are_upright():
     """As FFmpeg shows them: the corners of a player's picture, from left to right and from top to bottom."""

@@ -300,7 +300,7 @@ def test_replacements_are_clips_that_the_batch_lacks(pictures, workers):
 
 def test_an_error_in_every_sample_stops_the_run_with_its_name(pictures, monkeypatch):
     monkeypatch.setattr(data, "read_media", lambda *args, **options: 1 / 0)
-    with pytest.raises(MediaError, match=r"png: ZeroDivisionError\('division by zero'\); 11 unreadable media"):
+    with pytest.raises(MediaError, match=r"png: ZeroDivisionError\('division by zero'\); 6 unreadable media, and its"):
         VideoTextDataset(load_corpus(pictures), 4, Transform(32))[0]
 
 def test_a_crashing_decoder_is_a_fault_of_its_file(pictures, monkeypatch, capsys):

@@ -131,7 +131,7 @@ def entry_error(entry, source):
         keys = ", ".join(entry) or "nothing"
         return error if isinstance(path, str) and path.strip() else (
             "malformed", f'no "{source.media_key}" with the path of its {source.media}; it has {keys}')
-    if not (start is None and end is None or {type(start), type(end)} <= {int, float} and 0 <= start < end < math.inf):
+    if not (start is None and end is None or {type(start), type(end)} <= {int, float} and 0 <= start < end < 1e300):
         return "malformed", f'"start" and "end" must be seconds, start before end; found {start!r} and {end!r}'
 
     # captions: one, or several of which each sample draws one
