@@ -83,11 +83,11 @@ def is_alive(pid):
         return False
 
 def test_the_others_survive_a_part_that_raises_crashes_or_hangs(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "PARTS", {1: part(raises, 20), 2: part(crashes, 20), 3: part(hangs, 8), 4: part(
+    monkeypatch.setattr(gpu, "PARTS", {1: part(raises, 20), 2: part(crashes, 20), 3: part(hangs, 4), 4: part(
         works, 20, "torch", "transformerz", "pefd"), 5: part(works, 20)})
     start = time.monotonic()
-    gpu.main(["--tiny", "--out", str(tmp_path), "--minutes", "1"])
-    assert time.monotonic() - start < 90
+    gpu.main(["--tiny", "--out", str(tmp_path), "--minutes", "3"])
+    assert time.monotonic() - start < 180
     statuses = [record_of(tmp_path, n)["status"] for n in range(1, 6)]
     assert statuses[0] == "failed: RuntimeError: CUDA error: out of | order"
     assert statuses[1] == "failed: ended by signal 6" and statuses[2].startswith("stopped at its limit of")
