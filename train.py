@@ -383,7 +383,11 @@ def main(argv=None):
                          "--stage must be 1, 2 or 3")
     cfg = apply_recipe(cfg, explicit, RECIPES.get(cfg.preset, RECIPES["paper"])[cfg.stage])
     dist = init_distributed(cfg.device)
-    train_stage(build_stage, cfg, dist)
+    try:
+        train_stage(build_stage, cfg, dist)
+    except SystemExit:                     # subtle: all processes stop here; gloo's threads would abort one that exits
+        dist.close()
+        raise
     dist.close()
 
 if __name__ == "__main__":
