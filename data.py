@@ -99,20 +99,21 @@ class VideoTextDataset(torch.utils.data.Dataset):
                 return self.sample(index) | {"bad": list(bad.values())}                  # shown in the log
             except MediaError as error:
                 bad[self.clip(index)] = reason = str(error)
-
-            # entries of the same clip are passed over; one of the batch is better than none
-            span, of_batch = next(span for span in self.spans if index in span), None
-            for i in (span[(index - span.start + k) % len(span)] for k in range(1, len(span))):
-                if self.clip(i) not in bad:
-                    if i not in batch:
-                        break
-                    of_batch = i if of_batch is None else of_batch
-            else:
-                i = of_batch
-            if i is None:
+            index = self.replacement(index, bad, batch)
+            if index is None:
                 raise MediaError(f"{reason}; {len(bad)} unreadable media, and its source has no other")
-            index = i
         raise MediaError(f"{reason}; {len(bad)} unreadable media in a row")
+
+    def replacement(self, index, bad, batch):
+        """The next sample of the same source whose clip is none of `bad`, one of the batch only if there is no other;
+        None if there is none at all."""
+        span, of_batch = next(span for span in self.spans if index in span), None
+        for i in (span[(index - span.start + k) % len(span)] for k in range(1, len(span))):
+            if self.clip(i) not in bad:
+                if i not in batch:
+                    return i
+                of_batch = i if of_batch is None else of_batch
+        return of_batch
 
     def __getitems__(self, indices):
         """The samples of a batch, as a DataLoader asks for them; no replacement is a clip that the batch has."""

@@ -36,7 +36,9 @@ from weights.int8 import quantize_int8
 
 GIB, NO_CUDA = memory.GIB, "not run: no CUDA device"
 RECOMPUTE, INT8, COMPILE = "--grad-checkpoint vit,qformer,llm", "--llm-int8", "--compile"
-COUNTED = {  # stage -> variant -> GiB of the first clip, GiB of each further: python -m bench.memory, vicuna-7b, bf16
+# stage -> variant -> GiB of the first clip, of each further: python -m bench.memory, vicuna-7b, bf16; stage 1 has
+# these from 16 clips on, before that AdamW's step takes more
+COUNTED = {
     1: {"": (3.68, 0.201), RECOMPUTE: (3.55, 0.073)},
     2: {"": (19.99, 1.99), RECOMPUTE: (18.80, 0.13), INT8: (14.21, 1.98)},
     3: {"": (23.25, 4.43), RECOMPUTE: (19.83, 0.29), INT8: (17.41, 4.41)}}

@@ -212,18 +212,21 @@ def locate_media(root, files):
 
     # if the original is missing, an .mp4 of the same name will do, unless it is another question's medium: videos of
     # something-something v2 are often converted
-    exact = {file_key(path) for path in media.values()}
+    file_of = {key: file_key(path) for key, path in media.items() if path}                # each path is looked at once
+    exact = set(file_of.values())
     for folder, name in (key for key, path in media.items() if not path):
         stem, suffix = os.path.splitext(name)
         path = find_media(root, folder, f"{stem}.mp4") if suffix.lower() in VIDEO_SUFFIXES else ""
-        media[folder, name] = "" if file_key(path) in exact else path
+        if path and (file := file_key(path)) not in exact:
+            media[folder, name], file_of[folder, name] = path, file
 
     # media of different folders are different videos: CLEVRER's and Perception's have the same names. Where both are
     # the same file, as in one flat folder, nobody knows whose it is; nor where two originals have become one .mp4
     users = defaultdict(set)
-    for (folder, name), path in media.items():
-        users[file_key(path)].add((folder, "" if os.path.basename(name) == os.path.basename(path) else name))
-    return {key: ("", path) if len(users[file_key(path)]) > 1 else (path, "") for key, path in media.items()}
+    for (folder, name), file in file_of.items():
+        is_exact = os.path.basename(name) == os.path.basename(media[folder, name])
+        users[file].add((folder, "" if is_exact else name))
+    return {key: ("", path) if path and len(users[file_of[key]]) > 1 else (path, "") for key, path in media.items()}
 
 def file_key(path):
     """The same for two paths of one file: by symbolic links, or in upper and lower case where that is the same."""

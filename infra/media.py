@@ -43,8 +43,6 @@ def read_media(path, select, as_image=False, limit=TIME_LIMIT, fps=None, start=N
     if os.path.isdir(path):
         return read_folder(path, select, fps or FOLDER_FPS, start, end)
     image = None if as_image else open_image(path, required=False)
-    if image and image.format == "JPEG" and is_motion_jpeg(path):
-        image = None
     if image and (image.format == "GIF" or image.format in ("PNG", "WEBP", "AVIF") and image.is_animated):
         return read_animation(path, image, select, start, end)
     if image or as_image:
@@ -105,7 +103,7 @@ def read_decord(path, select, start=None, end=None):
         fps = reader.get_avg_fps() if reader.get_avg_fps() > 0 else 1.0
         times = [i / fps for i in range(len(reader))]
         positions, seconds = choose_frames(path, select, times, fps, start, end)
-        frames = reader.get_batch(positions.tolist()).asnumpy()                                   # (T, H, W, 3)
+        frames = reader.get_batch(positions.tolist()).asnumpy()                          # (T, H, W, 3)
     return torch.from_numpy(frames).permute(0, 3, 1, 2), seconds                         # (T, 3, H, W)
 
 # --------------------------------------------------------------------------------------------------- images and folders
@@ -118,24 +116,32 @@ def image_errors(path):
         yield
 
 def open_image(path, required=True):
-    """A Pillow image, not decoded yet, whatever the file's name; MediaError, or None, for other content."""
+    """A Pillow image, not decoded yet, whatever the file's name; for other content MediaError, or None."""
     Image.init()
     with image_errors(path):
         try:
-            return Image.open(path, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
+            image = Image.open(path, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
         except UnidentifiedImageError:
             # subtle: FFmpeg would read the tiles of a HEIC photo as frames, and pieces of a torn AVIF
             with open(path, "rb") as file:
                 brand = re.match(b"....ftyp(hei[cxms]|hev[cx]|mif1|msf1|avi[fs])", file.read(12), re.DOTALL)
             if brand and brand[1][:3] != b"avi" and "HEIF" not in Image.OPEN:
-                try:
-                    import pillow_heif
-                except ImportError:
-                    raise MediaError(f"{path}: a HEIC photo, which needs: pip install pillow-heif") from None
-                pillow_heif.register_heif_opener()
+                register_heif(path)
                 return open_image(path, required)
             if required or brand:
                 raise
+            return None
+        if required or image.format != "JPEG" or not is_motion_jpeg(path):
+            return image
+        image.close()
+
+def register_heif(path):
+    """Lets Pillow read HEIC photos; MediaError if the package that does is missing."""
+    try:
+        import pillow_heif
+    except ImportError:
+        raise MediaError(f"{path}: a HEIC photo, which needs: pip install pillow-heif") from None
+    pillow_heif.register_heif_opener()
 
 def is_motion_jpeg(path):
     """Whether another picture follows the first at once, as in a camera's stream. A thumbnail is inside of it."""

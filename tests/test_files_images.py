@@ -10,19 +10,18 @@ import subprocess
 import sys
 import warnings
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image, ImageCms
+from videos import CASES, case_number
 
 import video
 from infra import media
 from infra.media import MediaError, read_media
 from video import Transform
 
-CASES = Path(__file__).resolve().parent / "cases"
 COLOURS = {"R": (255, 0, 0), "G": (0, 255, 0), "B": (0, 0, 255), "W": (255, 255, 255), "K": (0, 0, 0)}
 
 def every(first, last, fps):
@@ -39,12 +38,8 @@ def corners(frame):
                    for pixel in pixels)
 
 def number(frame):
-    """The number painted into (3, H, W): ten bars across the middle, white for 1."""
-    f = frame.permute(1, 2, 0).float()
-    h, w, _ = f.shape
-    bar = w // 10
-    rows = f[h * 7 // 16:h * 9 // 16]
-    return sum(int(rows[:, b * bar + bar // 4:b * bar + bar // 2 + 1].mean() > 128) << b for b in range(10))
+    """The number painted into (3, H, W)."""
+    return case_number(frame.permute(1, 2, 0).numpy())
 
 def painted(i=0, width=160, height=96):
     """Quadrants RGBW, with the number i across the middle."""

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from evaluation.tasks import LETTERS
 from toy.things import COLOURS, DIRECTIONS, FPS, FRAMES, GLYPHS, PLACES, POSES, SHAPES, UNITS
 
-PIXELS = 64   # of the files: decord reads rows shorter than 64 pixels as four-channel ones
+PIXELS = 64   # of the files' sides
 
 INKS = {"black": (20, 20, 24), "white": (250, 250, 250), "grey": (130, 130, 138), "red": (222, 40, 40),
         "green": (30, 165, 70), "blue": (45, 90, 230), "yellow": (250, 215, 40), "purple": (150, 50, 190),
