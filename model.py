@@ -96,7 +96,7 @@ EVERY_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 # vocab_size 0: known when the tokenizers are made. pos_scale: in a ViT trained from scratch the patches grow,
 # eighteenfold within 9,000 steps, and the positions would be lost among them.
 TOY = dict(
-    vit=dict(img_size=64, width=128, depth=3, heads=4, frames=8, init_std=0.0, pos_scale=2.0),
+    vit=dict(img_size=64, width=128, depth=4, heads=4, frames=8, init_std=0.0, pos_scale=2.0),
     qformer=dict(vocab_size=0, width=128, depth=4, heads=4, ffn=512, vision_width=128, embed_dim=128, cross_every=1,
                  max_positions=256, dropout=0.0, drop_path=0.0, init_std=0.0),
     llama=dict(vocab_size=0, width=128, depth=4, heads=4, kv_heads=4, ffn=384, init_std=0.0),

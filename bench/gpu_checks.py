@@ -248,7 +248,7 @@ def toy(report):
     for i, (name, most) in enumerate(full.items()):
         # each stage shows how many steps a second the next one will make; 20 s are for MVBench, 3 to load and to save
         seconds = (report.deadline - time.monotonic() - 20) * most / sum([*full.values()][i:]) - 3
-        steps = min(most, int(rate * seconds)) // (2 if name == "toy.pretrain" else 1)         # ViT and LLM
+        steps = min(most, int(rate * seconds)) // (3 if name == "toy.pretrain" else 1)         # ViT, BERT and LLM
         steps = 2 if report.tiny else max(1, steps // 20) * 20
         run_command(*name.split(), "--preset", preset, "--data", data, "--out", out, "--steps", steps,
                     "--log-every", min(20, steps))

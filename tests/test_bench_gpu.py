@@ -49,7 +49,7 @@ def test_every_part_runs_at_tiny_sizes(tmp_path, capsys):
     assert variants == [*((n, "plain") for n in "321"), *(("3", name) for name in (
         gpu_speed.INT8, gpu_speed.RECOMPUTE, gpu_speed.COMPILE))]
     assert [row["stage"] for row in records[5]["rows"]] == [
-        "stage 0 vit", "stage 0 llm", "stage 1", "stage 2", "stage 3", "MVBench"]
+        "stage 0 vit", "stage 0 bert", "stage 0 llm", "stage 1", "stage 2", "stage 3", "MVBench"]
 
 # ---- parts that do not end well
 

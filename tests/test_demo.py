@@ -14,11 +14,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = "runs/toy/stage3/mvbench/report.html"
-WRITES = {  # command -> the file that tells make that it is done
-    "-m toy.world --out data/toy": "data/toy/meta.json", "-m toy.pretrain vit": "runs/toy/init/config.json",
-    "-m toy.pretrain llm": "runs/toy/llm/config.json", "train.py --stage 1": "runs/toy/stage1/config.json",
-    "train.py --stage 2": "runs/toy/stage2/config.json", "train.py --stage 3": "runs/toy/stage3/config.json",
-    "mvbench.py --ckpt runs/toy/stage3 --controls all": REPORT}
+DEMO = {  # command -> the file that tells make that it is done
+    "-m toy.world --out data/toy": "data/toy/meta.json",
+    "train.py --stage 1": "runs/toy/stage1/config.json", "train.py --stage 2": "runs/toy/stage2/config.json",
+    "train.py --stage 3": "runs/toy/stage3/config.json", "mvbench.py --ckpt runs/toy/stage3 --controls all": REPORT}
+PRETRAIN = "-m toy.pretrain --data data/pretraining"
+STANDINS = {
+    "-m toy.world --out data/pretraining --clips 96000 --texts 120000 --seed 1000": "data/pretraining/meta.json",
+    f"{PRETRAIN} llm": "runs/toy/llm_fp32/config.json", f"{PRETRAIN} vit": "runs/toy/vit/config.json",
+    f"{PRETRAIN} bert": "runs/toy/bert/config.json", PRETRAIN: "runs/toy/init/config.json"}
 PYTHON = f"""#!{sys.executable}
 import os, pathlib, signal, sys, time
 command = " ".join(sys.argv[1:])
@@ -33,14 +37,14 @@ def save(*_):
 signal.signal(signal.SIGINT, save)
 note(f"start {{command}} | {{os.environ.get('OMP_NUM_THREADS', 'all')}} | {{sys.stderr.isatty()}}")
 end = time.time() + 30
-other = {{"-m toy.pretrain vit": "llm", "-m toy.pretrain llm": "vit"}}.get(command, "")
-while other and f"start -m toy.pretrain {{other}}" not in open("log").read() and time.time() < end:
+other = {{"{PRETRAIN} vit": "llm", "{PRETRAIN} llm": "vit"}}.get(command, "")
+while other and f"start {PRETRAIN} {{other}}" not in open("log").read() and time.time() < end:
     time.sleep(0.02)
 while os.path.exists("slow") and time.time() < end:
     time.sleep(0.02)
 if os.path.exists("broken") and open("broken").read() == command:
     sys.exit(3)
-target = pathlib.Path({WRITES!r}[command])
+target = pathlib.Path({DEMO | STANDINS!r}[command])
 target.parent.mkdir(parents=True, exist_ok=True)
 target.touch()
 note(f"end {{command}}")
@@ -59,50 +63,55 @@ def folder(tmp_path):
     python.chmod(0o755)
     return tmp_path
 
-def start(folder):
+def start(folder, goal="demo"):
     env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS" and "MAKE" not in name}
-    return subprocess.Popen(["make", "demo"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    return subprocess.Popen(["make", goal], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             start_new_session=True, env=env)
 
 def log_of(folder, kind="start"):
     lines = (folder / "log").read_text().splitlines()
     return [line.removeprefix(f"{kind} ") for line in lines if line.startswith(kind)]
 
-def test_lanes_run_side_by_side_with_one_thread_each_and_steps_in_turn(folder):
-    """Each pretraining waits for the other to start, so that neither ends unless both run."""
+def test_the_demo_runs_its_steps_in_turn_and_none_again(folder):
     process = start(folder)
     printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "Where things are" in printed, printed
-    starts, ends = [line.split(" | ")[0] for line in log_of(folder)], log_of(folder, "end")
-    assert sorted(starts) == sorted(WRITES) and starts[0] == "-m toy.world --out data/toy"
-    assert ends.index("-m toy.pretrain vit") < ends.index("train.py --stage 1") < ends.index("train.py --stage 2")
-    assert starts[-3:] == list(WRITES)[-3:]
-    threads = {command: n for command, n, _ in (line.split(" | ") for line in log_of(folder))}
-    assert {command for command, n in threads.items() if n == "1"} == set(list(WRITES)[1:4])
+    assert process.returncode == 0 and "Where things are" in printed and "What to try next" in printed, printed
+    assert [line.split(" | ")[:2] for line in log_of(folder)] == [[command, "all"] for command in DEMO]
 
     # all is done: nothing runs again; what is missing runs, and nothing that came after it
     (folder / "log").write_text("")
     assert start(folder).wait(60) == 0 and log_of(folder) == []
     (folder / REPORT).unlink()
-    assert start(folder).wait(60) == 0 and log_of(folder, "end") == [list(WRITES)[-1]]
+    assert start(folder).wait(60) == 0 and log_of(folder, "end") == [list(DEMO)[-1]]
 
 def test_the_demo_stops_at_the_first_failure_and_resumes_there(folder):
     (folder / "broken").write_text("train.py --stage 1")
     process = start(folder)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode != 0 and "Where things are" not in printed
-    assert set(log_of(folder, "end")) == set(list(WRITES)[:3])                   # the other lane ends its step
+    assert log_of(folder, "end") == list(DEMO)[:1]
     (folder / "broken").unlink()
-    assert start(folder).wait(60) == 0 and set(log_of(folder, "end")) == set(WRITES)
+    assert start(folder).wait(60) == 0 and log_of(folder, "end") == list(DEMO)
+
+def test_from_nothing_two_lanes_with_one_thread_each_come_first(folder):
+    """Each pretraining waits for the other to start, so that neither ends unless both run."""
+    process = start(folder, "demo-from-nothing")
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, printed
+    starts = [line.split(" | ")[0] for line in log_of(folder)]
+    assert sorted(starts[:5]) == sorted(STANDINS) and starts[0] == list(STANDINS)[0] and starts[5:] == list(DEMO)
+    assert starts.index(f"{PRETRAIN} vit") < starts.index(f"{PRETRAIN} bert") < starts.index(PRETRAIN) == 4
+    threads = {command: n for command, n, _ in (line.split(" | ") for line in log_of(folder))}
+    assert {command for command, n in threads.items() if n == "1"} == set(list(STANDINS)[1:4])
 
 def test_ctrl_c_lets_both_lanes_save(folder):
     (folder / "slow").touch()
-    (folder / "data/toy").mkdir(parents=True)
-    (folder / "data/toy/meta.json").touch()
-    process, end = start(folder), time.time() + 30
+    (folder / "data/pretraining").mkdir(parents=True)
+    (folder / "data/pretraining/meta.json").touch()
+    process, end = start(folder, "demo-from-nothing"), time.time() + 30
     while len(log_of(folder)) < 2 and time.time() < end:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)                                        # as a terminal does
     process.communicate(timeout=60)
     assert process.returncode != 0
-    assert sorted(log_of(folder, "saved")) == ["-m toy.pretrain llm", "-m toy.pretrain vit"]
+    assert sorted(log_of(folder, "saved")) == [f"{PRETRAIN} llm", f"{PRETRAIN} vit"]

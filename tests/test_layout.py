@@ -31,7 +31,7 @@ MAY_IMPORT = {  # a room, or a file of the top level -> what of ours it may impo
     "bench": TOP | ROOMS - {"toy", "bench"},
 }
 LINES = {"toy/scenarios.py": 560}       # of one file, where it is not 400: twenty tasks, a class for each
-LONGEST_FILE, TOP_LEVEL, EVERYTHING = 400, 3_000, 10_000
+LONGEST_FILE, TOP_LEVEL, EVERYTHING = 400, 3_000, 10_200
 LONGEST_FUNCTION, PARAGRAPH = 50, 15
 FORBIDDEN = {  # names that a reader cannot look up: use the field's terms
     "told", "said", "seen", "look", "asked", "found", "own", "some", "keep", "kept", "hold", "spread", "whole",

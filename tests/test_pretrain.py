@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from llama import Llama, LlamaConfig
+from model import PRESETS
 from prompt import IGNORE, SYSTEM, VIDEO
 from qagen import generate
 from tokenizer import SentencePiece
 from toy import pretrain, world
+from toy.pretrain_llm import needs_order
 from toy.scenarios import SCENARIOS
 
 @pytest.fixture(scope="module")
@@ -70,12 +72,14 @@ def test_conversations_train_answers_and_marks_and_never_the_question(text):
         shown = tok.decode([i for i in curriculum[index].ids if i not in (tok.bos_id, VIDEO)])
         said = trained(tok, curriculum[index])
         caption = re.search("<Video>(.*?)</Video>", shown)[1].strip()
-        if said == f"{caption}###":
+        if said in {f"{told}###" for told, _ in documents}:
             kinds.add("caption")
             continue
         marks = [word for word in said.split() if word in ("yes", "no")]
         kinds.add(f"epoch {epoch} {'marked' if marks else 'plain'} {'system' if index >= 64 else ''}")
-        turns = [answers for told, answers in documents if told == caption and all(a in said for a in answers)]
+        # from phase 14 on some of its words are lost
+        turns = [answers for told, answers in documents
+                 if (told == caption or epoch == 15) and all(a in said for a in answers)]
         assert turns and "Question" not in said
         assert shown.count(SYSTEM.strip()) == (2 if epoch == 15 and index >= 64 else 0)
         assert not marks or marks.count("yes") == said.count("Best option")
@@ -103,7 +107,6 @@ def test_the_answer_of_a_document_stands_in_its_caption():
 
 def test_the_classifier_s_loss_falls_when_its_heads_are_right():
     """By hand: logits on the true classes cost less than uniform ones, which cost log(n), and activity twice that."""
-    from model import PRESETS
     model = pretrain.PatchClassifier(PRESETS["micro"](), [3, 4, 5])
     for head in model.heads:
         torch.nn.init.zeros_(head.weight)
@@ -139,23 +142,56 @@ def test_the_patch_labels_begin_with_straight_lines(tmp_path):
         assert all(sample["targets"].equal(torch.from_numpy(targets[sample["idx"]][[0, 2]])) for sample in drawn)
     assert sum(sample["idx"] == 2 for sample in drawn) == 20  # as many of the tasks as of the playground
 
-def test_late_captions_lie_spread_and_blurred_in_the_video_s_place(text):
+def test_late_captions_fill_the_video_s_places_under_noise_and_lose_words(text):
     path, tok = text
     curriculum = pretrain.TextCurriculum(path, tok, "vicuna", 32, epoch_size=80)
-    captions = {tuple(tok.encode(caption)) for caption, *_ in curriculum.documents}
+    captions = [tok.encode(caption) for caption, *_ in curriculum.documents]
     curriculum.set_epoch(14)
     prompts = [curriculum[index] for index in range(32, 80)]
     noisy = [prompt for prompt in prompts if prompt.noisy]
-    assert 12 < len(noisy) < 36
+    assert 24 < len(noisy) < 46                                        # three in four
+    n_lost = 0
     for prompt in noisy:
         slot = [prompt.ids[i] for i in prompt.noisy]
-        assert len(slot) >= 32 and VIDEO not in prompt.ids[:prompt.noisy.start] + prompt.ids[prompt.noisy.stop:]
-        assert tuple(i for i in slot if i != VIDEO) in captions
+        assert len(slot) == 32 and VIDEO not in prompt.ids[:prompt.noisy.start] + prompt.ids[prompt.noisy.stop:]
+        fitting = [words for words in captions if len(words) <= 32 and all(
+            i in (word, VIDEO) for i, word in zip(slot, [*words, *[VIDEO] * 32], strict=False))]
+        assert fitting                                                 # each word is at its own place, or lost
+        n_lost += max(map(len, fitting)) > sum(i != VIDEO for i in slot)
+    assert n_lost > 10
     batch = pretrain.collate_prompts(noisy[:2])
     llama = Llama(LlamaConfig(vocab_size=tok.vocab_size, width=32, depth=1, heads=2, kv_heads=2, ffn=64))
     embeds = pretrain.noisy_embeds(llama, batch["ids"], batch["noisy"])
     same = (embeds == llama.embed(batch["ids"].clamp(min=0))).all(-1)
     assert torch.equal(same, batch["noisy"] == 0)
+
+@pytest.mark.parametrize("caption, right, wrong, expected", [
+    ("It jumps. Before that it grows. After that it spins.", "After that it spins.", "After that it grows.", True),
+    ("It jumps. Before that it grows. After that it spins.", "After that it spins.", "After that it shakes.", False),
+    ("The letters are first A, then C, last T.", "They are first A, then C, last T.",
+     "They are first C, then A, last T.", True),
+    ("It blinks 3 times.", "3", "2", False)])
+def test_which_questions_need_the_order_of_words(caption, right, wrong, expected):
+    choice = {"question": "What?", "candidates": [wrong, right], "answer": right}
+    assert needs_order(caption, [generate.as_turn(choice)]) == needs_order(
+        caption, [generate.as_turn(choice, worked=True)]) == expected
+
+def test_the_text_half_is_what_bert_base_has():
+    cfg = PRESETS["micro"]()
+    cfg.qformer.vocab_size = 20
+    model = pretrain.CaptionAutoencoder(cfg, mask_id=4)
+    half = pretrain.text_half(model.state_dict())
+    missing = {name for name in model.qformer.state_dict() if f"qformer.{name}" not in half}
+    assert all("crossattention" in name or "_query." in name for name in missing) and len(missing) == 2 * (10 + 6)
+
+    # a step teaches all of it
+    batch = {"ids": torch.randint(5, 20, (3, 7)), "mask": torch.ones(3, 7, dtype=torch.long)}
+    torch.manual_seed(0)
+    losses = model.losses(batch)
+    sum(losses.values()).backward()
+    assert set(losses) == {"vtg", "mlm"} and all(loss.isfinite() for loss in losses.values())
+    parameters = dict(model.named_parameters())
+    assert all(parameters[name].grad.abs().sum() > 0 for name in half if name in parameters)
 
 def test_a_vocabulary_that_another_process_has_finished_stays(text, monkeypatch):
     """Both parts may start at the same time."""

@@ -24,7 +24,8 @@ from training import resume
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 8
-PARTS = {"vit": ("init", "vit"), "llm": ("llm", "llm"),  # folder of the result, what names it on the command line
+# folder of the result, what names it on the command line
+PARTS = {"vit": ("vit", "vit"), "bert": ("bert", "bert"), "llm": ("llm_fp32", "llm"),
          1: ("stage1", "--stage", "1"), 2: ("stage2", "--stage", "2"), 3: ("stage3", "--stage", "3")}
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,7 +45,7 @@ def runs(world, tmp_path_factory):
     """Every stage of the micro preset, undisturbed."""
     out = tmp_path_factory.mktemp("runs") / "micro"
     for part in PARTS:
-        (pretrain if part in ("vit", "llm") else train).main(options(world, out, part))
+        (pretrain if part in ("vit", "bert", "llm") else train).main(options(world, out, part))
     return out
 
 def weights(folder):
@@ -57,13 +58,14 @@ def assert_same(one, other):
 def begun(runs, out, part):
     """A run whose earlier stages are done."""
     names = list(PARTS)
-    for name in names[:names.index(part)]:
-        shutil.copytree(runs / PARTS[name][0], out / PARTS[name][0])
+    standins = ["init", "llm"] if isinstance(part, int) else []
+    for folder in [PARTS[name][0] for name in names[:names.index(part)]] + standins:
+        shutil.copytree(runs / folder, out / folder)
     return out
 
 def command(processes, arguments):
     several = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
-    script = ["-m", "toy.pretrain"] if arguments[0] in ("vit", "llm") else [str(ROOT / "train.py")]
+    script = ["-m", "toy.pretrain"] if arguments[0] in ("vit", "bert", "llm") else [str(ROOT / "train.py")]
     return [sys.executable, *several, *script]
 
 def start(*arguments, processes=1):

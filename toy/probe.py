@@ -28,9 +28,10 @@ from infra.files import load_strict, read_json, read_tensors
 from prompt import CAPTION_INSTRUCTIONS, IGNORE, caption_prompt, decode_answer, is_finished, mvbench_prompt, pad_ids
 from qagen.generate import caption_and_facts
 from toy.draw import ACTIVITY_CLASSES, COLOUR_CLASSES, SHAPE_CLASSES, token_targets
-from toy.pretrain import PatchClassifier
+from toy.pretrain_vit import PatchClassifier
 from toy.scenarios import SCENARIOS
 from toy.things import FPS, FRAMES, UNITS
+from training.resume import TOY_INIT
 from video import eval_frame_indices, load_eval_clip
 from weights import checkpoint
 from weights.hf_llama import load_llm
@@ -66,7 +67,7 @@ def alike(queries):
 def probe_vit(folder, clips_of):
     cfg, _ = checkpoint.read_config(folder)
     vit = PatchClassifier(cfg, [len(COLOUR_CLASSES), len(SHAPE_CLASSES), len(ACTIVITY_CLASSES)]).eval()
-    load_strict(vit, read_tensors(folder / "model.safetensors"), folder)
+    load_strict(vit, read_tensors(folder / "model.safetensors"), folder, dropped=("qformer.",))
     for task, clips in clips_of.items():
         patch, frames = UNITS // cfg.vit.grid, sampled_frames(task, cfg.eval_frames)
         targets = torch.tensor(np.stack([token_targets(clip, patch, frames) for clip in clips]))  # (B, T, L, 3)
@@ -126,6 +127,8 @@ def probe(run_folder, data, count):
     clips_of, table = read_benchmark(data, count), {}
     for name, (probe_part, columns) in PROBES.items():
         folder = Path(run_folder) / name
+        if name in ("init", "llm") and not folder.exists():                                    # it started from these
+            folder = TOY_INIT.parent / name
         if (folder / "config.json").is_file():
             print(f"testing {folder} ...", file=sys.stderr)
             rows = dict(probe_part(folder, clips_of))

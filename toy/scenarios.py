@@ -58,7 +58,8 @@ class ActionPrediction(QATask):
     def describe(self, clip, rng):
         sides = [event["action"] for event in sorted_events(clip)]
         answer = sides[len(sides) % 4]  # after the fourth the first comes again
-        return f"it goes {answer} next.", [
+        is_clockwise = tuple(sides[:2]) in pairwise(("left", "up", "right", "down", "left"))
+        return f"it goes {answer} next, {'clockwise' if is_clockwise else 'counter-clockwise'}.", [
             Fact.from_template("next", "It goes {}.", answer, excluding(things.SIDES, answer), hero_slot(clip))]
 
 class ActionAntonym(QATask):
@@ -239,7 +240,8 @@ class ObjectShuffle(QATask):
         row = sorted((1, 2, 3), key=lambda i: clip["objects"][i]["x"][-1])  # the numbers of the cups, left to right
         names, cup = ("left", "middle", "right"), sorted_events(clip, "hides")[0]["target"]
         answer = names[row.index(cup)]
-        return f"at the end the ball is under the {answer} cup.", [
+        colour = clip["objects"][cup]["colour"]
+        return f"at the end the ball is under the {answer} cup, which is {colour}.", [
             Fact.from_template("where", "Under the {} cup.", answer, excluding(names, answer))]
 
 class MovingDirection(QATask):

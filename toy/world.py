@@ -1,11 +1,12 @@
-"""The toy world on disk: training clips, captions, instructions, patch classes, text, and a benchmark like MVBench.
+"""The toy world on disk: training clips, captions, instructions, and a benchmark like MVBench.
 
-    videos/00/00000.gif ...     clips: the 20 tasks in turn (five in eight), then the playground
+    videos/00/00000.gif ...     clips: the 20 tasks in turn, then the playground
     annotations.jsonl           what happens in each of them
-    targets.npy                 (clips, T, L, 3) uint8: the classes that toy.pretrain teaches a ViT with
-    captions*.json, instructions.json, corpus_*.json     what stages 1 to 3 read, listed as data.py expects it
-    text.jsonl                  documents for the language model
+    captions.json, instructions.json, corpus_*.json     what stages 1 to 3 read, listed as data.py expects it
     mvbench/                    the benchmark in the official layout, and its clips' annotations
+    with --texts, what toy.pretrain reads:
+    text.jsonl                  documents for the language model
+    targets.npy                 (clips, T, L, 3) uint8: the class of every patch, for the ViT
 
 Every clip has its own random generator, so the bytes depend on the seed and not on the number of workers.
 Not here: what happens in a clip (scenarios.py), its pictures (draw.py), how questions are made (qagen/generate.py).
@@ -13,6 +14,7 @@ Not here: what happens in a clip (scenarios.py), its pictures (draw.py), how que
     python -m toy.world --out data/toy --sheet sheet.png
 """
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -42,9 +44,9 @@ HELD_OUT = {("star", "red"), ("circle", "green"), ("cross", "blue"),
 @dataclass
 class WorldConfig:
     out: str = option("data/toy", "folder to write; it appears only when it is complete")
-    clips: int = option(32000, "training clips: five in eight show the tasks in turn, the others the playground")
+    clips: int = option(24000, "training clips: the tasks in turn, then the playground (an eighth; three with --texts)")
     questions: int = option(100, "questions for each task of the benchmark")
-    texts: int = option(40000, "documents without video, for the language model")
+    texts: int = option(0, "documents without video, and the classes of all patches, for toy.pretrain; 0: neither")
     seed: int = option(0, "the same seed writes the same bytes")
     patch: int = option(12, "side of a patch that has classes; the world is 48 wide")
     workers: int = option(None, "processes; by default one for each core")
@@ -70,23 +72,24 @@ def simulate(name, rng, split="train"):
         obj |= {track: [round(value, 1) for value in obj[track]] for track in ("x", "y", "size", "angle")}
     return clip
 
-def n_captioned(count):
-    """How many of `count` training clips, from the first, stages 1 to 3 see; the ViT alone learns from the others."""
-    return count * 23 // 32  # 5/8: the clips of the tasks; 3/32: a quarter of the playground's
+def clip_scenario(index, cfg):
+    """Key of the scenario of training clip `index`: the tasks in turn, then the playground."""
+    return TASKS[index % len(TASKS)].file if index < cfg.clips * (5 if cfg.texts else 7) / 8 else "playground"
 
 def train_clip(index, out, cfg):
     """Write training clip `index` -> its line of annotations, caption entry, instruction entries, patch classes."""
     rng, video = random.Random(f"{cfg.seed}/train/{index}"), f"{index // 1000:02d}/{index:05d}.gif"
-    name = TASKS[index % len(TASKS)].file if index < 5 * cfg.clips / 8 else "playground"
+    name = clip_scenario(index, cfg)
     scenario, clip = SCENARIOS[name], {"id": video} | simulate(name, rng)
     draw.write_gif(draw.render(clip), out / "videos" / video)
 
-    # stage 3 is for the tasks; it sees every second clip of the playground that has a caption
+    # stage 3 is for the tasks; it sees every second clip of the playground
     talks = []
-    if name != "playground" or index < n_captioned(cfg.clips) and index % 2 == 0:
+    if name != "playground" or index % 2 == 0:
         talks = [{"video": video, "QA": turns} for turns in generate.conversations(scenario, clip, rng)]
     caption, _ = generate.caption_and_facts(scenario, clip, rng)
-    return to_line(clip), {"video": video, "caption": caption}, talks, draw.token_targets(clip, cfg.patch)
+    targets = draw.token_targets(clip, cfg.patch) if cfg.texts else None                 # (T, L, 3)
+    return to_line(clip), {"video": video, "caption": caption}, talks, targets
 
 def text_document(index, out, cfg):
     """One line of text.jsonl: [caption, turns of a conversation, the same turns without options]."""
@@ -125,18 +128,17 @@ def write_world(out, cfg, pool):
     results = parallel_map(train_clip, range(cfg.clips), "clips")
     lines, captions, talks, targets = zip(*results, strict=True)
     write_lines(out / "annotations.jsonl", lines)
-    np.save(out / "targets.npy", np.stack(targets))                                       # (clips, T, L, 3)
 
     # what the stages read, and the corpus files that list it
-    n, instructions = n_captioned(cfg.clips), [entry for entries in talks for entry in entries]
-    for name, entries in (("captions", captions[:n]), ("captions_more", captions[n:]), ("instructions", instructions)):
+    instructions = [entry for entries in talks for entry in entries]
+    for corpus, name, entries in (("caption", "captions", captions), ("instruct", "instructions", instructions)):
         write_json(entries, out / f"{name}.json", indent=1)
-    corpora = {"clips": ("captions", "captions_more"), "caption": ("captions",), "instruct": ("instructions",)}
-    for corpus, names in corpora.items():
-        write_json([[f"{name}.json", "videos", "video"] for name in names], out / f"corpus_{corpus}.json", indent=1)
+        write_json([[f"{name}.json", "videos", "video"]], out / f"corpus_{corpus}.json", indent=1)
 
-    # text for the language model, and the benchmark
-    write_lines(out / "text.jsonl", parallel_map(text_document, range(cfg.texts), "texts"))
+    # what toy.pretrain reads, and the benchmark
+    if cfg.texts:
+        np.save(out / "targets.npy", np.stack(targets))                                   # (clips, T, L, 3)
+        write_lines(out / "text.jsonl", parallel_map(text_document, range(cfg.texts), "texts"))
     lines = sum(parallel_map(benchmark_task, TASKS, "benchmark", 1), [])
     write_lines(out / "mvbench" / "annotations.jsonl", lines)
 
@@ -145,8 +147,8 @@ def build(cfg):
     # impossible settings
     settings = {name: getattr(cfg, name) for name in ("clips", "questions", "texts", "seed", "patch")}
     for name, value in settings.items():
-        if value < 1 and name != "seed":
-            raise ValueError(f"--{name} {value}: expected 1 or more")
+        if value < (least := int(name not in ("seed", "texts"))):
+            raise ValueError(f"--{name} {value}: expected {least} or more")
     if UNITS % cfg.patch:
         raise ValueError(f"--patch {cfg.patch}: expected a divisor of {UNITS}, the width of the world")
 
@@ -170,6 +172,14 @@ def build(cfg):
                     "colours": draw.COLOUR_CLASSES, "shapes": draw.SHAPE_CLASSES,
                     "activities": draw.ACTIVITY_CLASSES, "held_out": sorted(HELD_OUT)}, part / "meta.json", indent=1)
     return True
+
+def record(settings, count=500):
+    """What identifies a world, for JSON: its settings, and a hash of its first documents and training clips."""
+    cfg, digest = WorldConfig(**settings), hashlib.sha256()
+    for index in range(count):
+        name, rng = clip_scenario(index, cfg), random.Random(f"{cfg.seed}/train/{index}")
+        digest.update((text_document(index, None, cfg) + to_line(simulate(name, rng))).encode())
+    return {"settings": settings, "sha256": digest.hexdigest()}
 
 def sheet_rows(seed=0):
     """A question of each task for the contact sheet: (title, annotation, question)."""

@@ -25,7 +25,8 @@ from infra.files import atomic_folder, hash_file, load_strict, lock_folder, read
 from weights import checkpoint
 
 TRAINER = "trainer.json"
-TOY_PRESETS = ("toy", "micro")                                 # their ViT and LLM are trained by toy.pretrain
+TOY_PRESETS = ("toy", "micro")                                 # toy.pretrain trains what they start from
+TOY_INIT = Path(__file__).resolve().parent.parent / "assets/toy/init"      # ... and has done so for preset toy
 MUST_MATCH = ("stage", "preset", "batch", "grad_accum", "steps", "seed", "corpus", "data", "muon_lr_scale",
               "cache_features", "dtype")                       # options that a run cannot change when it resumes
 OLD_OPTIONS = {"accumulate": "grad_accum", "muon": "muon_lr_scale"}   # as older versions called them in trainer.json
@@ -84,13 +85,15 @@ def init_checkpoint(cfg):
     folder = Path(cfg.init or Path(cfg.out) / ("init" if cfg.stage == 1 else f"stage{cfg.stage - 1}"))
     if is_finished(folder):
         return folder
+
+    # the toy has its own UMT and BERT, unless OUT/init says otherwise
+    if cfg.stage == 1 and cfg.preset == "toy" and not cfg.init and not folder.exists():
+        return TOY_INIT
     command = f"python -m weights.convert import --preset {cfg.preset} --out {folder} ... (see --help)"
     if cfg.stage > 1:
         command = f"python train.py --stage {cfg.stage - 1} --preset {cfg.preset} --out {cfg.out}"
     elif cfg.preset in TOY_PRESETS:
         command = f"python -m toy.pretrain --preset {cfg.preset} --out {cfg.out}"
-    if cfg.stage == 1 and (Path(cfg.out) / "stage0").is_dir():             # older versions had a stage 0
-        command += f", or copy an older version's {cfg.out}/stage0/vit to init and {cfg.out}/stage0/llm to llm"
     state = "is not finished" if folder.is_dir() else "is missing"
     raise FileNotFoundError(f"stage {cfg.stage} starts from {folder}, which {state}; run: {command}")
 

@@ -60,7 +60,10 @@ def read_bert(folder, cfg):
         if bias in tensors:
             tensors[bias] = torch.cat((tensors[bias].float(), torch.zeros(1)))
 
-    # "layer.3.output." is also "layer.3.output_query."
+    return copy_text_to_query(tensors)
+
+def copy_text_to_query(tensors):
+    """The text's feed-forward layers are also the queries' at first: "layer.3.output." is "layer.3.output_query."."""
     for name in list(tensors):
         query = re.sub(r"(\.layer\.\d+\.(?:intermediate|output))\.", r"\1_query.", name)
         tensors.setdefault(query, tensors[name].clone())
