@@ -105,13 +105,13 @@ class TrainConfig:
     repeat_image: bool = option(None, "stage 1: repeat an image for each temporal embedding", MODEL)
 
 MODEL_OPTIONS = [f.name for f in fields(TrainConfig) if f.metadata["group"] == MODEL]    # fields of model.Config too
-TOY_RECIPE = dict(batch=8, constant_until=0.5, beta2=0.99, cache_features=True, log_every=100)
+TOY_RECIPE = dict(batch=8, constant_until=0.5, beta2=0.99, muon_lr_scale=3.0, cache_features=True, log_every=100)
 RECIPES = {  # preset -> stage -> what differs from TrainConfig's defaults
     "toy": {
-        # 24,000, 24,000 and 43,200 clips; the first 92 % of stage 1 teach the queries to see, by captioning alone
-        1: TOY_RECIPE | dict(steps=3000, lr=3e-4, muon_lr_scale=3.0, vtg_only=0.92),
-        2: TOY_RECIPE | dict(steps=3000, lr=3e-4),
-        3: TOY_RECIPE | dict(steps=5400, lr=2e-4, lora_lr_scale=6.0),
+        # 28,000, 9,600 and 22,400 clips; the first 95 % of stage 1 teach the queries to see, by captioning alone
+        1: TOY_RECIPE | dict(steps=3500, lr=4e-4, vtg_only=0.95),
+        2: TOY_RECIPE | dict(steps=1200, lr=4e-4),
+        3: TOY_RECIPE | dict(steps=2800, lr=2e-4, lora_lr_scale=6.0),
     },
     "micro": dict.fromkeys((1, 2, 3), dict(steps=4, batch=4, lr=1e-3, muon_lr_scale=1.0, lora_lr_scale=2.0, log_every=1,
                                            save_every=2, workers=0, cache_features=True)),

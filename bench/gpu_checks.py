@@ -241,15 +241,15 @@ def toy_world(clips, questions, texts):
     return data
 
 def toy(report):
-    """The commands of `make demo`, with as many of their steps as the time allows."""
+    """The commands of `make demo`, with as many of their steps as the time allows; tiny, toy.pretrain comes first."""
     out, rate, done = Path(tempfile.mkdtemp()), 30, set()                  # steps a second; stages
-    preset, data = ("micro", toy_world(40, 1, 100)) if report.tiny else ("toy", toy_world(4000, 20, 20000))
-    full = {"toy.pretrain": 8000, "train --stage 1": 3000, "train --stage 2": 3000, "train --stage 3": 5400}
+    preset, data = ("micro", toy_world(40, 1, 100)) if report.tiny else ("toy", toy_world(4000, 20, 0))
+    full = {"toy.pretrain": 0} if report.tiny else {}
+    full |= {"train --stage 1": 3500, "train --stage 2": 1200, "train --stage 3": 2800}
     for i, (name, most) in enumerate(full.items()):
         # each stage shows how many steps a second the next one will make; 20 s are for MVBench, 3 to load and to save
         seconds = (report.deadline - time.monotonic() - 20) * most / sum([*full.values()][i:]) - 3
-        steps = min(most, int(rate * seconds)) // (3 if name == "toy.pretrain" else 1)         # ViT, BERT and LLM
-        steps = 2 if report.tiny else max(1, steps // 20) * 20
+        steps = 2 if report.tiny else max(1, min(most, int(rate * seconds)) // 20) * 20
         run_command(*name.split(), "--preset", preset, "--data", data, "--out", out, "--steps", steps,
                     "--log-every", min(20, steps))
 

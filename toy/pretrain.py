@@ -62,7 +62,7 @@ MICRO = dict(steps=4, batch=4, lr=1e-3, muon_lr_scale=1.0, log_every=1, save_eve
 RECIPES = {
     "toy": {"vit": dict(ALL, steps=18000, lr=1.5e-3),
             "bert": dict(ALL, steps=4000, lr=3e-4, muon_lr_scale=3.0, constant_until=0.6, workers=0),
-            "llm": dict(ALL, steps=20000, lr=1e-3, constant_until=0.7, workers=0)},
+            "llm": dict(ALL, steps=13000, lr=1e-3, constant_until=0.7, workers=0)},
     "micro": {"vit": MICRO, "bert": MICRO, "llm": MICRO},
 }
 

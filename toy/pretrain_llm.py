@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from prompt import CAPTION_INSTRUCTIONS, SYSTEM, Prompt, add_packing, caption_prompt, conversation_prompt, pad_batch
-from qagen.generate import OPTION_HINTS, as_turn, excluding
+from qagen.generate import OPTION_HINTS, as_turn
 
 WORD, OPTION = re.compile(r"\b[a-z]+\b"), re.compile(r"^\([A-E]\) (.*)", re.M)
 
@@ -79,8 +79,7 @@ class TextCurriculum(torch.utils.data.Dataset):
         if is_drill := self.epoch < 8 or fifth == 1:
             caption, turns = self.drill(rng)
         else:
-            ordered = rng.random() < (0.5 if self.epoch < 29 else 0.75)
-            caption, turns, open_turns = rng.choice(self.ordered if ordered else self.documents)
+            caption, turns, open_turns = rng.choice(self.ordered if rng.random() < 0.5 else self.documents)
             if rng.random() < (0, 0.8, 1)[(self.epoch > 12) + (self.epoch > 20)]:          # hints become rare, then go
                 turns = [qa | {"q": re.sub(f" ({'|'.join(OPTION_HINTS)})\n", "\n", qa["q"])} for qa in turns]
             turns = turns if fifth else open_turns
@@ -108,36 +107,30 @@ class TextCurriculum(torch.utils.data.Dataset):
         return CaptionedPrompt(prompt.ids, labels, range(first, first + length * is_noisy))
 
     def drill(self, rng):
-        """-> (text, [turn]): the right option is an answer between two words, or a word of a list or of a caption, or a
-        pair of words of which the text has several: "cup grows sea. red grows five. .." | (A) red grows sea (B) .."""
-        # words of a list from phase 3 on, answers and pairs from 5, captions from 6
-        right, kind, n_wrong = "", rng.random(), rng.randint(2, 4)
-        if self.epoch > 4 and kind < 0.4:
-            between, n_pairs = " ".join(["", *rng.sample(self.words, rng.randint(0, 2)), ""]), rng.randint(2, 4)
-            first, last = (rng.sample(self.words, n_pairs) for _ in range(2))
-            pairs = [[between.join((a, b)) for b in last] for a in first]
-            text, i = ". ".join(pairs[k][k] for k in range(n_pairs)), rng.randrange(n_pairs)
-            right, wrong = pairs[i][i], excluding([*pairs[i], *(row[i] for row in pairs)], pairs[i][i])
-            wrong = rng.sample(wrong, min(n_wrong, len(wrong)))
-        elif self.epoch > 4 and kind < 0.55:
-            right, *wrong = rng.sample(self.answers, n_wrong + 1)
-            text = f"{rng.choice(self.words)} {right} {rng.choice(self.words)}"
-        elif self.epoch > 2:
-            text = " ".join(rng.sample(self.words, rng.randint(1, min(12, 2 ** (self.epoch - 2)))))
-            if kind > 0.8 and self.epoch > 5:
-                text = rng.choice(self.documents)[0]
-            present = set(WORD.findall(text))
-            if options := [word for word in self.words if word in present]:
-                right = rng.choice(options)
-                wrong = rng.sample([word for word in self.words if word not in present], n_wrong)
+        """-> (text, [turn]): the right option is an answer between two words, or a word of a list or of a caption."""
+        # words of a list from phase 3 on, answers from 5, captions from 6
+        right = ""
+        if self.epoch > 2:
+            n_wrong, kind = rng.randint(2, 4), rng.random()
+            if kind < 0.25 and self.epoch > 4:
+                right, *wrong = rng.sample(self.answers, n_wrong + 1)
+                text = f"{rng.choice(self.words)} {right} {rng.choice(self.words)}"
+            else:
+                text = " ".join(rng.sample(self.words, rng.randint(1, min(12, 2 ** (self.epoch - 2)))))
+                if kind > 0.75 and self.epoch > 5:
+                    text = rng.choice(self.documents)[0]
+                present = set(WORD.findall(text))
+                if options := [word for word in self.words if word in present]:
+                    right = rng.choice(options)
+                    wrong = rng.sample([word for word in self.words if word not in present], n_wrong)
         if not right:                                                      # the text is one word, the right option
             text, *wrong = rng.sample(self.words, 4)
             right = text
 
-        # seven drills in ten are worked examples, with hints; later one in seven
+        # seven drills in ten are worked examples, with hints; from phase 20 on one in seven
         question, options = rng.choice(self.DRILL_QUESTIONS), rng.sample([right, *wrong], len(wrong) + 1)
         choice = {"question": question, "candidates": options, "answer": right}
-        return text, [as_turn(choice, worked=rng.random() < (0.7 if self.epoch < 29 else 0.15))]
+        return text, [as_turn(choice, worked=rng.random() < (0.7 if self.epoch < 20 else 0.15))]
 
 def collate_prompts(prompts):
     """-> ids (B, S) with VIDEO where the slot is empty, labels, mask, noisy (B, S): 1 where noisy_embeds blurs."""

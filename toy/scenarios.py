@@ -56,10 +56,11 @@ class ActionPrediction(QATask):
         return {"objects": [hero], "events": [new_event(*visit) for visit in visits]}
 
     def describe(self, clip, rng):
-        sides = [event["action"] for event in sorted_events(clip)]
-        answer = sides[len(sides) % 4]  # after the fourth the first comes again
-        is_clockwise = tuple(sides[:2]) in pairwise(("left", "up", "right", "down", "left"))
-        return f"it goes {answer} next, {'clockwise' if is_clockwise else 'counter-clockwise'}.", [
+        sides = [event["action"] for event in sorted_events(clip)]  # after the fourth the first comes again
+        answer, last = sides[len(sides) % 4], {"up": "top", "down": "bottom"}.get(sides[-1], sides[-1])
+        turns = "clockwise", "counter-clockwise"
+        way = turns[tuple(sides[:2]) not in pairwise(("left", "up", "right", "down", "left"))]
+        return f"it goes {answer} next, {way} from the {last}.", [
             Fact.from_template("next", "It goes {}.", answer, excluding(things.SIDES, answer), hero_slot(clip))]
 
 class ActionAntonym(QATask):
@@ -240,8 +241,8 @@ class ObjectShuffle(QATask):
         row = sorted((1, 2, 3), key=lambda i: clip["objects"][i]["x"][-1])  # the numbers of the cups, left to right
         names, cup = ("left", "middle", "right"), sorted_events(clip, "hides")[0]["target"]
         answer = names[row.index(cup)]
-        colour = clip["objects"][cup]["colour"]
-        return f"at the end the ball is under the {answer} cup, which is {colour}.", [
+        colour, colours = clip["objects"][cup]["colour"], ", ".join(clip["objects"][i]["colour"] for i in row)
+        return f"at the end the ball is under the {answer} cup, the {colour} one of {colours}.", [
             Fact.from_template("where", "Under the {} cup.", answer, excluding(names, answer))]
 
 class MovingDirection(QATask):
