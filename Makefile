@@ -1,6 +1,6 @@
 # make demo                from released stand-ins to a model that watches videos: world, three stages, MVBench (15 min)
 # make demo-from-nothing   trains the stand-ins first, as assets/toy/ was made (hours)
-# make test                ruff and the whole test suite (10 min); all on 2 CPU cores
+# make test                ruff and the whole test suite (8 min); all on 2 CPU cores
 # Each sets up .venv first. PYTHON=python3.12 chooses the interpreter.
 SHELL = bash
 .SHELLFLAGS = -o pipefail -c
