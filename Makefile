@@ -1,4 +1,4 @@
-# make demo                from released stand-ins to a model that watches videos: world, three stages, MVBench (15 min)
+# make demo                from ready-made stand-ins to a model that watches videos: world, three stages, MVBench (15 min)
 # make demo-from-nothing   trains the stand-ins first, as assets/toy/ was made (hours)
 # make test                ruff and the whole test suite (8 min); all on 2 CPU cores
 # Each sets up .venv first. PYTHON=python3.12 chooses the interpreter.
@@ -12,7 +12,7 @@ PIP = $(PY) -m pip install --quiet --disable-pip-version-check
 
 demo: .venv/runtime
 	@$(PY) -c 'import shutil, sys; sys.exit(shutil.disk_usage(".").free < 2e9)' || { echo "make: less than 2 GB of disk are free here; the toy world, the ViT's features and the checkpoints need them"; exit 2; }
-	@echo "VideoChat2 on the toy world, about 15 minutes on 2 CPU cores: the world 1, stage 1 5, stage 2 2, stage 3 5,"
+	@echo "VideoChat2 on the toy world, about 15 minutes on 2 CPU cores: the world 1, stage 1 5, stage 2 2, stage 3 6,"
 	@echo "MVBench 1. Ctrl-C stops it at any time; make demo then continues where it stopped."
 	@$(MAKE) --no-print-directory runs/toy/stage3/mvbench/report.html
 	@echo

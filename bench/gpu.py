@@ -5,7 +5,7 @@
     3 beside others  the same step built from transformers and peft
     4 MVBench        400 questions at the real size, by the engine and one by one
     5 processes      nccl with one process: DDP and FSDP2; a run that is stopped and resumed
-    6 toy            world, pretraining, stages 1 to 3 and MVBench, as many steps as the time allows
+    6 toy            world, stages 1 to 3 and MVBench, as many steps as the time allows
 
 A part is a process with a time limit, its share of what is left. If it fails or hangs, its rows so far stay, and the
 others run. OUT gets partN.json after each row, log.txt, and after each part the page gpu_CARD.md, which is also written

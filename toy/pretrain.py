@@ -9,7 +9,7 @@ Options and loop are train.py's. weights.convert writes OUT/init of the official
 results/toy_cpu.md. Not here: the world that they learn from, which is not that of stages 1 to 3 (toy/world.py).
 
     python -m toy.world --out data/pretraining --clips 96000 --texts 120000 --seed 1000
-    python -m toy.pretrain --data data/pretraining        # or one part of it: python -m toy.pretrain vit
+    python -m toy.pretrain                                # or one part of it: python -m toy.pretrain vit
 """
 import json
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from infra.cli import run
+from infra.cli import option, run
 from infra.distributed import init_distributed
 from infra.files import atomic_folder, read_json, read_tensors, write_json
 from llama import Llama
@@ -29,7 +29,7 @@ from toy import world
 from toy.pretrain_bert import CaptionAutoencoder, Captions, collate_captions, text_half
 from toy.pretrain_llm import TextCurriculum, collate_prompts, noisy_embeds
 from toy.pretrain_vit import PatchClassifier, PatchLabels, collate_patches
-from train import MODEL_OPTIONS, Stage, TrainConfig, apply_recipe, load_clips, parse, train_stage
+from train import DATA, MODEL_OPTIONS, Stage, TrainConfig, apply_recipe, load_clips, parse, train_stage
 from training import resume
 from video import train_frame_indices
 from weights.checkpoint import llm_record, save_checkpoint
@@ -40,7 +40,8 @@ def train_tokenizers(text, folder, size=1000):
     """The files of both tokenizers, made from text.jsonl if they do not exist -> (tokenizer.model, vocab.txt)."""
     if not folder.is_dir():
         if not text.is_file():
-            raise FileNotFoundError(f"{text} does not exist; make it: python -m toy.world --out {text.parent}")
+            raise FileNotFoundError(f"{text} does not exist; make it: python -m toy.world --out {text.parent} "
+                                    "--clips 96000 --texts 120000 --seed 1000")
         texts = [part for caption, turns, open_turns in map(json.loads, open(text))
                  for part in (caption, *(qa[key] for qa in turns + open_turns for key in "iqa"))]
         texts += 1000 * [SYSTEM]                                           # the benchmark's prompt has its own words
@@ -55,6 +56,7 @@ def train_tokenizers(text, folder, size=1000):
 class PretrainConfig(TrainConfig):
     stage: int = 0
     part: str = ""
+    data: str = option("data/pretraining", "folder of a toy world made with --texts", DATA)
 
 UNUSED = {"init", "llm", "cache_features", "lora_lr_scale", "vtg_only", "global_negatives", "llm_int8", *MODEL_OPTIONS}
 ALL = dict(batch=8, beta2=0.99, muon_lr_scale=1.0, log_every=100, save_every=1000)
@@ -103,7 +105,7 @@ def bert_stage(cfg, dist):
                  write=lambda folder, tensors: save_checkpoint(tensors, 0, config, folder, vocab))
 
 def llm_stage(cfg, dist):
-    """The small LLaMA learns to read, without videos. OUT/llm is a folder as Vicuna's."""
+    """The small LLaMA learns to read, without videos."""
     config, tokenizer_model, _ = toy_config(cfg)
     model, tok, n_video = Llama(config.llama), SentencePiece(str(tokenizer_model)), config.n_query + config.n_extra
     dataset = TextCurriculum(Path(cfg.data) / "text.jsonl", tok, config.prompt_style, n_video, 300 * cfg.batch)
